@@ -1,0 +1,1 @@
+"""Runnable examples of lightning-mimo; each folder is one demo."""

@@ -1,0 +1,213 @@
+"""Bridges from an encoder's ranks to the language module's ranks that keep every sample's rows together.
+
+An encoder's output is flat, ``[rows, hidden]``: the embeddings of all samples of a microbatch, one after the other,
+and samples may have different numbers of rows (images), 0 included. megatron-core's bridges cut such a tensor into
+equal parts, or refuse, where the two sides have different data-parallel sizes. Those here cut it at sample borders.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.mimo.comm.colocated_communicator import BridgeDirection, ColocatedBridgeCommunicator
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
+from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout import LANGUAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModalityCounts:
+    """How many embeddings each sample of a microbatch is to get from one encoder. Plain numbers, no tensors.
+
+    Attributes:
+        sample_indices: index in the dataset of every sample that the bridge of this rank sees.
+        placeholders: placeholder tokens in each of these samples, the number of embeddings it must get.
+        own: which of these samples this rank's encoder replica encodes.
+        items: images, clips, … of each of the encoder's own samples.
+    """
+
+    sample_indices: tuple[int, ...]
+    placeholders: tuple[int, ...]
+    own: range
+    items: tuple[int, ...]
+
+    @property
+    def own_placeholders(self) -> tuple[int, ...]:
+        return self.placeholders[self.own.start : self.own.stop]
+
+    def check_rows(self, module: str, rows: int) -> None:
+        """Check the encoder's output against the placeholders.
+
+        Args:
+            module: name of the encoder, for the message.
+            rows: embeddings that the encoder made for its own samples together.
+
+        Raises:
+            ValueError: naming the first sample whose numbers differ.
+        """
+        if rows == sum(self.own_placeholders) and (sum(self.items) == 0 or rows % sum(self.items)):
+            return  # items of different lengths: only the sum can be checked
+        per_item = rows // sum(self.items) if sum(self.items) else 0
+        indices = self.sample_indices[self.own.start : self.own.stop]
+        for index, placeholders, items in zip(indices, self.own_placeholders, self.items, strict=True):
+            if placeholders != items * per_item:
+                raise ValueError(
+                    f"Sample {index}: input_ids has {placeholders} placeholder tokens for {module!r}, but its {items} "
+                    f"inputs give {items * per_item} embeddings ({per_item} each). Write {items * per_item} "
+                    f"placeholder tokens into this sample, or give it as many inputs as it has placeholders for."
+                )
+        if rows != sum(self.own_placeholders):
+            raise ValueError(
+                f"Samples {list(indices)}: input_ids has {sum(self.own_placeholders)} placeholder tokens for "
+                f"{module!r}, but the encoder made {rows} embeddings."
+            )
+
+
+class SampleAlignedBridge(BridgeCommunicator):
+    """A bridge between disjoint ranks that returns each encoder replica the gradient of just its own rows.
+
+    Upstream splits the gradient into equal parts on the way back. Here the receiver remembers how many rows came from
+    each sender; microbatches come back in the order in which they went, so a queue is enough.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        self._received_rows: deque[list[int]] = deque()
+        super().__init__(*args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget what was received: a forward-only pass sends nothing back."""
+        self._received_rows.clear()
+
+    def _communicate_shapes(self, *args, **kwargs):
+        forward_shapes, gradient_shapes = super()._communicate_shapes(*args, **kwargs)
+        if forward_shapes:
+            self._received_rows.append([shape[self._batch_dim] for shape in forward_shapes])
+        return forward_shapes, gradient_shapes
+
+    def _split_tensor_at_batch_dim(self, aggregated_tensor: torch.Tensor, num_splits: int) -> list[torch.Tensor]:
+        if self.comm_map[self.current_rank].role is CommRole.RECEIVER:
+            rows = self._received_rows.popleft()
+            return [part.contiguous() for part in aggregated_tensor.split(rows, dim=self._batch_dim)]
+        return super()._split_tensor_at_batch_dim(aggregated_tensor, num_splits)
+
+
+class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
+    """Pipeline communicator over the modules of a non-colocated layout, with sample-aligned bridges.
+
+    Collective over the world to build, and its groups belong to megatron-core's class-level cache, which
+    ``MimoModelInfra.destroy`` empties.
+    """
+
+    def __init__(self, infra: MimoModelInfra, config: ModelParallelConfig) -> None:
+        """Build the bridges of all encoders.
+
+        Args:
+            infra: grids and topology.
+            config: the language module's config; ``pipeline_dtype`` is the dtype on the wire.
+        """
+        super().__init__(
+            infra.module_to_grid_map,
+            infra.topology,
+            config,
+            dim_mapping={"s": 0, "b": 1, "h": 2},
+            module_output_ndim={name: 2 for name in infra.layout.encoders},
+        )
+
+    def _build_bridge_comms(self) -> None:
+        for source, destinations in self.topology.items():
+            for destination in destinations:
+                self.bridge_comms.append(
+                    SampleAlignedBridge(
+                        src_grid=self.module_to_grid_map[source],
+                        dest_grid=self.module_to_grid_map[destination],
+                        dim_mapping=self.dim_mapping,
+                        comm_dtype=self.config.pipeline_dtype,
+                        src_module_name=source,
+                        dest_module_name=destination,
+                        tensor_ndim=self.module_output_ndim[source],
+                    )
+                )
+
+    def reset(self) -> None:
+        """Forget what a forward-only pass left behind. Call it before every pass."""
+        for bridge in self.bridge_comms:
+            bridge.reset()
+
+
+class SampleAlignedColocatedBridge(ColocatedBridgeCommunicator):
+    """A bridge between modules on the same ranks, for different numbers of rows per sample."""
+
+    def __init__(self, infra: MimoModelInfra, module: str) -> None:
+        """Collective over the world: creates a group where the data-parallel sizes differ."""
+        super().__init__(
+            src_grid=infra.module_to_grid_map[module],
+            dest_grid=infra.module_to_grid_map[LANGUAGE],
+            src_module_name=module,
+            dest_module_name=LANGUAGE,
+            dim_mapping={"b": 0, "h": 1},
+        )
+
+    def communicate(self, tensor: torch.Tensor, rows_per_sample: Sequence[int] | None = None) -> torch.Tensor:
+        """Bring an encoder's rows to the ranks whose language replica holds their samples.
+
+        Args:
+            tensor: ``[rows, hidden]``, the encoder replica's output, the same on all its tensor-parallel ranks.
+            rows_per_sample: rows of every sample that the larger of the two shards of this rank holds.
+
+        Returns:
+            ``[rows, hidden]`` for the samples of this rank's language replica.
+        """
+        if self.direction is BridgeDirection.EQUAL:
+            return tensor
+        assert rows_per_sample is not None, "the rows of each sample must be known where dp sizes differ"
+        samples = len(rows_per_sample) // self.scale
+        sizes = [sum(rows_per_sample[i * samples : (i + 1) * samples]) for i in range(self.scale)]
+        mapping = self.rank_to_src_pos if self.is_fan_in() else self.rank_to_dest_pos
+        slot = mapping[self.current_rank][0] % self.scale
+        function = _GatherRows if self.is_fan_in() else _TakeRows
+        return function.apply(tensor, sizes, slot, self.gather_pg)
+
+
+class _GatherRows(torch.autograd.Function):
+    """Rows of all members of a group, in group order; backward keeps this member's."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.start, ctx.length = sum(sizes[:slot]), sizes[slot]
+        return _all_gather_rows(tensor, sizes, group)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.narrow(0, ctx.start, ctx.length).contiguous(), None, None, None
+
+
+class _TakeRows(torch.autograd.Function):
+    """This member's rows; backward collects the gradients of the rows that the other members took."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.sizes, ctx.group = sizes, group
+        return tensor.narrow(0, sum(sizes[:slot]), sizes[slot]).contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return _all_gather_rows(gradient, ctx.sizes, ctx.group), None, None, None
+
+
+def _all_gather_rows(tensor: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
+    """Concatenate differently long tensors of a group. Padded to the longest, because neither gloo nor NCCL gathers
+    uneven parts in one call."""
+    longest = max(sizes)
+    if longest == 0:
+        return tensor.new_empty((0, tensor.size(1)))
+    padded = torch.nn.functional.pad(tensor, (0, 0, 0, longest - tensor.size(0))).contiguous()
+    gathered = tensor.new_empty((len(sizes) * longest, tensor.size(1)))
+    dist.all_gather_into_tensor(gathered, padded, group=group)
+    return torch.cat([gathered[i * longest : i * longest + size] for i, size in enumerate(sizes)])

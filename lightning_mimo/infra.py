@@ -1,0 +1,144 @@
+"""From a layout to process groups: one HyperCommGrid and one process group collection per module.
+
+The only owner of process groups in this package. Everything below and beside it borrows them from
+:class:`MimoModelInfra`, and :meth:`MimoModelInfra.destroy` is the only place that takes them down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from lightning_mimo.layout import DENSE_AXES, EXPERT_AXES, LANGUAGE, MimoLayout, ModuleParallelism
+
+EXPERT_VIEW = "expert"
+"""Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""
+
+# Fields of ProcessGroupCollection and the axes that each spans. Those of the expert view come second.
+_DENSE_GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "pp": ["pp"],
+    "dp": ["dp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_cp": ["tp", "cp"],
+    "mp": ["tp", "pp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+    "intra_dist_opt": ["tp", "cp", "dp", "pp"],
+}
+_EXPERT_GROUPS = {
+    "ep": ["ep"],
+    "expt_tp": ["expt_tp"],
+    "tp_ep": ["expt_tp", "ep"],
+    "tp_ep_pp": ["expt_tp", "ep", "pp"],
+    "expt_dp": ["expt_dp"],
+}
+
+
+@dataclass(kw_only=True)
+class MimoModelInfra:
+    """Grids and process groups of a layout, as seen by this rank.
+
+    Attributes:
+        layout: what was asked for.
+        module_to_grid_map: module name -> grid, for all modules, also those this rank is not in.
+        topology: module name -> names of the modules it feeds: ``{"images": ["language"], "language": []}``.
+        pg_collections: module name -> process groups, only for modules this rank takes part in.
+        participating_modules: names of those modules.
+    """
+
+    layout: MimoLayout
+    module_to_grid_map: dict[str, HyperCommGrid]
+    topology: dict[str, list[str]]
+    pg_collections: dict[str, ProcessGroupCollection]
+    participating_modules: list[str]
+    _extra_groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+    _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def build(cls, layout: MimoLayout, *, backend: str | None = None) -> MimoModelInfra:
+        """Create the grids and groups of a layout.
+
+        Collective over the world: every rank must call it, with the same layout. torch.distributed must be
+        initialized with ``layout.world_size`` ranks.
+
+        Args:
+            layout: a resolved layout.
+            backend: torch.distributed backend of the groups; ``None`` takes the default group's.
+        """
+        assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
+        grids = {name: _build_grid(sizes, backend) for name, sizes in layout.modules.items()}
+        infra = cls(
+            layout=layout,
+            module_to_grid_map=grids,
+            topology={name: [] if name == LANGUAGE else [LANGUAGE] for name in layout.modules},
+            pg_collections={},
+            participating_modules=list(layout.modules_on(dist.get_rank())),
+        )
+        for name, grid in grids.items():
+            embedding_group = infra._build_embedding_group(name, grid)
+            if name in infra.participating_modules:
+                infra.pg_collections[name] = _collect_groups(grid, embedding_group)
+        return infra
+
+    @property
+    def colocated(self) -> bool:
+        return self.layout.colocated
+
+    def own(self, communicator: ColocatedBridgeCommunicator) -> None:
+        """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
+        self._communicators.append(communicator)
+
+    def destroy(self) -> None:
+        """Destroy every process group created here or handed over. Safe to call twice."""
+        for communicator in self._communicators:
+            communicator.destroy()
+        for group in self._extra_groups:
+            dist.destroy_process_group(group)
+        for grid in self.module_to_grid_map.values():
+            grid.destroy()
+        # megatron-core caches the groups of its bridges on the class, keyed by ranks: stale ones would be reused by
+        # the next world of the same process.
+        BridgeCommunicator._broadcast_pg_cache.clear()
+        BridgeCommunicator._bridge_pg_cache.clear()
+        self._communicators.clear()
+        self._extra_groups.clear()
+        self.pg_collections.clear()
+
+    def _build_embedding_group(self, name: str, grid: HyperCommGrid) -> dist.ProcessGroup | None:
+        """First and last pipeline stage of the language module, which both hold tied word embeddings."""
+        if name != LANGUAGE or self.layout.modules[name].pp == 1:
+            return None
+        mine = None
+        for stages in grid.get_rank_enum("pp"):
+            group = dist.new_group([stages[0], stages[-1]], backend=grid.backend)
+            if dist.get_rank() in (stages[0], stages[-1]):
+                mine = group
+                self._extra_groups.append(group)
+        return mine
+
+
+def _build_grid(sizes: ModuleParallelism, backend: str | None) -> HyperCommGrid:
+    grid = HyperCommGrid(list(sizes.shape), list(DENSE_AXES), rank_offset=sizes.rank_offset, backend=backend)
+    grid.register_view(EXPERT_VIEW, list(sizes.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
+    for axes in _DENSE_GROUPS.values():
+        grid.create_pg(axes)
+    for axes in _EXPERT_GROUPS.values():
+        grid.create_pg(axes, view=EXPERT_VIEW)
+    return grid
+
+
+def _collect_groups(grid: HyperCommGrid, embedding_group: dist.ProcessGroup | None) -> ProcessGroupCollection:
+    groups = ProcessGroupCollection()
+    for field_name, axes in _DENSE_GROUPS.items():
+        setattr(groups, field_name, grid.get_pg(axes))
+    for field_name, axes in _EXPERT_GROUPS.items():
+        setattr(groups, field_name, grid.get_pg(axes, view=EXPERT_VIEW))
+    groups.embd = embedding_group
+    groups.pos_embd = None
+    return groups

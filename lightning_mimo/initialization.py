@@ -1,0 +1,164 @@
+"""The same start in every layout: initial weights depend on the seed and the parameter's global name only.
+
+megatron-core draws each shard from a generator whose state depends on the tensor-parallel rank and on what was built
+before, so another layout starts from other weights. Here the random initializers that run while a model is built are
+noted instead of run (:class:`RecordInitializers`); afterwards each one is replayed on the parameter's full, unsharded
+shape with a generator seeded by the parameter's global name, and the rank's shard is cut out of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
+
+
+def fan_in_normal_(tensor: torch.Tensor, *, gain: float = 1.0) -> torch.Tensor:
+    """Fill a weight ``[out, in]`` with a normal distribution of standard deviation gain / sqrt(in).
+
+    Like ``torch.nn.init.kaiming_normal_``, but it takes part in torch's override protocol, so that the ``in`` of the
+    unsharded weight counts. Any other initializer whose scale depends on the shape has to do the same.
+    """
+    if has_torch_function_unary(tensor):
+        return handle_torch_function(fan_in_normal_, (tensor,), tensor, gain=gain)
+    with torch.no_grad():
+        return tensor.normal_(std=gain / math.sqrt(tensor.size(1)))
+
+
+_RANDOM_INITIALIZERS = frozenset(
+    {
+        fan_in_normal_,
+        torch.nn.init.normal_,
+        torch.nn.init.uniform_,
+        torch.nn.init.kaiming_uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.uniform_,
+    }
+)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A noted initializer call, without the tensor."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class RecordInitializers(TorchFunctionMode):
+    """Notes random initializers called on parameters, instead of running them, while a model is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recipes: dict[int, tuple[torch.nn.Parameter, _Recipe]] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _RANDOM_INITIALIZERS:
+            tensor = args[0] if args else kwargs.get("tensor")
+            if isinstance(tensor, torch.nn.Parameter):
+                rest = {key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
+                # The parameter is kept too, so that its id is not given to another one.
+                self._recipes[id(tensor)] = (tensor, _Recipe(func, args[1:], rest))
+                return tensor
+        return func(*args, **kwargs)
+
+    def recipe_of(self, parameter: torch.nn.Parameter) -> _Recipe | None:
+        """The last initializer that was called on a parameter, if it was a random one."""
+        noted = self._recipes.get(id(parameter))
+        return noted[1] if noted else None
+
+
+@torch.no_grad()
+def initialize_by_name(
+    module: torch.nn.Module,
+    *,
+    prefix: str,
+    seed: int,
+    initializers: RecordInitializers,
+    groups: ProcessGroupCollection,
+) -> None:
+    """Fill the parameters of one module with values that no layout can change.
+
+    Args:
+        module: the module, as built under ``initializers``; not yet wrapped.
+        prefix: its global name, e.g. ``language_model``.
+        seed: the run's seed.
+        initializers: what was noted while it was built.
+        groups: its process groups; tensor-parallel shards are cut by their ranks.
+    """
+    for name, parameter in global_named_parameters(module, prefix=prefix, groups=groups):
+        recipe = initializers.recipe_of(parameter)
+        if recipe is not None:
+            parameter.copy_(_shard_of_master(parameter, recipe, seed_for(seed, name), groups))
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A 63-bit seed for one name: a hash, so that neither order nor number of names matters."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def global_named_parameters(
+    module: torch.nn.Module, *, prefix: str, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """``named_parameters`` with names that are the same in every layout.
+
+    Layers are numbered over all pipeline stages and experts over all expert-parallel ranks. The copy of tied word
+    embeddings on the last pipeline stage has the name of the first stage's.
+    """
+    renamed = {}
+    for path, layer in module.named_modules():
+        if re.search(r"(^|\.)layers\.\d+$", path) and hasattr(layer, "layer_number"):
+            renamed[path] = f"{path.rpartition('.')[0]}.{layer.layer_number - 1}"
+        local_experts = getattr(layer, "local_experts", None)
+        if local_experts is not None:
+            first = groups.ep.rank() * len(local_experts)
+            for i in range(len(local_experts)):
+                renamed[f"{path}.local_experts.{i}"] = f"{path}.local_experts.{first + i}"
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "shared_embedding", False):
+            name = "embedding.word_embeddings.weight"
+        yield f"{prefix}.{_rename(name, renamed)}", parameter
+
+
+def _rename(name: str, renamed: dict[str, str]) -> str:
+    parts = name.split(".")
+    path, result = "", ""
+    for part in parts:
+        path = f"{path}.{part}" if path else part
+        last = renamed[path].rpartition(".")[2] if path in renamed else part
+        result = f"{result}.{last}" if result else last
+    return result
+
+
+def _shard_of_master(
+    parameter: torch.nn.Parameter, recipe: _Recipe, seed: int, groups: ProcessGroupCollection
+) -> torch.Tensor:
+    """Run a recipe on the unsharded shape, in float32 on the CPU, and cut this rank's shard out of it."""
+    is_expert = not getattr(parameter, "allreduce", True)
+    group = groups.expt_tp if is_expert else groups.tp
+    sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
+    shape = list(parameter.shape)
+    if sharded:
+        shape[parameter.partition_dim] *= group.size()
+    master = torch.empty(shape, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        recipe.function(master, *recipe.args, **recipe.kwargs)
+    if not sharded:
+        return master
+    # A stride above 1 means that several matrices lie one after the other, each cut on its own (gated MLPs).
+    stride = parameter.partition_stride
+    pieces = master.chunk(group.size() * stride, dim=parameter.partition_dim)
+    return torch.cat(pieces[group.rank() :: group.size()], dim=parameter.partition_dim)

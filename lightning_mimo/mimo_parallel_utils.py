@@ -1,0 +1,247 @@
+"""Process groups and gradients of several modules on grids of their own: the nine functions of the strategy.
+
+They follow, name for name, the reference page of ``mimo_parallel_utils`` for MIMO heterogeneous parallel training,
+with :class:`lightning_mimo.infra.MimoModelInfra` in the place of ``infra``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo import MimoModel
+from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
+from megatron.core.utils import get_model_config
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout import LANGUAGE
+
+logger = logging.getLogger(__name__)
+
+
+def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
+    """Take ``Float16Module`` and ``DistributedDataParallel`` wrappers off a MimoModel.
+
+    Args:
+        model: a MimoModel, or one inside any number of wrappers that hold it as ``module``.
+
+    Raises:
+        RuntimeError: if there is no MimoModel inside.
+    """
+    inner = model
+    while not isinstance(inner, MimoModel):
+        wrapped = getattr(inner, "module", None)
+        if wrapped is None:
+            raise RuntimeError(
+                f"No MimoModel inside {type(model).__name__}: the innermost module is a {type(inner).__name__}."
+            )
+        inner = wrapped
+    return inner
+
+
+def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:
+    """Whether this rank is one of the ranks of a grid. torch.distributed must be initialized."""
+    return grid.rank_offset <= dist.get_rank() < grid.rank_offset + grid.size
+
+
+def get_module_to_grid_tuple(
+    mimo_model: MimoModel, infra: MimoModelInfra
+) -> list[tuple[torch.nn.Module, HyperCommGrid]]:
+    """Pair every module that this rank holds with its grid, the language module last.
+
+    Args:
+        mimo_model: the model, wrapped or not; its modules may be wrapped each on its own.
+        infra: grids by module name.
+
+    Returns:
+        ``(module, grid)`` for each module this rank participates in, in the order of ``infra.module_to_grid_map``
+        with ``language`` last.
+    """
+    model = unwrap_mimo_model(mimo_model)
+    pairs = []
+    for name in sorted(infra.module_to_grid_map, key=lambda name: name == LANGUAGE):
+        grid = infra.module_to_grid_map[name]
+        if not is_current_rank_in_grid(grid):
+            continue
+        module = model.language_model if name == LANGUAGE else model.modality_submodules[name]
+        if module is not None:
+            pairs.append((module, grid))
+    return pairs
+
+
+def build_pg_collection_for_schedule(infra: MimoModelInfra) -> MultiModuleProcessGroupCollection:
+    """The process groups of this rank's modules in the form that Megatron's schedules take.
+
+    Uses ``infra.pg_collections`` as they are and creates no groups. On ranks without the language module its name is
+    left out, which megatron-core 0.17 and later allow (its ``MultiModuleProcessGroupCollection`` needs no language
+    model on encoder-only ranks), so the page's fallback, a list of collections, is never needed.
+    """
+    return MultiModuleProcessGroupCollection(
+        module_pgs=dict(infra.pg_collections),
+        language_model_module_name=LANGUAGE if LANGUAGE in infra.pg_collections else None,
+    )
+
+
+@contextmanager
+def multimodule_no_sync(
+    *, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
+) -> Iterator[None]:
+    """Hold back gradient reduction of every DDP-wrapped module while this is open.
+
+    The schedule enters it, without arguments, around all microbatches but the last: bind the list with
+    ``functools.partial`` and hand the result over as ``config.no_sync_func``.
+    """
+    with ExitStack() as stack:
+        for module, _ in module_to_grid_tuple:
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+def finalize_model_grads_multimodule(
+    model: Any,
+    num_tokens: torch.Tensor | None = None,
+    pg_collection: Any = None,
+    force_all_reduce: bool | None = None,
+    *,
+    infra: MimoModelInfra,
+    module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]],
+) -> None:
+    """Reduce and scale the gradients of every module over that module's own process groups.
+
+    Has the signature with which the schedule calls ``config.finalize_model_grads_func``; ``infra`` and
+    ``module_to_grid_tuple`` are bound beforehand with ``functools.partial``. Collective over the world.
+
+    All modules end with the gradient of one and the same loss. With ``num_tokens`` that is (sum of token losses) /
+    (tokens of the global batch); the count is known on the last language stage only and is brought to all ranks
+    here, for encoders too. Without, it is the mean over the language replicas of the losses that the schedule
+    computed. In both cases an encoder's gradients arrive as a sum over its replicas, whatever the number of language
+    replicas, so what its DDP wrapper divided by on the way is put right.
+
+    Args:
+        model: ignored; the modules come from ``module_to_grid_tuple``.
+        num_tokens: integer tensor, loss tokens of this rank's microbatches; zero or anything on ranks that do not
+            compute the loss. ``None`` where the loss is not per token.
+        pg_collection: ignored; each module has its own in ``infra.pg_collections``.
+        force_all_reduce: passed on to each module: all-reduce even where the distributed optimizer would
+            reduce-scatter.
+        infra: process groups by module name.
+        module_to_grid_tuple: what :func:`get_module_to_grid_tuple` returned.
+    """
+    names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
+    total = None if num_tokens is None else _count_tokens_once(num_tokens, infra)
+    for module, grid in module_to_grid_tuple:
+        name = names[id(grid)]
+        finalize_model_grads(
+            [module], None, pg_collection=infra.pg_collections[name], force_all_reduce=bool(force_all_reduce)
+        )
+        module.scale_gradients(_gradient_scale(name, module, infra, total))
+
+
+def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> None:
+    """Zero the gradient buffers of all DDP-wrapped modules."""
+    for module, _ in module_to_grid_tuple:
+        if isinstance(module, DistributedDataParallel):
+            module.zero_grad_buffer()
+
+
+def validate_no_stub_ranks(module_to_grid_map: dict[str, HyperCommGrid], world_size: int) -> None:
+    """Check that every rank takes part in a module.
+
+    Raises:
+        ValueError: naming the ranks that do not.
+    """
+    covered: set[int] = set()
+    for grid in module_to_grid_map.values():
+        covered.update(range(grid.rank_offset, grid.rank_offset + grid.size))
+    stubs = sorted(set(range(world_size)) - covered)
+    if stubs:
+        spans = ", ".join(
+            f"{name} on ranks {grid.rank_offset}-{grid.rank_offset + grid.size - 1}"
+            for name, grid in module_to_grid_map.items()
+        )
+        raise ValueError(
+            f"Ranks {stubs} of {world_size} take part in no module ({spans}). Run {world_size - len(stubs)} "
+            f"processes, or give a module more ranks."
+        )
+
+
+def validate_data_loader_contract(
+    infra: MimoModelInfra,
+    global_batch_size: int,
+    micro_batch_size: int | Mapping[str, int],
+    num_microbatches: int,
+) -> None:
+    """Check that the batch sizes agree with every module's data parallelism.
+
+    Args:
+        infra: grids by module name.
+        global_batch_size: samples per step over all data-parallel ranks.
+        micro_batch_size: samples per microbatch and data-parallel rank; one number means the same for every module, a
+            mapping from module name gives each its own.
+        num_microbatches: microbatches per step.
+
+    Raises:
+        ValueError: if ``global_batch_size`` is not a multiple of a module's dp size, if a module's micro batch size is
+            missing, or if ``num_microbatches * micro_batch_size != global_batch_size / dp``.
+    """
+    for name, grid in infra.module_to_grid_map.items():
+        dp = grid.shape[grid.dim_names.index("dp")]
+        if global_batch_size % dp:
+            raise ValueError(
+                f"Module {name!r}: global_batch_size={global_batch_size} is not a multiple of dp={dp}. Use "
+                f"{(global_batch_size // dp + 1) * dp}, or another dp."
+            )
+        size = _micro_batch_size_of(name, micro_batch_size)
+        per_replica = global_batch_size // dp
+        if num_microbatches * size != per_replica:
+            raise ValueError(
+                f"Module {name!r}: num_microbatches * micro_batch_size = {num_microbatches} * {size} = "
+                f"{num_microbatches * size}, but global_batch_size / dp = {global_batch_size} / {dp} = {per_replica}. "
+                f"Change one of these four numbers so that the two sides agree."
+            )
+
+
+def _micro_batch_size_of(name: str, micro_batch_size: int | Mapping[str, int]) -> int:
+    if not isinstance(micro_batch_size, Mapping):
+        return micro_batch_size
+    if name not in micro_batch_size:
+        raise ValueError(
+            f"Module {name!r} has no entry in micro_batch_size, which has {', '.join(map(repr, micro_batch_size))}."
+        )
+    return micro_batch_size[name]
+
+
+def _count_tokens_once(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch.Tensor:
+    """Sum the token counts of all language replicas and give every rank of the world the result.
+
+    The count of one replica stands on every tensor-parallel rank of its last stage; only the first of them counts.
+    """
+    language = infra.layout.modules[LANGUAGE]
+    total = torch.zeros(1, dtype=torch.float64, device=num_tokens.device)
+    rank = dist.get_rank()
+    if rank in language.ranks:
+        place = language.coordinates(rank)
+        if place["pp"] == language.pp - 1 and place["tp"] == 0:
+            total += num_tokens.to(torch.float64)
+    dist.all_reduce(total)
+    return total.clamp_(min=1.0)
+
+
+def _gradient_scale(
+    name: str, module: torch.nn.Module, infra: MimoModelInfra, total_tokens: torch.Tensor | None
+) -> torch.Tensor | float:
+    """What a module's reduced gradients still have to be multiplied by."""
+    layout = infra.layout
+    # Megatron's DDP sums over the replicas for per-token loss and averages over them otherwise.
+    averaged = 1 if get_model_config(module).calculate_per_token_loss else layout.modules[name].dp
+    if total_tokens is None:
+        return averaged / layout.modules[LANGUAGE].dp
+    return (averaged / total_tokens).to(torch.float32)

@@ -1,0 +1,163 @@
+"""The MimoModel that the strategy trains: built on this rank's modules only, wrapped module by module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.utils import get_model_config
+
+from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.initialization import RecordInitializers, initialize_by_name, seed_for
+from lightning_mimo.layout import LANGUAGE
+
+
+class SampleAlignedMimoModel(MimoModel):
+    """megatron-core's MimoModel for samples with different numbers of images, in every direction of every bridge."""
+
+    # forward_backward_no_pipelining asks for it; MimoModel itself does not say.
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, mimo_config: MimoModelConfig, infra: MimoModelInfra) -> None:
+        """Collective over the world where modules are colocated with different data-parallel sizes.
+
+        Args:
+            mimo_config: specs of all modules; ``module_to_grid_map`` must be ``infra.module_to_grid_map``.
+            infra: grids and process groups.
+        """
+        self._infra = infra
+        self._modality_counts: Mapping[str, ModalityCounts] = {}
+        groups = infra.pg_collections.get(LANGUAGE)
+        super().__init__(
+            mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None
+        )
+
+    def forward(self, *args: Any, modality_counts: Mapping[str, ModalityCounts] | None = None, **kwargs: Any) -> Any:
+        """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
+
+        Args:
+            *args: as in MimoModel.
+            modality_counts: encoder name -> counts, for the encoders of this rank.
+            **kwargs: as in MimoModel.
+        """
+        self._modality_counts = modality_counts or {}
+        return super().forward(*args, **kwargs)
+
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: dict[str, Any] | None,
+        input_tensors: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
+        modules = self._infra.layout.modules
+        for name, output in outputs.items():
+            if self.role.is_last_stage(name):
+                outputs[name] = output = self._own_rows(name, output)
+                if modules[LANGUAGE].dp > modules[name].dp:
+                    output._mimo_bridge_split_sizes = list(self._modality_counts[name].placeholders)
+        return outputs
+
+    def _attach_modality_split_sizes(
+        self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    ) -> None:
+        """Nothing: upstream counts tokens on the device and refuses fan-in; here the counts came with the batch."""
+
+    def _own_rows(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Check an encoder's rows, and drop those of the stand-in that was encoded where there was nothing."""
+        counts = self._modality_counts[name]
+        if sum(counts.items) == 0:
+            output = output[:0].clone()
+        counts.check_rows(name, output.size(0))
+        return output
+
+    def _build_colocated_communicators(self) -> None:
+        for name in self._infra.layout.encoders:
+            bridge = SampleAlignedColocatedBridge(self._infra, name)
+            self._infra.own(bridge)
+            self.colocated_comms[(name, LANGUAGE)] = bridge
+
+    def _apply_colocated_comms(self, modality_embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for (name, _), bridge in self.colocated_comms.items():
+            if name not in modality_embeddings:
+                # Nothing to encode here, but other ranks of the bridge's group may have something.
+                modality_embeddings[name] = self._empty_encoder_output(name)
+            rows = self._own_rows(name, modality_embeddings[name])
+            modality_embeddings[name] = bridge.communicate(rows, self._modality_counts[name].placeholders)
+        return modality_embeddings
+
+
+def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: int) -> SampleAlignedMimoModel:
+    """Build this rank's modules with weights that depend on the seed and on names only.
+
+    Collective over the world.
+
+    Args:
+        config: specs of all modules. Its ``module_to_grid_map`` is set here.
+        infra: grids and process groups.
+        seed: the run's seed, the same on all ranks.
+
+    Raises:
+        ValueError: if the config's modules are not those of the layout.
+    """
+    _check_modules(config, infra)
+    config.module_to_grid_map = infra.module_to_grid_map
+    # Parameters made without an initializer (torch.randn in a user's encoder) draw from the default generator.
+    with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is experimental and still under active development")
+        torch.random.default_generator.manual_seed(seed_for(seed, "-".join(infra.participating_modules)))
+        model = SampleAlignedMimoModel(config, infra)
+    for name in infra.participating_modules:
+        module, prefix = _module_and_name(model, name)
+        initialize_by_name(
+            module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
+        )
+    return model
+
+
+def wrap_with_ddp(
+    model: SampleAlignedMimoModel, infra: MimoModelInfra, ddp_config: DistributedDataParallelConfig
+) -> None:
+    """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place."""
+    for name in infra.participating_modules:
+        module, _ = _module_and_name(model, name)
+        wrapped = DistributedDataParallel(
+            get_model_config(module) if name == LANGUAGE else _encoder_config(model, name),
+            ddp_config,
+            module,
+            pg_collection=infra.pg_collections[name],
+        )
+        if name == LANGUAGE:
+            model.language_model = wrapped
+        else:
+            model.modality_submodules[name] = wrapped
+
+
+def _module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
+    if name == LANGUAGE:
+        return model.language_model, "language_model"
+    return model.modality_submodules[name], f"modality_submodules.{name}"
+
+
+def _encoder_config(model: MimoModel, name: str):
+    """The TransformerConfig of an encoder: the first one found inside; else the language module's."""
+    for part in model.modality_submodules[name].modules():
+        if hasattr(part, "config"):
+            return part.config
+    return model.config
+
+
+def _check_modules(config: MimoModelConfig, infra: MimoModelInfra) -> None:
+    in_model = {LANGUAGE, *config.modality_submodules_spec}
+    in_layout = set(infra.layout.modules)
+    if in_model != in_layout:
+        raise ValueError(
+            f"The model has the modules {sorted(in_model)}, but the layout of MimoStrategy(modules=...) has "
+            f"{sorted(in_layout)}. Give every module of the model a ModuleParallelism and no other."
+        )

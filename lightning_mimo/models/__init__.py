@@ -1,0 +1,1 @@
+"""Ready-made model configurations, one family a file."""

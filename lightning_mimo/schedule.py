@@ -1,0 +1,225 @@
+"""One global batch, forward and backward, through Megatron's pipeline schedules; the same loss on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from lightning_mimo.bridges import MimoPipelineCommunicator
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.mimo_parallel_utils import (
+    build_pg_collection_for_schedule,
+    finalize_model_grads_multimodule,
+    get_module_to_grid_tuple,
+    multimodule_no_sync,
+    zero_grad_buffer_for_multimodule,
+)
+from lightning_mimo.model import SampleAlignedMimoModel
+
+Microbatch = dict[str, Any]
+Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Metric name -> (sum, count), both scalars of one microbatch; the metric is sum / count over the global batch."""
+ForwardStep = Callable[[Microbatch], Any]
+LossFunction = Callable[[Any, Microbatch], tuple[torch.Tensor, torch.Tensor, Metrics]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTotals:
+    """What one global batch came to, the same numbers on every rank of the world.
+
+    Attributes:
+        loss: float64 scalar, sum of the token losses / number of loss tokens.
+        tokens: float64 scalar, number of loss tokens.
+        metrics: metric name -> (sum, count), float64 scalars.
+    """
+
+    loss: torch.Tensor
+    tokens: torch.Tensor
+    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+class GlobalBatchSchedule:
+    """Runs global batches through a wrapped model on the grids of an infra.
+
+    Every method that runs a batch is collective over the world.
+    """
+
+    def __init__(self, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> None:
+        """Collective over the world: builds the bridges between disjoint modules.
+
+        Args:
+            model: the model, its modules wrapped in DDP (or bare, for forward passes only). The hooks of its
+                ``config`` are set here.
+            infra: grids and process groups.
+        """
+        self._model = model
+        self._infra = infra
+        self._modules = get_module_to_grid_tuple(model, infra)
+        self._no_sync = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
+        self._held_tokens: torch.Tensor | None = None
+        self._holding = False
+        self._metric_names: dict[bool, list[str]] = {}
+        self._communicator = None if infra.colocated else MimoPipelineCommunicator(infra, model.config)
+        model.config.finalize_model_grads_func = self._finalize
+        language = infra.layout.modules[LANGUAGE]
+        self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
+
+    @property
+    def computes_loss(self) -> bool:
+        """Whether this rank is on the last stage of the language module."""
+        return dist.get_rank() in self._last_stage
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's loss counts: the first tensor-parallel rank of each replica's last stage."""
+        language = self._infra.layout.modules[LANGUAGE]
+        return self.computes_loss and language.coordinates(dist.get_rank())["tp"] == 0
+
+    def zero_grad(self) -> None:
+        """Start a new accumulation window: zero all gradient buffers and the token count."""
+        zero_grad_buffer_for_multimodule(self._modules)
+        self._held_tokens = None
+
+    def train(
+        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction, *, hold: bool
+    ) -> BatchTotals:
+        """Forward and backward of all microbatches.
+
+        Args:
+            microbatches: this rank's share of the global batch.
+            forward: runs the model on one microbatch and returns its output.
+            loss: ``(output, microbatch) -> (sum of token losses, number of loss tokens, metrics)``; called where the
+                loss is computed only.
+            hold: keep the gradients unreduced, because more batches of the same accumulation window follow. They are
+                reduced, and divided by the loss tokens of the whole window, with the first batch that is not held.
+        """
+        self._holding = hold
+        config = self._model.config
+        # While held, not even the last microbatch may start a reduction, so one context is held open around all of
+        # them and the schedule gets none of its own (Megatron's no_sync does not nest).
+        config.no_sync_func = contextlib.nullcontext if hold else self._no_sync
+        with self._no_sync() if hold else contextlib.nullcontext():
+            store = self._run(microbatches, forward, loss, forward_only=False)
+        return self._total(store, training=True)
+
+    @torch.no_grad()
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction
+    ) -> BatchTotals:
+        """Forward of all microbatches; arguments as for :meth:`train`."""
+        return self._total(self._run(microbatches, forward, loss, forward_only=True), training=False)
+
+    @torch.no_grad()
+    def predict(
+        self, microbatches: Sequence[Microbatch], forward: ForwardStep, reduce: Callable[[Any, Microbatch], Any]
+    ) -> list[Any]:
+        """Forward of all microbatches, then ``reduce(output, microbatch)`` on the last language stage.
+
+        Returns:
+            One result per microbatch where the loss is computed, nothing on other ranks.
+        """
+        return self._run(
+            microbatches,
+            forward,
+            lambda output, microbatch: reduce(output, microbatch),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+
+    def _run(
+        self,
+        microbatches: Sequence[Microbatch],
+        forward: ForwardStep,
+        loss: Callable[[Any, Microbatch], Any],
+        *,
+        forward_only: bool,
+        collect_non_loss_data: bool = False,
+    ) -> list[Any]:
+        def step(iterator, model):
+            microbatch = next(iterator)
+            return forward(microbatch), partial(_apply_loss, loss, microbatch)
+
+        groups = build_pg_collection_for_schedule(self._infra)
+        arguments: dict[str, Any] = {"pg_collection": groups, "p2p_communicator": self._communicator}
+        if self._communicator is None:
+            groups = self._infra.pg_collections[LANGUAGE]
+            arguments = {"pg_collection": groups}
+            run = get_forward_backward_func(pp_size=1, vp_size=None)
+        else:
+            self._communicator.reset()
+            run = get_forward_backward_func(schedule_pg_collection=groups)
+        return run(
+            forward_step_func=step,
+            data_iterator=iter(microbatches),
+            model=self._model,
+            num_microbatches=len(microbatches),
+            # Both are read off the tensors, since variable_seq_lengths is set.
+            seq_length=0,
+            micro_batch_size=0,
+            forward_only=forward_only,
+            collect_non_loss_data=collect_non_loss_data,
+            **arguments,
+        )
+
+    def _finalize(
+        self, model: Any, num_tokens: torch.Tensor, pg_collection: Any = None, force_all_reduce: bool | None = None
+    ) -> None:
+        """What the schedule calls when all backward passes are done."""
+        if self._held_tokens is not None:
+            num_tokens = num_tokens + self._held_tokens
+        self._held_tokens = num_tokens if self._holding else None
+        if not self._holding:
+            finalize_model_grads_multimodule(
+                model,
+                num_tokens,
+                pg_collection,
+                force_all_reduce,
+                infra=self._infra,
+                module_to_grid_tuple=self._modules,
+            )
+
+    def _total(self, store: list[Any], *, training: bool) -> BatchTotals:
+        """Add up what the language ranks counted and tell every rank, in one small all-reduce."""
+        names = self._names_of_metrics(store, training=training)
+        device = torch.cuda.current_device()
+        totals = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        if self.counts_loss:
+            for loss, tokens, metrics in store:
+                if sorted(metrics) != names:
+                    raise ValueError(
+                        f"loss() returned the metrics {sorted(metrics)}, but {names} before. Every microbatch must "
+                        f"return the same metrics; a metric that does not apply has a count of 0."
+                    )
+                flat = [loss, tokens, *(value for name in names for value in metrics[name])]
+                totals += torch.stack([torch.as_tensor(v, device=device).detach().double().reshape(()) for v in flat])
+        dist.all_reduce(totals)
+        loss, tokens, *pairs = totals.unbind()
+        metrics = dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
+        return BatchTotals(loss=loss / tokens.clamp(min=1), tokens=tokens, metrics=metrics)
+
+    def _names_of_metrics(self, store: list[Any], *, training: bool) -> list[str]:
+        """Metric names; known where the loss is computed, told to the other ranks once."""
+        if training not in self._metric_names:
+            box = [sorted(store[0][2]) if self.computes_loss else None]
+            dist.broadcast_object_list(box, src=self._last_stage.start, device=torch.device("cpu"))
+            self._metric_names[training] = box[0]
+        return self._metric_names[training]
+
+
+def _apply_loss(
+    loss: LossFunction, microbatch: Microbatch, output: Any, non_loss_data: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, Metrics]] | Any:
+    """Call the loss in the form of Megatron's per-token loss: (sum, tokens, what to report)."""
+    if non_loss_data:
+        return loss(output, microbatch)
+    total, tokens, metrics = loss(output, microbatch)
+    tokens = torch.as_tensor(tokens, device=total.device).detach()
+    return total, tokens.to(torch.int), (total.detach(), tokens, metrics)
