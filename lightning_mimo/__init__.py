@@ -1,0 +1,83 @@
+"""lightning-mimo: PyTorch Lightning for megatron-core's MimoModel, every module on its own HyperCommGrid.
+
+The package is built in rings; a file imports from its own ring or from one further in, never outwards.
+
+    ring 0  layout, batching, picture                  pure Python: what runs where, checked before anything starts
+    ring 1  infra, mimo_parallel_utils, bridges,       torch + megatron-core: process groups, the model, the schedule,
+            initialization, model, schedule,           the optimizer, weights on disk, megatron-core on a CPU
+            optimizer, vocab_parallel, generation,
+            random_state, checkpoint, cpu, models/
+    ring 2  module, data, precision, launcher,         Lightning: what users subclass and what the Trainer calls
+            strategy
+    ring 3  cli                                        the command line
+
+Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_mimo.infra import MimoModelInfra
+    from lightning_mimo.layout import LayoutError, MimoLayout, ModuleParallelism
+    from lightning_mimo.mimo_parallel_utils import (
+        build_pg_collection_for_schedule,
+        finalize_model_grads_multimodule,
+        get_module_to_grid_tuple,
+        is_current_rank_in_grid,
+        multimodule_no_sync,
+        unwrap_mimo_model,
+        validate_data_loader_contract,
+        validate_no_stub_ranks,
+        zero_grad_buffer_for_multimodule,
+    )
+    from lightning_mimo.module import MimoModule
+    from lightning_mimo.strategy import MimoStrategy
+
+_HOME = {
+    "LayoutError": "layout",
+    "MimoLayout": "layout",
+    "MimoModelInfra": "infra",
+    "MimoModule": "module",
+    "MimoStrategy": "strategy",
+    "ModuleParallelism": "layout",
+    "build_pg_collection_for_schedule": "mimo_parallel_utils",
+    "finalize_model_grads_multimodule": "mimo_parallel_utils",
+    "get_module_to_grid_tuple": "mimo_parallel_utils",
+    "is_current_rank_in_grid": "mimo_parallel_utils",
+    "multimodule_no_sync": "mimo_parallel_utils",
+    "unwrap_mimo_model": "mimo_parallel_utils",
+    "validate_data_loader_contract": "mimo_parallel_utils",
+    "validate_no_stub_ranks": "mimo_parallel_utils",
+    "zero_grad_buffer_for_multimodule": "mimo_parallel_utils",
+}
+
+__all__ = [
+    "LayoutError",
+    "MimoLayout",
+    "MimoModelInfra",
+    "MimoModule",
+    "MimoStrategy",
+    "ModuleParallelism",
+    "build_pg_collection_for_schedule",
+    "finalize_model_grads_multimodule",
+    "get_module_to_grid_tuple",
+    "is_current_rank_in_grid",
+    "multimodule_no_sync",
+    "unwrap_mimo_model",
+    "validate_data_loader_contract",
+    "validate_no_stub_ranks",
+    "zero_grad_buffer_for_multimodule",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lightning_mimo' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lightning_mimo.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

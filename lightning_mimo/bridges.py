@@ -42,6 +42,10 @@ class ModalityCounts:
     def own_placeholders(self) -> tuple[int, ...]:
         return self.placeholders[self.own.start : self.own.stop]
 
+    def to(self, *args: object, **kwargs: object) -> ModalityCounts:
+        """Itself: Lightning moves whatever has ``to`` and would refuse a frozen dataclass without it."""
+        return self
+
     def check_rows(self, module: str, rows: int) -> None:
         """Check the encoder's output against the placeholders.
 

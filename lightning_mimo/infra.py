@@ -72,6 +72,7 @@ class MimoModelInfra:
             backend: torch.distributed backend of the groups; ``None`` takes the default group's.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
+        _forget_bridge_groups()
         grids = {name: _build_grid(sizes, backend) for name, sizes in layout.modules.items()}
         infra = cls(
             layout=layout,
@@ -102,10 +103,8 @@ class MimoModelInfra:
             dist.destroy_process_group(group)
         for grid in self.module_to_grid_map.values():
             grid.destroy()
-        # megatron-core caches the groups of its bridges on the class, keyed by ranks: stale ones would be reused by
-        # the next world of the same process.
-        BridgeCommunicator._broadcast_pg_cache.clear()
-        BridgeCommunicator._bridge_pg_cache.clear()
+        BridgeCommunicator.destroy_broadcast_pgs()
+        BridgeCommunicator.destroy_bridge_pgs()
         self._communicators.clear()
         self._extra_groups.clear()
         self.pg_collections.clear()
@@ -121,6 +120,13 @@ class MimoModelInfra:
                 mine = group
                 self._extra_groups.append(group)
         return mine
+
+
+def _forget_bridge_groups() -> None:
+    """megatron-core caches the groups of its bridges on the class, keyed by ranks: those of a world that ended must not
+    be reused by the next one of the same process."""
+    BridgeCommunicator._broadcast_pg_cache.clear()
+    BridgeCommunicator._bridge_pg_cache.clear()
 
 
 def _build_grid(sizes: ModuleParallelism, backend: str | None) -> HyperCommGrid:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
@@ -142,23 +143,31 @@ def _rename(name: str, renamed: dict[str, str]) -> str:
     return result
 
 
+def shard_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> dist.ProcessGroup | None:
+    """The group over which a parameter is cut into shards, or None where each rank holds the whole."""
+    group = groups.tp if getattr(parameter, "allreduce", True) else groups.expt_tp
+    return group if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1 else None
+
+
+def cut_shard(master: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
+    """This rank's shard of a whole parameter."""
+    group = shard_group(parameter, groups)
+    if group is None:
+        return master
+    # A stride above 1 means that several matrices lie one after the other, each cut on its own (gated MLPs).
+    pieces = master.chunk(group.size() * parameter.partition_stride, dim=parameter.partition_dim)
+    return torch.cat(pieces[group.rank() :: group.size()], dim=parameter.partition_dim)
+
+
 def _shard_of_master(
     parameter: torch.nn.Parameter, recipe: _Recipe, seed: int, groups: ProcessGroupCollection
 ) -> torch.Tensor:
     """Run a recipe on the unsharded shape, in float32 on the CPU, and cut this rank's shard out of it."""
-    is_expert = not getattr(parameter, "allreduce", True)
-    group = groups.expt_tp if is_expert else groups.tp
-    sharded = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
     shape = list(parameter.shape)
-    if sharded:
+    if (group := shard_group(parameter, groups)) is not None:
         shape[parameter.partition_dim] *= group.size()
     master = torch.empty(shape, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         recipe.function(master, *recipe.args, **recipe.kwargs)
-    if not sharded:
-        return master
-    # A stride above 1 means that several matrices lie one after the other, each cut on its own (gated MLPs).
-    stride = parameter.partition_stride
-    pieces = master.chunk(group.size() * stride, dim=parameter.partition_dim)
-    return torch.cat(pieces[group.rank() :: group.size()], dim=parameter.partition_dim)
+    return cut_shard(master, parameter, groups)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_model_config
 
 from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
@@ -108,13 +110,14 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
     """
     _check_modules(config, infra)
     config.module_to_grid_map = infra.module_to_grid_map
+    _prepare_language_config(config.language_model_spec.params["config"])
     # Parameters made without an initializer (torch.randn in a user's encoder) draw from the default generator.
     with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is experimental and still under active development")
         torch.random.default_generator.manual_seed(seed_for(seed, "-".join(infra.participating_modules)))
         model = SampleAlignedMimoModel(config, infra)
     for name in infra.participating_modules:
-        module, prefix = _module_and_name(model, name)
+        module, prefix = module_and_name(model, name)
         initialize_by_name(
             module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
         )
@@ -124,12 +127,18 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
 def wrap_with_ddp(
     model: SampleAlignedMimoModel, infra: MimoModelInfra, ddp_config: DistributedDataParallelConfig
 ) -> None:
-    """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place."""
+    """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place.
+
+    What is wrapped already is left as it is.
+    """
     for name in infra.participating_modules:
-        module, _ = _module_and_name(model, name)
+        module, _ = module_and_name(model, name)
+        if isinstance(module, DistributedDataParallel):
+            continue
         wrapped = DistributedDataParallel(
             get_model_config(module) if name == LANGUAGE else _encoder_config(model, name),
-            ddp_config,
+            # Each wrapper writes its own bucket size into its config.
+            replace(ddp_config),
             module,
             pg_collection=infra.pg_collections[name],
         )
@@ -139,18 +148,29 @@ def wrap_with_ddp(
             model.modality_submodules[name] = wrapped
 
 
-def _module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
+def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
+    """One of this rank's modules, as wrapped as it is, and the prefix of its parameters' global names."""
     if name == LANGUAGE:
         return model.language_model, "language_model"
     return model.modality_submodules[name], f"modality_submodules.{name}"
 
 
-def _encoder_config(model: MimoModel, name: str):
-    """The TransformerConfig of an encoder: the first one found inside; else the language module's."""
-    for part in model.modality_submodules[name].modules():
-        if hasattr(part, "config"):
-            return part.config
-    return model.config
+def _encoder_config(model: MimoModel, name: str) -> TransformerConfig:
+    """Config under which an encoder's gradients are reduced: that of a transformer inside, or a plain one."""
+    configs = (getattr(part, "config", None) for part in model.modality_submodules[name].modules())
+    found = next((config for config in configs if isinstance(config, TransformerConfig)), None)
+    if found is None:
+        found = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+    # Every module must sum its gradients, as the language module does: a mix would scale the encoder's wrongly.
+    found.calculate_per_token_loss = True
+    return found
+
+
+def _prepare_language_config(config: TransformerConfig) -> None:
+    """What the multi-module schedule asks of the config that it reads."""
+    config.calculate_per_token_loss = True
+    config.variable_seq_lengths = True
+    config.pipeline_dtype = config.pipeline_dtype or config.params_dtype
 
 
 def _check_modules(config: MimoModelConfig, infra: MimoModelInfra) -> None:

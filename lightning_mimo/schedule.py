@@ -209,7 +209,7 @@ class GlobalBatchSchedule:
         """Metric names; known where the loss is computed, told to the other ranks once."""
         if training not in self._metric_names:
             box = [sorted(store[0][2]) if self.computes_loss else None]
-            dist.broadcast_object_list(box, src=self._last_stage.start, device=torch.device("cpu"))
+            dist.broadcast_object_list(box, src=self._last_stage.start)
             self._metric_names[training] = box[0]
         return self._metric_names[training]
 

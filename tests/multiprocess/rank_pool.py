@@ -42,8 +42,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNI
 
 # How long the pool waits for the stacks of ranks that have hit the timeout.
 _STACK_WAIT = 2.0
-_SHOWN_LINES = 40
-_SHOWN_COLUMNS = 400
+_SHOWN_LINES, _SHOWN_COLUMNS = 40, 400
 
 # A rank that loses its peer often reports before the peer whose error is the cause.
 _CAUSE_WAIT = 2.0
@@ -148,7 +147,7 @@ def _run_case(case: _Case) -> bytes:
         with mock.patch.dict(os.environ), _process_group(case):
             fn, args, kwargs = pickle.loads(case.call)
             return _to_bytes(_Success(fn(*args, **kwargs)))
-    except BaseException as error:  # also SystemExit and pytest.fail()
+    except BaseException as error:  # noqa: BLE001  (also SystemExit and pytest.fail())
         return _to_bytes(_failure_from(error, case.info.rank))
     finally:
         _current_rank_info = None

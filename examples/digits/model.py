@@ -1,0 +1,82 @@
+"""The digits model: a small ViT that reads an image, and a small GPT that answers the question about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from examples.digits.data import VOCAB_SIZE, Token, sequence_length
+from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+
+
+class DigitsModule(MimoModule):
+    """Modules ``images`` (ViT and projector, one token per image) and ``language`` (GPT)."""
+
+    def __init__(
+        self,
+        *,
+        vision: TransformerSize,
+        language: TransformerSize,
+        max_images: int = 2,
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 50,
+        clip_grad: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            vision: size of the ViT.
+            language: size of the GPT.
+            max_images: most images in one sample; the data must agree.
+            lr: peak learning rate, reached after the warm-up; falls to 0 along a cosine.
+            weight_decay: on matrices only.
+            warmup_steps: optimizer steps of linear warm-up.
+            clip_grad: largest norm of the gradient over all modules.
+        """
+        super().__init__(pad_token_id=int(Token.PAD), max_new_tokens=max_images + 1)
+        self.vision = vision
+        self.language = language
+        self.sequence_length = sequence_length(max_images)
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_steps = warmup_steps
+        self.clip_grad = clip_grad
+
+    def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+        return vision_language_config(
+            infra,
+            grid=ImageGrid(image_size=8, patch_size=4, channels=1),
+            vision=self.vision,
+            language=self.language,
+            vocab_size=VOCAB_SIZE,
+            max_sequence_length=self.sequence_length + self.max_new_tokens,
+            image_token_id=int(Token.IMAGE),
+        )
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.build_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=self.lr,
+                weight_decay=self.weight_decay,
+                adam_beta1=0.9,
+                adam_beta2=0.99,
+                clip_grad=self.clip_grad,
+            )
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule: Any = torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [
+                torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=self.warmup_steps),
+                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - self.warmup_steps)),
+            ],
+            milestones=[self.warmup_steps],
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,57 @@
+"""What a person sees at the end: how many answers are right, and a few samples with the model's own answers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+
+from examples.digits.data import DigitsData, decode_answer
+from examples.digits.terminal import show_sample
+
+
+class DigitsReport(pl.Callback):
+    """Prints the held-out accuracy and draws samples after training and after validation."""
+
+    def __init__(self, *, samples: int = 3) -> None:
+        """
+        Args:
+            samples: how many held-out samples to draw.
+        """
+        self._samples = samples
+        self._started = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and self._is_last_validation(trainer):
+            # All ranks write the answers together; rank 0 prints them at the end.
+            tokens = trainer.strategy.generate(batch, max_new_tokens=pl_module.max_new_tokens)
+            self._answers = [decode_answer(row) for row in tokens.tolist()]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._is_last_validation(trainer) and trainer.is_global_zero:
+            self._print(trainer)
+
+    def _is_last_validation(self, trainer: pl.Trainer) -> bool:
+        if trainer.sanity_checking:
+            return False
+        return trainer.state.fn == "validate" or trainer.global_step >= trainer.max_steps > 0
+
+    def _print(self, trainer: pl.Trainer) -> None:
+        data: DigitsData = trainer.datamodule
+        print()
+        for index in range(self._samples):
+            images, question, expected = data.held_out_set.describe(index)
+            print(show_sample(images, question, self._answers[index], expected), end="\n\n")
+        accuracy = float(trainer.callback_metrics["val/exact_match"])
+        swapped = " (images swapped between samples)" if data.swap_images else ""
+        print(
+            f"exact match on {len(data.held_out_set)} samples of images never seen in training{swapped}: {accuracy:.1%}"
+        )
+        if self._started:
+            print(f"seconds from the start of fit: {time.perf_counter() - self._started:.0f}")

@@ -1,0 +1,6 @@
+"""``python -m lightning_mimo`` is the same as ``lightning-mimo``."""
+
+from lightning_mimo.cli import main
+
+if __name__ == "__main__":
+    main()

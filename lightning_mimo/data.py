@@ -1,0 +1,346 @@
+"""A user's DataLoader, written as for one process, rebuilt so that each rank loads what its modules need.
+
+The global batch is the unit: every step, every rank draws the same list of samples, keeps its own runs of it
+(:class:`lightning_mimo.batching.RankBatchPlan`) and collates one dictionary per microbatch. The order of samples, and
+what random augmentation does to one of them, depend on the seed, the epoch and the sample only, never on the layout.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
+
+from lightning_mimo.batching import RankBatchPlan
+from lightning_mimo.bridges import ModalityCounts
+from lightning_mimo.initialization import seed_for
+from lightning_mimo.layout import LANGUAGE
+
+Sample = Mapping[str, Any]
+"""``{"input_ids": [S], "labels": [S], "loss_mask": [S], "modality_inputs": {module: {encoder: {arg: [n, …]}}}}``"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRequest:
+    """One sample that this rank loads.
+
+    Attributes:
+        index: index in the user's dataset.
+        position: position in the global batch.
+        modules: modules of this rank that use it.
+        epoch: counted from 0; part of the augmentation seed.
+        filler: whether it only fills up a short last batch: it then counts for nothing.
+    """
+
+    index: int
+    position: int
+    modules: frozenset[str]
+    epoch: int
+    filler: bool
+
+
+class GlobalOrder(Sampler[int]):
+    """The order of samples over all ranks. Lightning tells it the epoch through ``set_epoch``."""
+
+    def __init__(self, sampler: Sampler[int], *, seed: int) -> None:
+        """
+        Args:
+            sampler: the user's sampler; what it draws from torch's default generator is made to depend on the seed and
+                the epoch only.
+            seed: the run's seed, the same on all ranks.
+        """
+        self._sampler = sampler
+        self._seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        if isinstance(self._sampler, SequentialSampler):
+            yield from self._sampler
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.random.default_generator.manual_seed(seed_for(self._seed, f"order/{self.epoch}"))
+            order = list(self._sampler)
+        yield from order
+
+
+class RankBatchSampler(BatchSampler):
+    """Cuts the global order into global batches and keeps this rank's samples of each.
+
+    A short last batch is filled up with repeats that count for nothing, unless it is dropped.
+    """
+
+    def __init__(self, order: GlobalOrder, plan: RankBatchPlan, *, drop_last: bool) -> None:
+        self.sampler = order  # the name under which Lightning looks for set_epoch
+        self.batch_size = plan.global_batch_size
+        self.drop_last = drop_last
+        self._plan = plan
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.sampler), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[list[SampleRequest]]:
+        batch: list[int] = []
+        for index in self.sampler:
+            batch.append(index)
+            if len(batch) == self.batch_size:
+                yield self._requests(batch)
+                batch = []
+        if batch and not self.drop_last:
+            yield self._requests(batch)
+
+    def _requests(self, batch: list[int]) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                index=batch[position] if position < len(batch) else batch[0],
+                position=position,
+                modules=self._plan.needed_by(position, microbatch),
+                epoch=self.sampler.epoch,
+                filler=position >= len(batch),
+            )
+            for microbatch in range(self._plan.num_microbatches)
+            for position in self._plan.union(microbatch)
+        ]
+
+
+class RoleDataset(Dataset):
+    """The user's dataset, asked for just the modules that this rank holds.
+
+    A dataset with ``load(index, modules)`` decodes only those; of a plain one the rest is thrown away.
+    """
+
+    def __init__(self, dataset: Dataset, *, seed: int) -> None:
+        self._load = _loader_of(dataset)
+        self._seed = seed
+
+    def __getitem__(self, request: SampleRequest) -> tuple[SampleRequest, Sample]:
+        with isolate_rng(include_cuda=False):
+            seed = seed_for(self._seed, f"sample/{request.epoch}/{request.index}")
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.random.default_generator.manual_seed(seed)
+            return request, self._load(request.index, request.modules)
+
+
+class MicrobatchCollator:
+    """Turns this rank's samples of one global batch into a list of microbatches."""
+
+    def __init__(self, plan: RankBatchPlan, *, special_token_ids: Mapping[str, int], pad_token_id: int) -> None:
+        """
+        Args:
+            plan: which samples belong to which microbatch and module.
+            special_token_ids: encoder name -> its placeholder in ``input_ids``.
+            pad_token_id: fills up sequences that are shorter than the longest of their microbatch.
+
+        Raises:
+            ValueError: if the pad token is also a placeholder.
+        """
+        for name, token in special_token_ids.items():
+            if token == pad_token_id:
+                raise ValueError(
+                    f"pad_token_id={pad_token_id} is also the placeholder of module {name!r}, so padding would ask for "
+                    f"embeddings. Choose another pad_token_id in your MimoModule."
+                )
+        self._plan = plan
+        self._special_token_ids = dict(special_token_ids)
+        self._pad_token_id = pad_token_id
+
+    def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[dict[str, Any]]:
+        by_position = {request.position: (request, sample) for request, sample in loaded}
+        return [self._microbatch(by_position, microbatch) for microbatch in range(self._plan.num_microbatches)]
+
+    def _microbatch(self, loaded: Mapping[int, tuple[SampleRequest, Sample]], microbatch: int) -> dict[str, Any]:
+        texts = [loaded[position] for position in self._plan.text(microbatch)]
+        batch = self._text(texts)
+        batch["global_positions"] = tuple(self._plan.text(microbatch))
+        batch["modality_inputs"] = {}
+        batch["modality_counts"] = {}
+        for module, runs in self._plan.shards.items():
+            if module == LANGUAGE:
+                continue
+            own = runs[microbatch]
+            samples = [loaded[position] for position in own]
+            batch["modality_inputs"][module] = _concatenate(module, samples)
+            batch["modality_counts"][module] = self._counts(module, loaded, self._plan.union(microbatch), own)
+        return batch
+
+    def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> dict[str, Any]:
+        input_ids = _pad([sample["input_ids"] for _, sample in texts], self._pad_token_id)
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "position_ids": torch.arange(input_ids.size(1)).expand_as(input_ids),
+            "sample_indices": tuple(request.index for request, _ in texts),
+            "fillers": tuple(request.filler for request, _ in texts),
+            "lengths": torch.tensor([len(sample["input_ids"]) for _, sample in texts]),
+        }
+        if LANGUAGE in self._plan.shards:
+            masks = [sample["loss_mask"] * (0 if request.filler else 1) for request, sample in texts]
+            batch["labels"] = _pad([sample["labels"] for _, sample in texts], 0)
+            batch["loss_mask"] = _pad(masks, 0)
+        return batch
+
+    def _counts(
+        self, module: str, loaded: Mapping[int, tuple[SampleRequest, Sample]], seen: range, own: range
+    ) -> ModalityCounts:
+        token = self._special_token_ids[module]
+        placeholders = [int((loaded[position][1]["input_ids"] == token).sum()) for position in seen]
+        return ModalityCounts(
+            sample_indices=tuple(loaded[position][0].index for position in seen),
+            placeholders=tuple(placeholders),
+            own=range(own.start - seen.start, own.stop - seen.start),
+            items=tuple(_items(module, *loaded[position]) for position in own),
+        )
+
+
+def shard_dataloader(
+    loader: DataLoader,
+    plan: RankBatchPlan,
+    *,
+    special_token_ids: Mapping[str, int],
+    pad_token_id: int,
+    seed: int,
+) -> DataLoader:
+    """Rebuild a DataLoader that was written for one process for one rank.
+
+    Args:
+        loader: over a map-style dataset, with ``batch_size`` 1 or the global batch. Its sampler, ``drop_last`` and
+            worker settings are kept; its ``collate_fn`` is replaced.
+        plan: this rank's share.
+        special_token_ids: encoder name -> its placeholder in ``input_ids``.
+        pad_token_id: fills up short sequences.
+        seed: the run's seed, the same on all ranks.
+
+    Returns:
+        A loader that yields, per global batch, the list of this rank's microbatches.
+
+    Raises:
+        ValueError: for an IterableDataset, a DistributedSampler, a custom batch sampler, or another batch size.
+    """
+    _check_loader(loader, plan.global_batch_size)
+    order = GlobalOrder(_sampler_of(loader), seed=seed)
+    return DataLoader(
+        RoleDataset(loader.dataset, seed=seed),
+        batch_sampler=RankBatchSampler(order, plan, drop_last=_drops_last(loader)),
+        collate_fn=MicrobatchCollator(plan, special_token_ids=special_token_ids, pad_token_id=pad_token_id),
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _check_loader(loader: DataLoader, global_batch_size: int) -> None:
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for a given sample, so ranks "
+            f"of different modules could not be kept on the same samples. Use a map-style dataset (__len__ and "
+            f"__getitem__)."
+        )
+    batch_size = getattr(loader.batch_sampler, "batch_size", None)
+    if batch_size is None:
+        raise ValueError(
+            f"The DataLoader has a batch sampler of its own ({type(loader.batch_sampler).__name__}), which "
+            f"MimoStrategy cannot divide over ranks. Give it a sampler and batch_size={global_batch_size} instead."
+        )
+    if batch_size not in (1, global_batch_size):
+        raise ValueError(
+            f"The DataLoader has batch_size={batch_size}, but MimoStrategy has global_batch_size={global_batch_size}. "
+            f"Write the DataLoader as for one process: batch_size={global_batch_size}, or leave it at 1."
+        )
+    if isinstance(_sampler_of(loader), DistributedSampler):
+        raise ValueError(
+            "The DataLoader has a DistributedSampler, but MimoStrategy divides samples itself, differently for each "
+            "module. Leave the sampler out and write shuffle=True where you want it."
+        )
+
+
+def _sampler_of(loader: DataLoader) -> Sampler[int]:
+    return loader.batch_sampler.sampler
+
+
+def _drops_last(loader: DataLoader) -> bool:
+    # With batch_size=1 nothing was ever short, so drop_last says nothing about the global batch.
+    return bool(getattr(loader.batch_sampler, "drop_last", False))
+
+
+def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
+    """``load(index, modules)`` of any map-style dataset, through ``torch.utils.data.Subset``."""
+    if isinstance(dataset, Subset):
+        inner = _loader_of(dataset.dataset)
+        return lambda index, modules: inner(dataset.indices[index], modules)
+    if callable(load := getattr(dataset, "load", None)):
+        return load
+
+    def load_all(index: int, modules: frozenset[str]) -> Sample:
+        sample = dataset[index]
+        inputs = {name: value for name, value in sample.get("modality_inputs", {}).items() if name in modules}
+        return {**sample, "modality_inputs": inputs}
+
+    return load_all
+
+
+def _pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
+    return pad_sequence(sequences, batch_first=True, padding_value=value)
+
+
+def _items(module: str, request: SampleRequest, sample: Sample) -> int:
+    """Number of images (clips, …) of one sample, checked over all encoder arguments."""
+    numbers = {
+        f"{encoder}.{name}": value.size(0)
+        for encoder, arguments in sample.get("modality_inputs", {}).get(module, {}).items()
+        for name, value in arguments.items()
+    }
+    if len(set(numbers.values())) > 1:
+        raise ValueError(
+            f"Sample {request.index}: the inputs of module {module!r} differ in their first dimension, the number of "
+            f"items: {numbers}. They must agree."
+        )
+    return next(iter(numbers.values()), 0)
+
+
+def _concatenate(
+    module: str, loaded: Sequence[tuple[SampleRequest, Sample]]
+) -> dict[str, dict[str, torch.Tensor]] | None:
+    """``{encoder: {arg: [items of all samples, …]}}``, or None where no sample says what the arguments look like.
+
+    Where there is not one item, an item of zeros stands in, because few encoders take an empty batch; the model drops
+    its embeddings again, so every parameter still gets its (zero) gradient.
+    """
+    inputs = [sample.get("modality_inputs", {}).get(module) for _, sample in loaded]
+    inputs = [each for each in inputs if each]
+    if not inputs:
+        return None
+    result: dict[str, dict[str, torch.Tensor]] = {}
+    for encoder, arguments in inputs[0].items():
+        result[encoder] = {}
+        for name in arguments:
+            together = torch.cat([each[encoder][name] for each in inputs])
+            if together.size(0) == 0:
+                together = together.new_zeros((1, *together.shape[1:]))
+            result[encoder][name] = together
+    return result

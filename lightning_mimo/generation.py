@@ -1,0 +1,87 @@
+"""Greedy decoding through the schedule: the answer of every sample of a global batch, on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from lightning_mimo.schedule import ForwardStep, GlobalBatchSchedule, Microbatch
+from lightning_mimo.vocab_parallel import greedy_tokens
+
+
+def prompt_lengths(microbatch: Microbatch) -> torch.Tensor:
+    """Tokens that are given of each sample: all up to the first one whose label counts, or all of them.
+
+    Args:
+        microbatch: with ``lengths`` int64 ``[b]`` and, where there are labels, ``loss_mask`` ``[b, s]``.
+
+    Returns:
+        int64 ``[b]``.
+    """
+    lengths = microbatch["lengths"]
+    if "loss_mask" not in microbatch:
+        return lengths
+    counted = microbatch["loss_mask"] > 0
+    return torch.where(counted.any(dim=1), counted.int().argmax(dim=1) + 1, lengths)
+
+
+@torch.no_grad()
+def greedy_decode(
+    schedule: GlobalBatchSchedule,
+    microbatches: Sequence[Microbatch],
+    forward: ForwardStep,
+    *,
+    global_batch_size: int,
+    max_new_tokens: int,
+    pad_token_id: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:
+    """Write ``max_new_tokens`` tokens for every sample. Collective over the world.
+
+    Without a cache: the prompts grow in place and every token costs one forward pass of the whole batch.
+
+    Args:
+        schedule: of the model.
+        microbatches: this rank's share; ``input_ids`` are not changed.
+        forward: runs the model on one microbatch.
+        global_batch_size: samples over all ranks.
+        max_new_tokens: tokens to write.
+        pad_token_id: stands where nothing is written yet; any text token does.
+        group: the language module's tensor-parallel group; ``None`` on ranks without it.
+
+    Returns:
+        int64 ``[global_batch_size, max_new_tokens]`` by position in the global batch, on every rank.
+    """
+    prompts = [_with_room(microbatch, max_new_tokens, pad_token_id) for microbatch in microbatches]
+    lengths = [prompt_lengths(microbatch) for microbatch in microbatches]
+    device = prompts[0]["input_ids"].device
+    written = torch.zeros((global_batch_size, max_new_tokens), dtype=torch.int64, device=device)
+
+    def last_token(logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        last = microbatch["prompt_lengths"] + step - 1
+        rows = torch.arange(len(last), device=device)
+        return greedy_tokens(logits[rows, last], group)
+
+    for prompt, length in zip(prompts, lengths, strict=True):
+        prompt["prompt_lengths"] = length
+    for step in range(max_new_tokens):
+        tokens = schedule.predict(prompts, forward, last_token)
+        if schedule.counts_loss:
+            for prompt, token in zip(prompts, tokens, strict=True):
+                written[list(prompt["global_positions"]), step] = token
+        column = written[:, step].contiguous()
+        dist.all_reduce(column)
+        written[:, step] = column
+        for prompt in prompts:
+            rows = torch.arange(len(prompt["prompt_lengths"]), device=device)
+            prompt["input_ids"][rows, prompt["prompt_lengths"] + step] = column[list(prompt["global_positions"])]
+    return written
+
+
+def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int) -> Microbatch:
+    """A copy whose sequences are longer by ``columns``; what stands there comes after all that is read."""
+    input_ids = torch.nn.functional.pad(microbatch["input_ids"], (0, columns), value=pad_token_id)
+    positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+    return {**microbatch, "input_ids": input_ids, "position_ids": positions}

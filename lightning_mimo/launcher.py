@@ -1,0 +1,135 @@
+"""Starts the other ranks of this node by forking, so that imports are paid for once, not once per rank.
+
+Lightning's own launcher starts the script again in every process. On a CPU, where nothing stands against a fork,
+that only repeats half a minute of imports. As there, each process then runs the rest of the script.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.strategies.launchers.launcher import _Launcher
+
+# How long a rank that lost its fellows may take to report an error of its own.
+_GRACE_SECONDS = 10.0
+_POLL_SECONDS = 0.2
+
+
+def can_fork(root_device: torch.device) -> bool:
+    """Whether ranks may be forked: on Linux, without CUDA (a forked process cannot use its parent's CUDA context)."""
+    return sys.platform == "linux" and root_device.type == "cpu"
+
+
+class ForkLauncher(_Launcher):
+    """Forks one process per further rank of this node, and ends all of them when one fails."""
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        *,
+        num_processes: int,
+        num_nodes: int,
+        validate: Callable[[], object],
+    ) -> None:
+        """
+        Args:
+            cluster_environment: tells rank and address; told the local rank through ``LOCAL_RANK``, as by Lightning.
+            num_processes: ranks on this node.
+            num_nodes: nodes.
+            validate: called before any process is started; raises if the run cannot work.
+        """
+        self._environment = cluster_environment
+        self._num_processes = num_processes
+        self._num_nodes = num_nodes
+        self._validate = validate
+        self._children: set[int] = set()
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return False
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other ranks of this node, unless something else does, and call ``function`` in each."""
+        self._validate()
+        self._environment.validate_settings(num_devices=self._num_processes, num_nodes=self._num_nodes)
+        if not self._environment.creates_processes_externally:
+            self._fork()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._num_processes))
+        return function(*args, **kwargs)
+
+    def kill(self, signum: signal.Signals | int) -> None:
+        """Send a signal to the processes that this one started."""
+        for child in self._children:
+            _signal(child, signum)
+
+    def _fork(self) -> None:
+        os.environ["MASTER_ADDR"] = self._environment.main_address
+        os.environ["MASTER_PORT"] = str(self._environment.main_port)
+        os.environ["NODE_RANK"] = str(self._environment.node_rank())
+        os.environ["WORLD_SIZE"] = str(self._num_processes * self._num_nodes)
+        os.environ["LOCAL_RANK"] = "0"
+        parent = os.getpid()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for local_rank in range(1, self._num_processes):
+            with warnings.catch_warnings():
+                # Python warns where a library (OpenBLAS, say) has threads. They hold no lock that the child needs.
+                warnings.filterwarnings("ignore", message=".*use of fork.. may lead to deadlocks", category=DeprecationWarning)
+                child = os.fork()
+            if child == 0:
+                os.environ["LOCAL_RANK"] = str(local_rank)
+                self._children = set()
+                # A pool of threads does not survive a fork; with one thread none is used.
+                torch.set_num_threads(1)
+                threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+                return
+            self._children.add(child)
+        threading.Thread(target=self._end_when_child_fails, daemon=True).start()
+        atexit.register(self._wait_for_children)
+
+    def _end_when_child_fails(self) -> None:
+        """Watch the children; if one ends badly, give the others time to say why they stopped, then end all."""
+        while self._children:
+            for child in tuple(self._children):
+                pid, status = os.waitpid(child, os.WNOHANG)
+                if pid == 0:
+                    continue
+                self._children.discard(child)
+                if status != 0:
+                    code = os.waitstatus_to_exitcode(status)
+                    print(f"A rank (process {child}) ended with exit code {code}; ending the others.", file=sys.stderr)
+                    time.sleep(_GRACE_SECONDS)
+                    self.kill(signal.SIGKILL)
+                    os._exit(code if code > 0 else 1)
+            time.sleep(_POLL_SECONDS)
+
+    def _wait_for_children(self) -> None:
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while self._children and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self.kill(signal.SIGKILL)
+
+
+def _end_with_parent(parent: int) -> None:
+    """In a forked rank: end when the process that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    time.sleep(_GRACE_SECONDS)
+    os._exit(1)
+
+
+def _signal(pid: int, signum: signal.Signals | int) -> None:
+    try:
+        os.kill(pid, signum)
+    except ProcessLookupError:
+        pass

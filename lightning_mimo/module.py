@@ -1,0 +1,160 @@
+"""The LightningModule that users subclass: which model, which optimizer, which loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.optimizer import OptimizerConfig
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
+from lightning_mimo.optimizer import MimoTorchOptimizer, build_optimizer
+from lightning_mimo.schedule import Metrics, Microbatch
+from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
+
+
+class MimoModule(pl.LightningModule):
+    """A MimoModel under Lightning. Override :meth:`configure_mimo`, :meth:`configure_optimizers`, maybe :meth:`loss`.
+
+    The steps are per microbatch: the strategy cuts a global batch into microbatches and sends them through Megatron's
+    schedule, which calls :meth:`training_step` (or its siblings) for each, and :meth:`loss` where the last stage of
+    the language module is. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``), on ranks of the
+    language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
+
+    Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/tokens_per_s``,
+    ``val/loss``, ``test/loss`` and the metrics that :meth:`loss` returns.
+    """
+
+    def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16) -> None:
+        """
+        Args:
+            pad_token_id: fills up ``input_ids`` where samples of a microbatch differ in length.
+            max_new_tokens: tokens that ``predict`` writes for each sample.
+        """
+        super().__init__()
+        self.pad_token_id = pad_token_id
+        self.max_new_tokens = max_new_tokens
+        self.model: SampleAlignedMimoModel | None = None
+
+    def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+        """Describe the model. Called on every rank, once, after the process groups exist.
+
+        Args:
+            infra: layout, grids and process groups. ``infra.pg_collections`` has entries for this rank's modules only.
+
+        Returns:
+            Specs of all modules, whose names are those of the layout.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override configure_mimo(infra) -> MimoModelConfig.")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return ``self.build_optimizer(OptimizerConfig(...))``, alone or with a learning-rate scheduler on it."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must override configure_optimizers(); return "
+            f"self.build_optimizer(OptimizerConfig(optimizer='adam', lr=...))."
+        )
+
+    def build_optimizer(self, config: OptimizerConfig) -> MimoTorchOptimizer:
+        """Megatron's optimizer over all modules. Collective over the world; call it in ``configure_optimizers``.
+
+        ``Trainer(gradient_clip_val=...)`` takes the place of ``config.clip_grad``.
+
+        Args:
+            config: Megatron's optimizer settings.
+        """
+        clip = self.trainer.gradient_clip_val
+        config.clip_grad = config.clip_grad if clip is None else float(clip)
+        return build_optimizer(self.model, config)
+
+    def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        """Token cross-entropy; outside training also the exact match of every sample's counted tokens.
+
+        Called on all tensor-parallel ranks of the language module's last stage, so it may use their group.
+
+        Args:
+            output: logits ``[b, s, vocabulary / tp]``.
+            batch: the microbatch.
+
+        Returns:
+            Sum over the tokens that count, their number, and metrics: name -> (sum, count). The trainer's loss is the
+            first sum over the second, taken over the global batch, not over microbatches.
+        """
+        group = self.infra.pg_collections[LANGUAGE].tp
+        mask, labels = batch["loss_mask"], batch["labels"]
+        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        if not self.training:
+            counted = mask > 0
+            wrong = (greedy_tokens(output, group) != labels) & counted
+            asked = counted.any(dim=1)
+            metrics["exact_match"] = ((asked & ~wrong.any(dim=1)).sum(), asked.sum())
+        return (token_losses(output, labels, group) * mask).sum(), (mask > 0).sum(), metrics
+
+    def forward(self, batch: Microbatch) -> Any:
+        """Run this rank's modules on one microbatch.
+
+        Returns:
+            Logits ``[b, s, vocabulary / tp]`` on the language module's last stage, what goes to the next stage before.
+        """
+        output, _ = self.model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=None,
+            modality_inputs=self._first_stage_inputs(batch["modality_inputs"]),
+            modality_counts=batch["modality_counts"],
+        )
+        return output
+
+    def training_step(self, batch: Microbatch, batch_idx: int) -> Any:
+        """Forward of one microbatch; what it returns goes to :meth:`loss`."""
+        return self(batch)
+
+    def validation_step(self, batch: Microbatch, batch_idx: int) -> Any:
+        """Forward of one microbatch; what it returns goes to :meth:`loss`."""
+        return self(batch)
+
+    def test_step(self, batch: Microbatch, batch_idx: int) -> Any:
+        """Forward of one microbatch; what it returns goes to :meth:`loss`."""
+        return self(batch)
+
+    def predict_step(self, batch: Microbatch, batch_idx: int) -> Any:
+        """Forward of one microbatch; the strategy takes the next token from it."""
+        return self(batch)
+
+    @property
+    def infra(self) -> MimoModelInfra:
+        """Grids and process groups of the strategy.
+
+        Raises:
+            ValueError: under a strategy that has none.
+        """
+        infra = getattr(self.trainer.strategy, "infra", None)
+        if infra is None:
+            raise ValueError(
+                f"{type(self).__name__} is a MimoModule and needs Trainer(strategy=MimoStrategy(...)); the trainer has "
+                f"{type(self.trainer.strategy).__name__}."
+            )
+        return infra
+
+    def configure_model(self) -> None:
+        """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
+        if self.model is None:
+            seed = self.trainer.strategy.seed if self.infra else 0
+            self.model = build_mimo_model(self.configure_mimo(self.infra), self.infra, seed=seed)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the optimizer step found. Call ``super()`` where you override it."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if optimizer.grad_norm is not None:
+            self.log("train/grad_norm", optimizer.grad_norm)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""
+
+    def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Only the first pipeline stage of an encoder takes images; later ones get hidden states."""
+        return {name: value for name, value in inputs.items() if self.model.role.is_first_stage(name)}

@@ -1,0 +1,460 @@
+"""MimoStrategy: Lightning's hooks in order, each a few lines that call a lower ring."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.utilities.distributed import (
+    _get_default_process_group_backend_for_device,
+    _init_dist_connection,
+)
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from megatron.core.distributed import DistributedDataParallelConfig
+from torch.distributed import ReduceOp
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
+from lightning_mimo.checkpoint import load_weights, save_weights
+from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.data import shard_dataloader
+from lightning_mimo.generation import greedy_decode
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.launcher import ForkLauncher, can_fork
+from lightning_mimo.layout import LANGUAGE, MimoLayout, ModuleParallelism
+from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
+from lightning_mimo.model import wrap_with_ddp
+from lightning_mimo.module import MimoModule
+from lightning_mimo.precision import MimoPrecision
+from lightning_mimo.random_state import seed_megatron
+from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
+
+
+class MimoStrategy(ParallelStrategy):
+    """Trains a :class:`MimoModule` with every module on a HyperCommGrid of its own.
+
+    Example::
+
+        strategy = MimoStrategy(
+            modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
+            global_batch_size=64,
+            num_microbatches=4,
+        )
+        Trainer(devices=4, strategy=strategy).fit(model, datamodule)
+    """
+
+    strategy_name = "mimo"
+
+    def __init__(
+        self,
+        modules: dict[str, ModuleParallelism],
+        global_batch_size: int,
+        num_microbatches: int = 1,
+        *,
+        colocate: bool = False,
+        ddp: DistributedDataParallelConfig | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        """
+        Args:
+            modules: module name -> its parallelism. One is called ``language``. In the order written, modules take one
+                run of ranks after the other.
+            global_batch_size: samples per step over all ranks. With ``accumulate_grad_batches=k`` an optimizer step
+                sees k of them.
+            num_microbatches: pipeline microbatches that a global batch is cut into.
+            colocate: put every module on all ranks instead.
+            ddp: settings of Megatron's DistributedDataParallel, for every module. Gradients are always summed and then
+                divided by the tokens of the global batch.
+            process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
+            timeout: how long a collective may wait for a rank.
+            accelerator: as for every ParallelStrategy; set by the Trainer.
+            parallel_devices: as for every ParallelStrategy; set by the Trainer.
+            cluster_environment: as for every ParallelStrategy; set by the Trainer.
+            checkpoint_io: not used: checkpoints are written by all ranks, see ``lightning_mimo.checkpoint``.
+            precision_plugin: as for every ParallelStrategy; set by the Trainer.
+        """
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+        )
+        self.modules = dict(modules)
+        self.global_batch_size = global_batch_size
+        self.num_microbatches = num_microbatches
+        self.colocate = colocate
+        self.ddp = ddp or DistributedDataParallelConfig()
+        self.num_nodes = 1
+        self.infra: MimoModelInfra | None = None
+        self.seed = 0
+        self._backend = process_group_backend
+        self._timeout = timeout
+        self._schedule: GlobalBatchSchedule | None = None
+        self._plan: RankBatchPlan | None = None
+        self._open = contextlib.ExitStack()  # what teardown has to close
+        self._window_open = False
+        self._hold = False
+        self._step_started = 0.0
+
+    # ------------------------------------------------------------------ ranks
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices or [])
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        raise ValueError(
+            "MimoStrategy divides samples itself, differently for each module; there is no DistributedSampler for it."
+        )
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank
+
+    # ------------------------------------------------------- before a process
+
+    def validate(self) -> MimoLayout:
+        """Check layout and batch sizes against the Trainer's devices and nodes. Needs no process and no device.
+
+        Raises:
+            LayoutError: naming the module, the arithmetic and the remedy.
+        """
+        layout = MimoLayout.resolve(
+            self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
+        )
+        self._micro_batch_sizes(layout)
+        return layout
+
+    def _micro_batch_sizes(self, layout: MimoLayout) -> dict[str, int]:
+        return validate_batch_sizes(
+            {name: sizes.dp for name, sizes in layout.modules.items()},
+            global_batch_size=self.global_batch_size,
+            num_microbatches=self.num_microbatches,
+        )
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None
+        if can_fork(self.parallel_devices[0]):
+            self._launcher = ForkLauncher(
+                self.cluster_environment,
+                num_processes=self.num_processes,
+                num_nodes=self.num_nodes,
+                validate=self.validate,
+            )
+        else:
+            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    # ------------------------------------------------------------------ setup
+
+    @override
+    def setup_environment(self) -> None:
+        layout = self.validate()
+        super().setup_environment()
+        self._set_world_ranks()
+        reset_seed()
+        if self.root_device.type == "cpu":
+            self._open.enter_context(megatron_on_cpu())
+        if self.infra is None:
+            self._build_infra(layout)
+        seed_megatron(layout, self.global_rank, seed=self.seed)
+
+    def _build_infra(self, layout: MimoLayout) -> None:
+        """Process groups, and each rank's share of the data. They outlive ``fit``, so that ``test`` can follow it."""
+        backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
+        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout)
+        self.seed = self.broadcast(torch.initial_seed() % 2**63)
+        self.infra = MimoModelInfra.build(layout)
+        self._plan = RankBatchPlan.build(
+            layout,
+            self.global_rank,
+            global_batch_size=self.global_batch_size,
+            num_microbatches=self.num_microbatches,
+        )
+        validate_no_stub_ranks(self.infra.module_to_grid_map, self.world_size)
+        validate_data_loader_contract(
+            self.infra, self.global_batch_size, self._micro_batch_sizes(layout), self.num_microbatches
+        )
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = self._module
+        # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
+        if trainer.state.fn == TrainerFn.FITTING:
+            wrap_with_ddp(module.model, self.infra, self.ddp)
+        self._schedule = GlobalBatchSchedule(module.model, self.infra)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing: modules are built on this rank's device."""
+
+    @property
+    def _module(self) -> MimoModule:
+        module = self.lightning_module
+        if not isinstance(module, MimoModule):
+            raise ValueError(
+                f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
+                f"lightning_mimo.MimoModule and override configure_mimo."
+            )
+        return module
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = MimoPrecision() if plugin is None else MimoPrecision.convert(plugin)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> DataLoader:
+        """Rebuild a user's DataLoader for this rank."""
+        if not isinstance(dataloader, DataLoader):
+            raise ValueError(
+                f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(dataloader).__name__}. "
+                f"Return a DataLoader over a map-style dataset."
+            )
+        sharded = shard_dataloader(
+            dataloader,
+            self._plan,
+            special_token_ids=self._module.model.special_token_ids,
+            pad_token_id=self._module.pad_token_id,
+            seed=self.seed,
+        )
+        self._check_same_length(len(dataloader.dataset))
+        return sharded
+
+    def _check_same_length(self, length: int) -> None:
+        lengths: list[Any] = [None] * self.world_size
+        dist.all_gather_object(lengths, length)
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"The dataset has a different length on different ranks: {dict(enumerate(lengths))}. Every rank must "
+                f"see the same samples under the same indices."
+            )
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def training_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
+        """Forward and backward of one global batch; the global loss, the same on every rank."""
+        if not self._window_open:
+            self._schedule.zero_grad()
+            self._window_open = True
+        module = self._module
+        totals = self._schedule.train(
+            batch, lambda microbatch: module.training_step(microbatch, batch_idx), module.loss, hold=self._hold
+        )
+        now = time.perf_counter()
+        if self._step_started:
+            module.log("train/tokens_per_s", totals.tokens.float() / (now - self._step_started))
+        self._step_started = now
+        self._log("train", totals, prog_bar=True, on_step=True, on_epoch=False)
+        return totals.loss.float()
+
+    @override
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Nothing: the schedule ran the backward passes inside ``training_step``."""
+        return closure_loss
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Hold gradients back: more batches of the same accumulation window follow."""
+        self._hold = True
+        try:
+            yield
+        finally:
+            self._hold = False
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self._window_open = False
+        return result
+
+    @override
+    def validation_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
+        return self._evaluate("val", self._module.validation_step, batch, batch_idx)
+
+    @override
+    def test_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
+        return self._evaluate("test", self._module.test_step, batch, batch_idx)
+
+    def _evaluate(self, stage: str, step: Any, batch: list[Microbatch], batch_idx: int) -> torch.Tensor:
+        module = self._module
+        totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), module.loss)
+        self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
+        return totals.loss.float()
+
+    @override
+    def predict_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> list[dict[str, Any]]:
+        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        module = self._module
+        tokens = self.generate(batch, max_new_tokens=module.max_new_tokens)
+        indices = self._gather_indices(batch)
+        return [
+            {"sample_index": index, "tokens": row}
+            for index, row in zip(indices, tokens.tolist(), strict=True)
+            if index >= 0
+        ]
+
+    def generate(self, batch: list[Microbatch], *, max_new_tokens: int) -> torch.Tensor:
+        """Write tokens for every sample of a global batch. Collective over the world.
+
+        Returns:
+            int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
+        """
+        module = self._module
+        groups = self.infra.pg_collections.get(LANGUAGE)
+        return greedy_decode(
+            self._schedule,
+            batch,
+            lambda microbatch: module.predict_step(microbatch, 0),
+            global_batch_size=self.global_batch_size,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=module.pad_token_id,
+            group=groups.tp if groups else None,
+        )
+
+    def _gather_indices(self, batch: list[Microbatch]) -> list[int]:
+        """Dataset index at every position of the global batch, -1 for fillers; the same on every rank."""
+        indices = torch.zeros(self.global_batch_size, dtype=torch.int64, device=self.root_device)
+        for microbatch in batch:
+            for position, index, filler in zip(
+                microbatch["global_positions"], microbatch["sample_indices"], microbatch["fillers"], strict=True
+            ):
+                indices[position] = -1 if filler else index
+        dist.all_reduce(indices, op=ReduceOp.MAX)
+        return indices.tolist()
+
+    def _log(self, stage: str, totals: BatchTotals, **how: Any) -> None:
+        """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
+        tokens = int(totals.tokens) if how["on_epoch"] else 1
+        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=tokens, **how)
+        for name, (total, count) in totals.metrics.items():
+            counted = int(count) if how["on_epoch"] else 1
+            if counted:
+                self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
+
+    # ------------------------------------------------------------ collectives
+
+    @override
+    def reduce(
+        self, tensor: torch.Tensor | Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> torch.Tensor | Any:
+        """Reduce a tensor over the world (or a group): "mean", "sum" or a ReduceOp. Other objects come back as is."""
+        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
+            return tensor
+        mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
+        op = reduce_op if isinstance(reduce_op, ReduceOp.RedOpType) and not mean else ReduceOp.SUM
+        dist.all_reduce(tensor, op=op, group=group)
+        if mean:
+            tensor = tensor / dist.get_world_size(group)
+        return tensor
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
+
+    # ------------------------------------------------------------ checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: weights go to the checkpoint directory shard by shard, see :meth:`save_checkpoint`."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """Nothing: the optimizer's state is not saved yet."""
+        return {}
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write weights and Lightning's own state into a directory. Collective over the world."""
+        save_weights(self.broadcast(str(filepath)), self._module.model, self.infra, extra=checkpoint)
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read weights, written in whatever layout, and Lightning's own state. Collective over the world."""
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            raise ValueError(
+                f"fit(ckpt_path={str(checkpoint_path)!r}): training cannot be continued from a checkpoint yet, because "
+                f"the optimizer's state is not saved. validate, test and predict can load it."
+            )
+        return load_weights(self.broadcast(str(checkpoint_path)), self._module.model, self.infra)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: :meth:`load_checkpoint` has put the weights in place."""
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    # --------------------------------------------------------------- the end
+
+    @override
+    def teardown(self) -> None:
+        """Also after an exception, so without collectives. Process groups stay, for the next call of the Trainer."""
+        super().teardown()
+        self._schedule = None
+        self._window_open = False
+        self._step_started = 0.0
+        self._open.close()

@@ -1,0 +1,49 @@
+"""Losses and predictions from logits whose vocabulary is divided over the tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+
+def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Cross-entropy of every token, in float32. Collective over the tensor-parallel group.
+
+    Args:
+        logits: ``[b, s, vocabulary / tp]``, this rank's part; may be overwritten.
+        labels: int64 ``[b, s]``, ids of the whole vocabulary.
+        group: the language module's tensor-parallel group.
+
+    Returns:
+        ``[b, s]``.
+    """
+    losses = vocab_parallel_cross_entropy(
+        logits.transpose(0, 1).contiguous(), labels.transpose(0, 1).contiguous(), tp_group=group
+    )
+    return losses.transpose(0, 1)
+
+
+@torch.no_grad()
+def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The most likely token everywhere, the lowest id where several are. Collective over the tensor-parallel group.
+
+    Args:
+        logits: ``[..., vocabulary / tp]``, this rank's part.
+        group: the language module's tensor-parallel group.
+
+    Returns:
+        int64 ``[...]``, the same on all ranks of the group.
+    """
+    best, local = logits.float().max(dim=-1)
+    tokens = local + group.rank() * logits.size(-1)
+    all_best, all_tokens = _gather(best, group), _gather(tokens, group)
+    winner = all_best.argmax(dim=0, keepdim=True)
+    return all_tokens.gather(0, winner).squeeze(0)
+
+
+def _gather(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """``[...] -> [tp, ...]``. Flat on the wire, since gloo only concatenates along the first dimension."""
+    gathered = values.new_empty(group.size() * values.numel())
+    dist.all_gather_into_tensor(gathered, values.flatten(), group=group)
+    return gathered.view(group.size(), *values.shape)
