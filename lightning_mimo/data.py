@@ -135,13 +135,17 @@ class RoleDataset(Dataset):
         self._load = _loader_of(dataset)
         self._seed = seed
 
-    def __getitem__(self, request: SampleRequest) -> tuple[SampleRequest, Sample]:
+    def __getitems__(self, requests: list[SampleRequest]) -> list[tuple[SampleRequest, Sample]]:
+        """All samples of a global batch at once, so that the generators are saved and restored once only."""
         with isolate_rng(include_cuda=False):
-            seed = seed_for(self._seed, f"sample/{request.epoch}/{request.index}")
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.random.default_generator.manual_seed(seed)
-            return request, self._load(request.index, request.modules)
+            return [(request, self._load_seeded(request)) for request in requests]
+
+    def _load_seeded(self, request: SampleRequest) -> Sample:
+        seed = seed_for(self._seed, f"sample/{request.epoch}/{request.index}")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.random.default_generator.manual_seed(seed)
+        return self._load(request.index, request.modules)
 
 
 class MicrobatchCollator:

@@ -7,6 +7,7 @@ that only repeats half a minute of imports. As there, each process then runs the
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
 # How long a rank that lost its fellows may take to report an error of its own.
@@ -64,7 +66,7 @@ class ForkLauncher(_Launcher):
         self._environment.validate_settings(num_devices=self._num_processes, num_nodes=self._num_nodes)
         if not self._environment.creates_processes_externally:
             self._fork()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._num_processes))
+        _set_num_threads_if_needed(num_processes=self._num_processes)
         return function(*args, **kwargs)
 
     def kill(self, signum: signal.Signals | int) -> None:
@@ -78,6 +80,9 @@ class ForkLauncher(_Launcher):
         os.environ["NODE_RANK"] = str(self._environment.node_rank())
         os.environ["WORLD_SIZE"] = str(self._num_processes * self._num_nodes)
         os.environ["LOCAL_RANK"] = "0"
+        # Keep the collector off what was imported, or every rank would copy all of it, page by page.
+        gc.collect()
+        gc.freeze()
         parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -89,8 +94,6 @@ class ForkLauncher(_Launcher):
             if child == 0:
                 os.environ["LOCAL_RANK"] = str(local_rank)
                 self._children = set()
-                # A pool of threads does not survive a fork; with one thread none is used.
-                torch.set_num_threads(1)
                 threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
                 return
             self._children.add(child)

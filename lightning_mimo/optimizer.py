@@ -85,4 +85,10 @@ def build_optimizer(model: SampleAlignedMimoModel, config: OptimizerConfig) -> M
     """
     if config.lr is None:
         raise ValueError("OptimizerConfig(lr=...) is not set: Megatron has no default learning rate.")
-    return MimoTorchOptimizer(get_mimo_optimizer(model, config))
+    optimizer = MimoTorchOptimizer(get_mimo_optimizer(model, config))
+    for group in optimizer.param_groups:
+        # torch's Adam has a fused kernel for CPUs too, but takes it only when told to. Apex's and Transformer Engine's
+        # optimizers, which megatron-core prefers where they are installed, have no such key.
+        if "fused" in group:
+            group["fused"] = True
+    return optimizer

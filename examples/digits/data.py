@@ -167,6 +167,9 @@ class DigitsDataset(Dataset[Sample]):
         self.augment = augment
         self.swap_images = swap_images
         self.sequence_length = sequence_length(max_images)
+        # Row by row, so that a sample does not depend on the length; at once, because making a generator for each
+        # sample would cost more than all the rest of it.
+        self._chances = np.random.default_rng(seed).random((length, 2 + 3 * max_images))
 
     def __len__(self) -> int:
         return self.length
@@ -204,8 +207,7 @@ class DigitsDataset(Dataset[Sample]):
         return self.images[shown.picks[: draw.count]], draw.question.name, answer
 
     def _draw(self, index: int) -> _Draw:
-        # One call for all the numbers: a call to the generator costs far more than a number from it.
-        uniform = np.random.default_rng((self.seed, index)).random(2 + 3 * self.max_images)
+        uniform = self._chances[index]
         chosen, placed = uniform[2 : 2 + self.max_images], uniform[2 + self.max_images :]
         return _Draw(
             count=1 + int(uniform[0] * self.max_images),
