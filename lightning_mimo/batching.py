@@ -77,9 +77,7 @@ class RankBatchPlan:
     shards: Mapping[str, tuple[range, ...]]
 
     @classmethod
-    def build(
-        cls, layout: MimoLayout, rank: int, *, global_batch_size: int, num_microbatches: int
-    ) -> RankBatchPlan:
+    def build(cls, layout: MimoLayout, rank: int, *, global_batch_size: int, num_microbatches: int) -> RankBatchPlan:
         """Plan for one rank of a layout.
 
         Raises:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(_USAGE, end="")
         return
     # A console script does not look for modules in the current folder, but the classes named in a config lie there.
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     try:
         if arguments[0] == "layout":
             print(picture_of(arguments[1:]))
@@ -52,16 +51,18 @@ def picture_of(arguments: Sequence[str]) -> str:
     """
     config = _read_config(arguments)
     trainer = config.get("trainer") or {}
-    strategy = (trainer.get("strategy") or {}).get("init_args") or {}
-    if "modules" not in strategy:
+    strategy = trainer.get("strategy")
+    strategy = (strategy.get("init_args") if isinstance(strategy, dict) else None) or {}
+    if not isinstance(strategy.get("modules"), dict):
         raise LayoutError(
-            "The config has no trainer.strategy.init_args.modules. Give --config FILE with "
-            "trainer.strategy.class_path: lightning_mimo.MimoStrategy."
+            "The config has no trainer.strategy.init_args.modules that maps module names to sizes. Give --config FILE "
+            "with trainer.strategy.class_path: lightning_mimo.MimoStrategy and, say, init_args.modules: "
+            "{images: {dp: 2}, language: {tp: 2}}."
         )
-    modules = {name: _parallelism(name, sizes or {}) for name, sizes in strategy["modules"].items()}
+    modules = {name: _parallelism(name, sizes) for name, sizes in strategy["modules"].items()}
     layout = MimoLayout.resolve(
         modules,
-        world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes", 1)),
+        world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
         colocate=bool(strategy.get("colocate", False)),
     )
     return draw_layout(
@@ -100,7 +101,10 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _parallelism(name: str, sizes: dict[str, Any]) -> ModuleParallelism:
+def _parallelism(name: str, sizes: dict[str, Any] | None) -> ModuleParallelism:
+    sizes = {} if sizes is None else sizes
+    if not isinstance(sizes, dict):
+        raise LayoutError(f"Module {name!r} is given as {sizes!r}; write its sizes as, say, {{tp: 2}}.")
     known = ModuleParallelism.__dataclass_fields__
     unknown = sorted(set(sizes) - set(known))
     if unknown:
@@ -113,7 +117,9 @@ def _number_of_devices(devices: object) -> int:
         return len(devices)
     if isinstance(devices, int) and devices > 0:
         return devices
-    raise LayoutError(f"trainer.devices={devices!r}: to draw a layout the number must be known; give --trainer.devices=N.")
+    raise LayoutError(
+        f"trainer.devices={devices!r}: to draw a layout the number must be known; give --trainer.devices=N."
+    )
 
 
 def _run_lightning(arguments: list[str]) -> None:

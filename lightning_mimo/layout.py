@@ -12,7 +12,7 @@ megatron-core's ``initialize_model_parallel``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from types import MappingProxyType
@@ -124,14 +124,14 @@ class MimoLayout:
         _check_names(modules)
         for name, sizes in modules.items():
             _check_sizes(name, sizes)
-        if colocate:
-            complete = _share_all_ranks(modules, world_size)
-        else:
-            complete = _place_one_after_another(modules, world_size)
+        complete = _share_all_ranks(modules, world_size) if colocate else _place_one_after_another(modules, world_size)
         colocated = _check_coverage(complete, world_size)
         for name, sizes in complete.items():
-            _check_axes(name, sizes, colocated=colocated and len(complete) > 1)
-            _check_bridge(name, sizes, complete[LANGUAGE])
+            if colocated and len(complete) > 1:
+                _check_no_pipeline(name, sizes)
+            _check_bridge(name, complete, colocated=colocated)
+        for name in complete:
+            _check_experts(name, complete, colocated=colocated)
         return cls(modules=MappingProxyType(complete), world_size=world_size, colocated=colocated)
 
     @property
@@ -179,6 +179,11 @@ def _check_sizes(name: str, sizes: ModuleParallelism) -> None:
         least = 0 if field.name == "rank_offset" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise LayoutError(f"Module {name!r}: {field.name}={value!r} must be a whole number of at least {least}.")
+    if sizes.cp > 1:
+        raise LayoutError(
+            f"Module {name!r}: cp={sizes.cp} is not supported, because the bridges between modules exchange whole "
+            f"samples and cannot cut a sequence. Set cp=1 and tp={sizes.tp * sizes.cp}, which takes as many ranks."
+        )
 
 
 def _share_all_ranks(modules: Mapping[str, ModuleParallelism], world_size: int) -> dict[str, ModuleParallelism]:
@@ -189,40 +194,46 @@ def _share_all_ranks(modules: Mapping[str, ModuleParallelism], world_size: int) 
                 f"Module {name!r} has rank_offset={sizes.rank_offset}, but colocate=True puts every module on all "
                 f"ranks from 0. Leave rank_offset out, or leave colocate out."
             )
-        dp = sizes.dp
-        if dp is None:
-            dp, rest = divmod(world_size, sizes.ranks_per_replica)
-            if rest:
-                raise LayoutError(
-                    f"Module {name!r}: {_product(sizes)} = {sizes.ranks_per_replica} ranks a replica does not divide "
-                    f"the {world_size} ranks that colocate=True gives it. Choose {_multiples(sizes, world_size)}, or "
-                    f"smaller tp or pp."
-                )
-        complete[name] = replace(sizes, dp=dp, rank_offset=0)
-        if complete[name].size != world_size:
+        if len(modules) > 1:
+            _check_no_pipeline(name, sizes)
+        replicas, rest = divmod(world_size, sizes.ranks_per_replica)
+        if rest:
+            replica = replace(sizes, dp=None)
             raise LayoutError(
-                f"Module {name!r}: {_product(complete[name])} = {complete[name].size} ranks, but colocate=True puts "
-                f"it on all {world_size}. Leave dp out to have it fill the ranks, or run with "
-                f"{fitting_trainer(complete[name].size)}."
+                f"Module {name!r}: {_product(replica)} = {sizes.ranks_per_replica} ranks a replica does not divide "
+                f"the {world_size} ranks that colocate=True gives it. Choose a tp that divides {world_size}, or leave "
+                f"dp out everywhere and run with {_runs_that_all_fill(modules, world_size)}."
+            )
+        complete[name] = replace(sizes, dp=replicas if sizes.dp is None else sizes.dp, rank_offset=0)
+        if (size := complete[name].size) != world_size:
+            remedy = f"Set dp={replicas}, or leave dp out to have it fill the ranks"
+            if all(_fills(other, size) for other in modules.values()):
+                remedy += f", or run with {fitting_trainer(size)}"
+            raise LayoutError(
+                f"Module {name!r}: {_product(complete[name])} = {size} ranks, but colocate=True puts it on all "
+                f"{world_size}. {remedy}."
             )
     return complete
 
 
-def _place_one_after_another(
-    modules: Mapping[str, ModuleParallelism], world_size: int
-) -> dict[str, ModuleParallelism]:
+def _fills(sizes: ModuleParallelism, ranks: int) -> bool:
+    return sizes.size == ranks if sizes.dp is not None else ranks % sizes.ranks_per_replica == 0
+
+
+def _runs_that_all_fill(modules: Mapping[str, ModuleParallelism], world_size: int) -> str:
+    """The numbers of ranks next to ``world_size`` that replicas of every module fill exactly."""
+    step = math.lcm(*(sizes.ranks_per_replica for sizes in modules.values()))
+    below = world_size // step * step
+    return f"{' or '.join(str(n) for n in (below, below + step) if n)} ranks (devices * num_nodes)"
+
+
+def _place_one_after_another(modules: Mapping[str, ModuleParallelism], world_size: int) -> dict[str, ModuleParallelism]:
     open_names = [name for name, sizes in modules.items() if sizes.dp is None]
     filled = dict(modules)
-    smallest = {name: replace(sizes, dp=sizes.dp or 1) for name, sizes in modules.items()}
     if len(open_names) == 1:
         filled[open_names[0]] = _fill_dp(open_names[0], modules, world_size)
-    elif open_names and sum(sizes.size for sizes in smallest.values()) == world_size:
-        filled = smallest
     elif open_names:
-        raise LayoutError(
-            f"dp is left out for {' and '.join(map(repr, open_names))}, so how {world_size} ranks are to be divided "
-            f"between them is not determined. Give dp for all of these but one."
-        )
+        filled = _fill_smallest(open_names, modules, world_size)
     complete, end = {}, 0
     for name, sizes in filled.items():
         placed = sizes if sizes.rank_offset is not None else replace(sizes, rank_offset=end)
@@ -232,6 +243,7 @@ def _place_one_after_another(
 
 
 def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: int) -> ModuleParallelism:
+    """The one module whose dp was left out, with the dp that takes what the others leave."""
     sizes = modules[name]
     others = {other: m.size for other, m in modules.items() if other != name}
     left = world_size - sum(others.values())
@@ -239,12 +251,36 @@ def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: in
     if left > 0 and rest == 0:
         return replace(sizes, dp=dp)
     taken = " + ".join(f"{other} {size}" for other, size in others.items()) or "0"
-    smallest = sum(others.values()) + sizes.ranks_per_replica
+    smallest = sum(others.values()) + sizes.ranks_per_replica * _dp_step_of_experts(sizes)
     raise LayoutError(
         f"Module {name!r}: {world_size} ranks - ({taken}) leaves {left}, which is not a positive multiple of "
         f"{_product(sizes)} = {sizes.ranks_per_replica} ranks a replica. The smallest run that fits is "
         f"{fitting_trainer(smallest)}."
     )
+
+
+def _fill_smallest(
+    open_names: list[str], modules: Mapping[str, ModuleParallelism], world_size: int
+) -> dict[str, ModuleParallelism]:
+    """All modules, where several dp were left out: determined only if the smallest ones take all ranks."""
+    names = " and ".join(map(repr, open_names))
+    smallest = {
+        name: replace(sizes, dp=_dp_step_of_experts(sizes)) if sizes.dp is None else sizes
+        for name, sizes in modules.items()
+    }
+    needed = sum(sizes.size for sizes in smallest.values())
+    if needed > world_size:
+        table = " + ".join(f"{name} {sizes.size}" for name, sizes in smallest.items())
+        raise LayoutError(
+            f"dp is left out for {names}; already the smallest takes {table} = {needed} ranks, but there are "
+            f"{world_size}. Run with {fitting_trainer(needed)}, or make a module smaller."
+        )
+    if needed < world_size:
+        raise LayoutError(
+            f"dp is left out for {names}, so how {world_size} ranks are to be divided between them is not determined. "
+            f"Give dp for all of these but one."
+        )
+    return smallest
 
 
 def _check_coverage(complete: Mapping[str, ModuleParallelism], world_size: int) -> bool:
@@ -257,60 +293,97 @@ def _check_coverage(complete: Mapping[str, ModuleParallelism], world_size: int) 
                 f"Modules {one!r} (ranks {_span(a)}) and {two!r} (ranks {_span(b)}) share some ranks but not all. "
                 f"Ranges must be identical (colocate=True) or disjoint (leave rank_offset out)."
             )
-    needed = max(span.stop for span in spans.values())
-    if needed > world_size:
-        raise LayoutError(
-            f"The layout needs {needed} ranks ({table}), but there are {world_size}. Run with "
-            f"{fitting_trainer(needed)}, or make a module smaller."
-        )
-    idle = [rank for rank in range(world_size) if not any(rank in span for span in spans.values())]
-    if idle:
-        remedy = f"run with {fitting_trainer(world_size - len(idle))}, or raise a module's dp"
-        if idle[-1] < needed:
-            remedy = "close the gap between the rank_offsets, or leave them out"
-        raise LayoutError(
-            f"{'Rank' if len(idle) == 1 else 'Ranks'} {', '.join(map(str, idle))} of {world_size} belong"
-            f"{'s' if len(idle) == 1 else ''} to no module ({table}). Every rank must work: {remedy}."
-        )
     distinct = set(spans.values())
     if len(distinct) not in (1, len(spans)):
         raise LayoutError(
             f"Some modules share their ranks and others do not ({table}). Mixed layouts are not supported: put all "
             f"modules on all ranks (colocate=True), or each on ranks of its own (leave rank_offset out)."
         )
+    needed = max(span.stop for span in spans.values())
+    if gaps := [rank for rank in range(needed) if not any(rank in span for span in spans.values())]:
+        total = sum(sizes.size for sizes in complete.values())
+        raise LayoutError(
+            f"{_belong(gaps)} to no module ({table}). Every rank must work: close the gap between the rank_offsets, or "
+            f"leave them out and run with {fitting_trainer(total)}."
+        )
+    if needed > world_size:
+        raise LayoutError(
+            f"The layout needs {needed} ranks ({table}), but there are {world_size}. Run with "
+            f"{fitting_trainer(needed)}, or make a module smaller."
+        )
+    if needed < world_size:
+        raise LayoutError(
+            f"{_belong(range(needed, world_size))} to no module ({table}). Every rank must work: run with "
+            f"{fitting_trainer(needed)}, or make a module larger."
+        )
     return len(distinct) == 1
 
 
-def _check_axes(name: str, sizes: ModuleParallelism, *, colocated: bool) -> None:
-    if sizes.cp > 1:
-        raise LayoutError(
-            f"Module {name!r}: cp={sizes.cp} is not supported, because the bridges between modules exchange whole "
-            f"samples and cannot cut a sequence. Set cp=1 and use tp={sizes.tp * sizes.cp} or dp="
-            f"{sizes.dp * sizes.cp} instead."
-        )
-    if colocated and sizes.pp > 1:
+def _belong(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"Rank {ranks[0]} belongs"
+    return f"Ranks {_span(ranks) if isinstance(ranks, range) else ', '.join(map(str, ranks))} belong"
+
+
+def _check_no_pipeline(name: str, sizes: ModuleParallelism) -> None:
+    if sizes.pp > 1:
         raise LayoutError(
             f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks, because megatron-core runs "
-            f"a colocated model without a pipeline. Set pp=1 and dp={sizes.dp * sizes.pp}, or put modules on ranks of "
-            f"their own."
-        )
-    per_stage = sizes.tp * sizes.cp * sizes.dp
-    if per_stage % (sizes.expt_tp * sizes.ep):
-        raise LayoutError(
-            f"Module {name!r}: tp * cp * dp = {per_stage} ranks a stage is not a multiple of expt_tp * ep = "
-            f"{sizes.expt_tp} * {sizes.ep} = {sizes.expt_tp * sizes.ep}. Make ep or expt_tp smaller, or dp larger."
+            f"a colocated model without a pipeline. Set pp=1 and tp={sizes.tp * sizes.pp}, which takes as many ranks, "
+            f"or put modules on ranks of their own."
         )
 
 
-def _check_bridge(name: str, sizes: ModuleParallelism, language: ModuleParallelism) -> None:
-    one, two = sizes.dp, language.dp
-    if one % two and two % one:
-        common = math.gcd(one, two)
+def _check_experts(name: str, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> None:
+    sizes = complete[name]
+    stage, experts = sizes.tp * sizes.dp, sizes.expt_tp * sizes.ep
+    if stage % experts:
+        remedy = f"Choose expt_tp and ep whose product divides {stage}"
+        if not colocated:
+            dp = math.lcm(_dp_step_of_experts(sizes), *(complete[other].dp for other in _bridged_to(name, complete)))
+            remedy += f", or change {_with_dp(name, dp, complete, colocated=False)}"
         raise LayoutError(
-            f"Modules {name!r} (dp={one}) and {LANGUAGE!r} (dp={two}): one dp must be a multiple of the other, so "
-            f"that each replica of the one feeds whole replicas of the other. Change {name!r} to dp={two} or "
-            f"dp={max(common, 1) if common != one else two}, or {LANGUAGE!r} to dp={one}."
+            f"Module {name!r}: tp * dp = {sizes.tp} * {sizes.dp} = {stage} ranks a stage is not a multiple of "
+            f"expt_tp * ep = {sizes.expt_tp} * {sizes.ep} = {experts}. {remedy}."
         )
+
+
+def _check_bridge(name: str, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> None:
+    encoder, language = complete[name].dp, complete[LANGUAGE].dp
+    if _divide(encoder, language):
+        return
+    choices = [_with_dp(name, language, complete, colocated=colocated)]
+    if not colocated and (common := math.gcd(encoder, language)) != language:
+        choices.append(_with_dp(name, common, complete, colocated=colocated))
+    if all(_divide(encoder, complete[other].dp) for other in _bridged_to(LANGUAGE, complete)):
+        choices.append(_with_dp(LANGUAGE, encoder, complete, colocated=colocated))
+    raise LayoutError(
+        f"Modules {name!r} (dp={encoder}) and {LANGUAGE!r} (dp={language}): one dp must be a multiple of the other, so "
+        f"that each replica of the one feeds whole replicas of the other. Change {'; or '.join(choices)}."
+    )
+
+
+def _divide(one: int, two: int) -> bool:
+    return one % two == 0 or two % one == 0
+
+
+def _bridged_to(name: str, complete: Mapping[str, ModuleParallelism]) -> list[str]:
+    return [other for other in complete if other != LANGUAGE] if name == LANGUAGE else [LANGUAGE]
+
+
+def _with_dp(name: str, dp: int, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> str:
+    """What to change for a module to have another dp, and what goes with it."""
+    sizes = complete[name]
+    if colocated:
+        return f"{name!r} to dp={dp}, tp={sizes.size // dp}"
+    ranks = sum(other.size for other in complete.values()) + (dp - sizes.dp) * sizes.ranks_per_replica
+    return f"{name!r} to dp={dp} ({fitting_trainer(ranks)})"
+
+
+def _dp_step_of_experts(sizes: ModuleParallelism) -> int:
+    """Every dp that the expert sizes allow is a multiple of this."""
+    experts = sizes.expt_tp * sizes.ep
+    return experts // math.gcd(experts, sizes.tp)
 
 
 def _product(sizes: ModuleParallelism) -> str:
@@ -319,12 +392,6 @@ def _product(sizes: ModuleParallelism) -> str:
     if sizes.dp is not None:
         shown.append(f"dp={sizes.dp}")
     return " * ".join(shown)
-
-
-def _multiples(sizes: ModuleParallelism, world_size: int) -> str:
-    step = sizes.ranks_per_replica
-    below, above = world_size // step * step, (world_size // step + 1) * step
-    return " or ".join(fitting_trainer(n) for n in (below, above) if n)
 
 
 def _span(ranks: range) -> str:

@@ -58,6 +58,9 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         """
         result = closure() if closure is not None else None
         updated, self.grad_norm, _ = self.mimo.step()
+        # megatron-core has made param.grad an alias of DDP's gradient buffer. Left so, the next backward pass would add
+        # to the buffer twice: once through param.grad and once through DDP's hook.
+        self.mimo.zero_grad()
         self.skipped = not updated
         return result
 
@@ -87,6 +90,10 @@ def build_optimizer(model: SampleAlignedMimoModel, config: OptimizerConfig) -> M
         raise ValueError("OptimizerConfig(lr=...) is not set: Megatron has no default learning rate.")
     optimizer = MimoTorchOptimizer(get_mimo_optimizer(model, config))
     for group in optimizer.param_groups:
+        # Megatron marks vectors (biases, layer norms) with wd_mult=0 and other exceptions with lr_mult and max_lr, but
+        # leaves it to its own scheduler to act on them. With torch's schedulers it has to be done here.
+        group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        group["lr"] = group["max_lr"] * group["lr_mult"]
         # torch's Adam has a fused kernel for CPUs too, but takes it only when told to. Apex's and Transformer Engine's
         # optimizers, which megatron-core prefers where they are installed, have no such key.
         if "fused" in group:

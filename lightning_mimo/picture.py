@@ -37,7 +37,8 @@ def _grid(layout: MimoLayout) -> list[str]:
         shown = [axis for axis, size in zip(DENSE_AXES, sizes.shape, strict=True) if size > 1] or ["tp"]
         for i, axis in enumerate(shown):
             cells = [
-                f"{axis}{sizes.coordinates(rank)[axis]}" if rank in sizes.ranks else "." for rank in range(layout.world_size)
+                f"{axis}{sizes.coordinates(rank)[axis]}" if rank in sizes.ranks else "."
+                for rank in range(layout.world_size)
             ]
             rows.append((name if i == 0 else "", cells))
     label = max(len(name) for name, _ in rows)

@@ -360,7 +360,7 @@ class MimoStrategy(ParallelStrategy):
 
     def _gather_indices(self, batch: list[Microbatch]) -> list[int]:
         """Dataset index at every position of the global batch, -1 for fillers; the same on every rank."""
-        indices = torch.zeros(self.global_batch_size, dtype=torch.int64, device=self.root_device)
+        indices = torch.full((self.global_batch_size,), -1, device=self.root_device)
         for microbatch in batch:
             for position, index, filler in zip(
                 microbatch["global_positions"], microbatch["sample_indices"], microbatch["fillers"], strict=True
