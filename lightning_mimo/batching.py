@@ -108,10 +108,15 @@ class RankBatchPlan:
         return len(next(iter(self.shards.values())))
 
     def union(self, microbatch: int) -> range:
-        """Positions that any module of this rank needs: its largest shard, which holds all the others."""
-        widest = max((runs[microbatch] for runs in self.shards.values()), key=len)
-        assert all(set(runs[microbatch]) <= set(widest) for runs in self.shards.values())
-        return widest
+        """Positions that any module of this rank needs. One run: where there are several modules, all their shards lie
+        in the language shard or around it."""
+        runs = [shards[microbatch] for shards in self.shards.values()]
+        return range(min(run.start for run in runs), max(run.stop for run in runs))
+
+    def bridge(self, module: str, microbatch: int) -> range:
+        """Positions that the bridge of an encoder deals with on this rank: the larger shard of its two ends."""
+        own = self.shards[module][microbatch]
+        return max(own, self.shards.get(LANGUAGE, self.shards[module])[microbatch], key=len)
 
     def text(self, microbatch: int) -> range:
         """Positions whose token ids go into the forward pass: the language shard, or an encoder rank's own."""

@@ -121,7 +121,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             infra.topology,
             config,
             dim_mapping={"s": 0, "b": 1, "h": 2},
-            module_output_ndim={name: 2 for name in infra.layout.encoders},
+            module_output_ndim=dict.fromkeys(infra.layout.encoders, 2),
         )
 
     def _build_bridge_comms(self) -> None:

@@ -29,9 +29,7 @@ from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
 _TRAINER_FILE = "trainer.pt"
 
 
-def save_weights(
-    path: str, model: SampleAlignedMimoModel, infra: MimoModelInfra, *, extra: Mapping[str, Any]
-) -> None:
+def save_weights(path: str, model: SampleAlignedMimoModel, infra: MimoModelInfra, *, extra: Mapping[str, Any]) -> None:
     """Write all weights and ``extra`` into a directory. Collective over the world.
 
     The directory appears under its name only when every file is in it.

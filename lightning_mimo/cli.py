@@ -27,8 +27,10 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of ``python -m lightning_mimo``."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if arguments is not None:
+        sys.argv[1:] = arguments  # LightningCLI warns when it is given arguments beside those of the command line
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["layout", "--help"]:
         print(_USAGE, end="")
         return
     # A console script does not look for modules in the current folder, but the classes named in a config lie there.
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[0] == "layout":
             print(picture_of(arguments[1:]))
         else:
-            _run_lightning(arguments)
+            _run_lightning()
     except LayoutError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -122,7 +124,7 @@ def _number_of_devices(devices: object) -> int:
     )
 
 
-def _run_lightning(arguments: list[str]) -> None:
+def _run_lightning() -> None:
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
 
@@ -135,5 +137,4 @@ def _run_lightning(arguments: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        args=arguments,
     )

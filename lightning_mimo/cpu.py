@@ -206,4 +206,3 @@ def _without_rng_warning() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
-

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import (
@@ -187,7 +188,7 @@ class MicrobatchCollator:
             own = runs[microbatch]
             samples = [loaded[position] for position in own]
             batch["modality_inputs"][module] = _concatenate(module, samples)
-            batch["modality_counts"][module] = self._counts(module, loaded, self._plan.union(microbatch), own)
+            batch["modality_counts"][module] = self._counts(module, loaded, self._plan.bridge(module, microbatch), own)
         return batch
 
     def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> dict[str, Any]:
@@ -243,10 +244,11 @@ def shard_dataloader(
         ValueError: for an IterableDataset, a DistributedSampler, a custom batch sampler, or another batch size.
     """
     _check_loader(loader, plan.global_batch_size)
-    order = GlobalOrder(_sampler_of(loader), seed=seed)
+    sampler = _batch_sampler_of(loader)
+    order = GlobalOrder(sampler.sampler, seed=seed)
     return DataLoader(
         RoleDataset(loader.dataset, seed=seed),
-        batch_sampler=RankBatchSampler(order, plan, drop_last=_drops_last(loader)),
+        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
         collate_fn=MicrobatchCollator(plan, special_token_ids=special_token_ids, pad_token_id=pad_token_id),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
@@ -261,35 +263,34 @@ def shard_dataloader(
 def _check_loader(loader: DataLoader, global_batch_size: int) -> None:
     if isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for a given sample, so ranks "
-            f"of different modules could not be kept on the same samples. Use a map-style dataset (__len__ and "
+            f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for a given sample, so "
+            f"ranks of different modules could not be kept on the same samples. Use a map-style dataset (__len__ and "
             f"__getitem__)."
         )
-    batch_size = getattr(loader.batch_sampler, "batch_size", None)
-    if batch_size is None:
+    sampler = _batch_sampler_of(loader)
+    if type(sampler) is not BatchSampler:
+        what = "batch_size=None" if sampler is None else f"a batch sampler of its own ({type(sampler).__name__})"
         raise ValueError(
-            f"The DataLoader has a batch sampler of its own ({type(loader.batch_sampler).__name__}), which "
-            f"MimoStrategy cannot divide over ranks. Give it a sampler and batch_size={global_batch_size} instead."
+            f"The DataLoader has {what}, so MimoStrategy cannot form global batches and divide them over ranks. "
+            f"Give it a sampler and batch_size={global_batch_size} instead."
         )
+    batch_size = sampler.batch_size
     if batch_size not in (1, global_batch_size):
         raise ValueError(
             f"The DataLoader has batch_size={batch_size}, but MimoStrategy has global_batch_size={global_batch_size}. "
             f"Write the DataLoader as for one process: batch_size={global_batch_size}, or leave it at 1."
         )
-    if isinstance(_sampler_of(loader), DistributedSampler):
+    if isinstance(sampler.sampler, DistributedSampler):
         raise ValueError(
             "The DataLoader has a DistributedSampler, but MimoStrategy divides samples itself, differently for each "
             "module. Leave the sampler out and write shuffle=True where you want it."
         )
 
 
-def _sampler_of(loader: DataLoader) -> Sampler[int]:
-    return loader.batch_sampler.sampler
-
-
-def _drops_last(loader: DataLoader) -> bool:
-    # With batch_size=1 nothing was ever short, so drop_last says nothing about the global batch.
-    return bool(getattr(loader.batch_sampler, "drop_last", False))
+def _batch_sampler_of(loader: DataLoader) -> object:
+    """The loader's batch sampler, without the wrapper that Lightning's predict loop puts around it."""
+    sampler = loader.batch_sampler
+    return sampler._batch_sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else sampler
 
 
 def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:

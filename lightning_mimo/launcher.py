@@ -7,6 +7,7 @@ that only repeats half a minute of imports. As there, each process then runs the
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import signal
@@ -89,7 +90,7 @@ class ForkLauncher(_Launcher):
         for local_rank in range(1, self._num_processes):
             with warnings.catch_warnings():
                 # Python warns where a library (OpenBLAS, say) has threads. They hold no lock that the child needs.
-                warnings.filterwarnings("ignore", message=".*use of fork.. may lead to deadlocks", category=DeprecationWarning)
+                warnings.filterwarnings("ignore", ".*use of fork.. may lead to deadlocks", DeprecationWarning)
                 child = os.fork()
             if child == 0:
                 os.environ["LOCAL_RANK"] = str(local_rank)
@@ -132,7 +133,5 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _signal(pid: int, signum: signal.Signals | int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signum)
-    except ProcessLookupError:
-        pass

@@ -127,7 +127,7 @@ class MimoLayout:
         complete = _share_all_ranks(modules, world_size) if colocate else _place_one_after_another(modules, world_size)
         colocated = _check_coverage(complete, world_size)
         for name, sizes in complete.items():
-            if colocated and len(complete) > 1:
+            if colocated:
                 _check_no_pipeline(name, sizes)
             _check_bridge(name, complete, colocated=colocated)
         for name in complete:
@@ -328,9 +328,9 @@ def _belong(ranks: Sequence[int]) -> str:
 def _check_no_pipeline(name: str, sizes: ModuleParallelism) -> None:
     if sizes.pp > 1:
         raise LayoutError(
-            f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks, because megatron-core runs "
-            f"a colocated model without a pipeline. Set pp=1 and tp={sizes.tp * sizes.pp}, which takes as many ranks, "
-            f"or put modules on ranks of their own."
+            f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks (a language module alone "
+            f"counts as such), because megatron-core runs a colocated model without a pipeline. Set pp=1 and "
+            f"tp={sizes.tp * sizes.pp}, which takes as many ranks, or put modules on ranks of their own."
         )
 
 

@@ -90,9 +90,7 @@ def build_pg_collection_for_schedule(infra: MimoModelInfra) -> MultiModuleProces
 
 
 @contextmanager
-def multimodule_no_sync(
-    *, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
-) -> Iterator[None]:
+def multimodule_no_sync(*, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> Iterator[None]:
     """Hold back gradient reduction of every DDP-wrapped module while this is open.
 
     The schedule enters it, without arguments, around all microbatches but the last: bind the list with
@@ -225,12 +223,13 @@ def _count_tokens_once(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch
     The count of one replica stands on every tensor-parallel rank of its last stage; only the first of them counts.
     """
     language = infra.layout.modules[LANGUAGE]
-    total = torch.zeros(1, dtype=torch.float64, device=num_tokens.device)
+    # A scalar without dimensions takes on the gradients' dtype where it multiplies them; none of theirs is lost.
+    total = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
     rank = dist.get_rank()
     if rank in language.ranks:
         place = language.coordinates(rank)
         if place["pp"] == language.pp - 1 and place["tp"] == 0:
-            total += num_tokens.to(torch.float64)
+            total += num_tokens.to(torch.float64).reshape(())
     dist.all_reduce(total)
     return total.clamp_(min=1.0)
 
@@ -244,4 +243,4 @@ def _gradient_scale(
     averaged = 1 if get_model_config(module).calculate_per_token_loss else layout.modules[name].dp
     if total_tokens is None:
         return averaged / layout.modules[LANGUAGE].dp
-    return (averaged / total_tokens).to(torch.float32)
+    return averaged / total_tokens

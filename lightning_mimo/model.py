@@ -36,9 +36,7 @@ class SampleAlignedMimoModel(MimoModel):
         self._infra = infra
         self._modality_counts: Mapping[str, ModalityCounts] = {}
         groups = infra.pg_collections.get(LANGUAGE)
-        super().__init__(
-            mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None
-        )
+        super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
 
     def forward(self, *args: Any, modality_counts: Mapping[str, ModalityCounts] | None = None, **kwargs: Any) -> Any:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
@@ -116,6 +114,7 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
         warnings.filterwarnings("ignore", message=".*is experimental and still under active development")
         torch.random.default_generator.manual_seed(seed_for(seed, "-".join(infra.participating_modules)))
         model = SampleAlignedMimoModel(config, infra)
+    _check_dropout(model, infra)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
         initialize_by_name(
@@ -164,6 +163,23 @@ def _encoder_config(model: MimoModel, name: str) -> TransformerConfig:
     # Every module must sum its gradients, as the language module does: a mix would scale the encoder's wrongly.
     found.calculate_per_token_loss = True
     return found
+
+
+def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
+    """Refuse dropout where one rank would have to draw the same numbers as its peers in one module only."""
+    sizes = infra.layout.modules
+    if not infra.colocated or len({module.tp for module in sizes.values()}) == 1:
+        return
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if isinstance(config, TransformerConfig) and (config.hidden_dropout > 0 or config.attention_dropout > 0):
+            raise ValueError(
+                f"Dropout (hidden {config.hidden_dropout}, attention {config.attention_dropout}) is not supported "
+                f"where modules share their ranks with different tp "
+                f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
+                f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
+                f"ranks of their own."
+            )
 
 
 def _prepare_language_config(config: TransformerConfig) -> None:

@@ -111,9 +111,7 @@ class GlobalBatchSchedule:
         return self._total(store, training=True)
 
     @torch.no_grad()
-    def evaluate(
-        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction
-    ) -> BatchTotals:
+    def evaluate(self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction) -> BatchTotals:
         """Forward of all microbatches; arguments as for :meth:`train`."""
         return self._total(self._run(microbatches, forward, loss, forward_only=True), training=False)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
@@ -27,7 +27,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
-from typing_extensions import override
 
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint import load_weights, save_weights
@@ -215,7 +214,8 @@ class MimoStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         module = self._module
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
-        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+        fit_validation = trainer.fit_loop.epoch_loop.val_loop
+        for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         if trainer.state.fn == TrainerFn.FITTING:
             wrap_with_ddp(module.model, self.infra, self.ddp)
@@ -241,11 +241,12 @@ class MimoStrategy(ParallelStrategy):
     @property
     @override
     def precision_plugin(self) -> Precision:
-        return self._precision_plugin
+        return self._precision_plugin or MimoPrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        self._precision_plugin = MimoPrecision() if plugin is None else MimoPrecision.convert(plugin)
+        # None is kept: with a plugin of its own, the Trainer would not look at its precision argument.
+        self._precision_plugin = None if plugin is None else MimoPrecision.convert(plugin)
 
     @override
     def process_dataloader(self, dataloader: object) -> DataLoader:
@@ -300,7 +301,7 @@ class MimoStrategy(ParallelStrategy):
 
     @contextlib.contextmanager
     @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
+    def block_backward_sync(self) -> Iterator[None]:
         """Hold gradients back: more batches of the same accumulation window follow."""
         self._hold = True
         try:

@@ -19,7 +19,7 @@ from collections.abc import Collection, Sequence
 from enum import IntEnum
 from typing import NamedTuple, TypedDict
 
-import lightning as L
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
@@ -190,9 +190,7 @@ class DigitsDataset(Dataset[Sample]):
         modality_inputs = {}
         if "images" in modules:
             modality_inputs["images"] = {"vit": {"pixel_values": self._pixel_values(index, draw)}}
-        return Sample(
-            input_ids=input_ids, labels=labels, loss_mask=loss_mask, modality_inputs=modality_inputs
-        )
+        return Sample(input_ids=input_ids, labels=labels, loss_mask=loss_mask, modality_inputs=modality_inputs)
 
     def describe(self, index: int) -> tuple[np.ndarray, str, str]:
         """Return sample `index` for people.
@@ -267,7 +265,7 @@ def split_scans(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[:train_count], order[train_count:]
 
 
-class DigitsData(L.LightningDataModule):
+class DigitsData(pl.LightningDataModule):
     """Questions about handwritten digits, for training on 80 % of the images and validation on the others.
 
     The loaders are those of a one-process script; `MimoStrategy` rebuilds them for each rank. Because samples
@@ -351,6 +349,4 @@ class DigitsData(L.LightningDataModule):
         return self._loader(self.held_out_set)
 
     def _loader(self, dataset: DigitsDataset, shuffle: bool = False) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset, batch_size=self.global_batch_size, shuffle=shuffle, num_workers=self.num_workers
-        )
+        return DataLoader(dataset, batch_size=self.global_batch_size, shuffle=shuffle, num_workers=self.num_workers)

@@ -134,4 +134,3 @@ def _check_divides(what: str, number: int, module: str, axis: str, size: int) ->
             f"Module {module!r}: {axis}={size} does not divide {what}={number} ({number} / {size} = "
             f"{number / size:g}). Choose a {axis} that does, or another {what}."
         )
-

@@ -279,15 +279,13 @@ def _answer_plainly(model: Any, batch: dict[str, Any], group: Any, *, new_tokens
             text = model.get_text_embeddings(torch.tensor([tokens]), torch.arange(len(tokens))[None], {"images": IMAGE})
             embeddings = {"text": text}
             if images:
-                embeddings["images"] = model.modality_submodules["images"](encoder_inputs={"vit": {"pixel_values": pixels}})
-            combined = model.align_embeddings_by_token_positions(
-                embeddings, torch.tensor([tokens]), {"images": IMAGE}
-            )
+                embeddings["images"] = model.modality_submodules["images"](
+                    encoder_inputs={"vit": {"pixel_values": pixels}}
+                )
+            combined = model.align_embeddings_by_token_positions(embeddings, torch.tensor([tokens]), {"images": IMAGE})
             logits = model.language_model(
                 input_ids=None, position_ids=None, attention_mask=None, decoder_input=combined
             )
             tokens.append(int(logits[0, -1].argmax()))
         answers.append(tokens[length:])
     return answers
-
-

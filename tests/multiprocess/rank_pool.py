@@ -49,7 +49,7 @@ _CAUSE_WAIT = 2.0
 _CONNECTION_LOSS = re.compile(r"connection (closed|reset|refused)|broken pipe|pair closure", re.IGNORECASE)
 
 
-class RankFailure(AssertionError):
+class RankFailure(AssertionError):  # noqa: N818  (it fails a test, as any assertion does)
     """A case failed: a rank raised, its process died, or not every rank finished in time."""
 
 
@@ -147,7 +147,7 @@ def _run_case(case: _Case) -> bytes:
         with mock.patch.dict(os.environ), _process_group(case):
             fn, args, kwargs = pickle.loads(case.call)
             return _to_bytes(_Success(fn(*args, **kwargs)))
-    except BaseException as error:  # noqa: BLE001  (also SystemExit and pytest.fail())
+    except BaseException as error:  # also SystemExit and pytest.fail()
         return _to_bytes(_failure_from(error, case.info.rank))
     finally:
         _current_rank_info = None
@@ -157,9 +157,7 @@ def _run_case(case: _Case) -> bytes:
 def _process_group(case: _Case) -> Iterator[None]:
     info = case.info
     if case.init:
-        dist.init_process_group(
-            "gloo", init_method=info.init_method, rank=info.rank, world_size=info.world_size
-        )
+        dist.init_process_group("gloo", init_method=info.init_method, rank=info.rank, world_size=info.world_size)
     yield
     # Only after success: a failed rank has to report at once, and is killed anyway.
     if dist.is_initialized():
@@ -353,9 +351,7 @@ def _collect(workers: list[_Worker], timeout: float) -> dict[int, _Success | _Fa
     return dict(sorted(reports.items()))
 
 
-def _failure_message(
-    name: str, workers: list[_Worker], reports: dict[int, _Success | _Failure], timeout: float
-) -> str:
+def _failure_message(name: str, workers: list[_Worker], reports: dict[int, _Success | _Failure], timeout: float) -> str:
     failures = [report for report in reports.values() if isinstance(report, _Failure)]
     pending = [worker for worker in workers if worker.rank not in reports]
     if not failures:

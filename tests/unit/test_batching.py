@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_mimo.batching import RankBatchPlan, shard, validate_batch_sizes
 from lightning_mimo.layout import LayoutError, MimoLayout
 from lightning_mimo.layout import ModuleParallelism as Sizes
+
+# On a machine with other work an example may take its time.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def plans(
@@ -57,6 +60,7 @@ def test_batch_smaller_than_one_sample_each_offers_only_a_larger_one():
         validate_batch_sizes({"language": 1, "images": 4}, global_batch_size=2, num_microbatches=2)
 
 
+@unhurried
 @given(
     dp=st.dictionaries(st.sampled_from(["images", "audio", "language"]), st.integers(1, 6), min_size=1),
     batch=st.integers(1, 100),

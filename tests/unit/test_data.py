@@ -311,7 +311,6 @@ def test_counts_of_a_fan_in_rank_point_to_its_own_samples():
     assert (counts.own, counts.own_placeholders, counts.items) == (range(1, 2), (1,), (1,))
 
 
-@pytest.mark.xfail(strict=True, reason="data.py takes the shard of the widest module, not of the bridge's two ends")
 def test_counts_of_a_bridge_leave_out_what_only_a_third_module_needs():
     modules = {"images": Sizes(), "audio": Sizes(tp=4), "language": Sizes(tp=2)}
     layout = MimoLayout.resolve(modules, world_size=4, colocate=True)
