@@ -2,7 +2,7 @@
 
 The package is built in rings; a file imports from its own ring or from one further in, never outwards.
 
-    ring 0  layout, batching, picture                  pure Python: what runs where, checked before anything starts
+    ring 0  layout, batching, picture, known_warnings  pure Python: what runs where, checked before anything starts
     ring 1  infra, mimo_parallel_utils, bridges,       torch + megatron-core: process groups, the model, the schedule,
             initialization, model, schedule,           the optimizer, weights on disk, megatron-core on a CPU
             optimizer, vocab_parallel, generation,

@@ -89,6 +89,17 @@ class SampleAlignedBridge(BridgeCommunicator):
         """Forget what was received: a forward-only pass sends nothing back."""
         self._received_rows.clear()
 
+    # Upstream receives into tensors that autograd follows, so backward would run through torch's broadcast, which has
+    # no derivative (torch warns of it). What comes in is where this rank's graph begins.
+
+    @torch.no_grad()
+    def recv_forward(self) -> torch.Tensor | None:
+        return _begin_graph(super().recv_forward())
+
+    @torch.no_grad()
+    def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape=None) -> torch.Tensor | None:
+        return _begin_graph(super().send_backward_recv_forward(grad_tensor, forward_shape))
+
     def _communicate_shapes(self, *args, **kwargs):
         forward_shapes, gradient_shapes = super()._communicate_shapes(*args, **kwargs)
         if forward_shapes:
@@ -100,6 +111,10 @@ class SampleAlignedBridge(BridgeCommunicator):
             rows = self._received_rows.popleft()
             return [part.contiguous() for part in aggregated_tensor.split(rows, dim=self._batch_dim)]
         return super()._split_tensor_at_batch_dim(aggregated_tensor, num_splits)
+
+
+def _begin_graph(received: torch.Tensor | None) -> torch.Tensor | None:
+    return None if received is None else received.detach().requires_grad_()
 
 
 class MimoPipelineCommunicator(MultiModulePipelineCommunicator):

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.layout import LayoutError, MimoLayout, ModuleParallelism
 from lightning_mimo.picture import draw_layout
 
@@ -125,6 +126,7 @@ def _number_of_devices(devices: object) -> int:
 
 
 def _run_lightning() -> None:
+    hush_known_warnings()
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -178,6 +179,8 @@ def megatron_on_cpu() -> Iterator[None]:
         for replacement in REPLACEMENTS:
             stack.enter_context(_replaced(replacement))
         stack.enter_context(_without_rng_warning())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS")
         stack.enter_context(CudaMeansCpu())
         yield
 

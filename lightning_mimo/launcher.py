@@ -95,9 +95,11 @@ class ForkLauncher(_Launcher):
             if child == 0:
                 os.environ["LOCAL_RANK"] = str(local_rank)
                 self._children = set()
+                atexit.register(_leave_at_once)
                 threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
                 return
             self._children.add(child)
+        gc.unfreeze()
         threading.Thread(target=self._end_when_child_fails, daemon=True).start()
         atexit.register(self._wait_for_children)
 
@@ -122,6 +124,13 @@ class ForkLauncher(_Launcher):
         while self._children and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self.kill(signal.SIGKILL)
+
+
+def _leave_at_once() -> None:
+    """In a forked rank, after its own clean-up: skip the interpreter's, which would copy and free every import."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if getattr(sys, "last_exc", None) is not None else 0)
 
 
 def _end_with_parent(parent: int) -> None:

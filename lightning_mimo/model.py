@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,8 +109,7 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
     config.module_to_grid_map = infra.module_to_grid_map
     _prepare_language_config(config.language_model_spec.params["config"])
     # Parameters made without an initializer (torch.randn in a user's encoder) draw from the default generator.
-    with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is experimental and still under active development")
+    with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
         torch.random.default_generator.manual_seed(seed_for(seed, "-".join(infra.participating_modules)))
         model = SampleAlignedMimoModel(config, infra)
     _check_dropout(model, infra)

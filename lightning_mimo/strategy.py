@@ -34,6 +34,7 @@ from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
 from lightning_mimo.generation import greedy_decode
 from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import LANGUAGE, MimoLayout, ModuleParallelism
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
@@ -181,6 +182,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        hush_known_warnings()
         layout = self.validate()
         super().setup_environment()
         self._set_world_ranks()
