@@ -12,7 +12,7 @@ megatron-core's ``initialize_model_parallel``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from types import MappingProxyType
@@ -233,7 +233,7 @@ def _place_one_after_another(modules: Mapping[str, ModuleParallelism], world_siz
     if len(open_names) == 1:
         filled[open_names[0]] = _fill_dp(open_names[0], modules, world_size)
     elif open_names:
-        filled = _fill_smallest(open_names, modules, world_size)
+        filled = _fill_open(open_names, modules, world_size)
     complete, end = {}, 0
     for name, sizes in filled.items():
         placed = sizes if sizes.rank_offset is not None else replace(sizes, rank_offset=end)
@@ -259,10 +259,10 @@ def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: in
     )
 
 
-def _fill_smallest(
+def _fill_open(
     open_names: list[str], modules: Mapping[str, ModuleParallelism], world_size: int
 ) -> dict[str, ModuleParallelism]:
-    """All modules, where several dp were left out: determined only if the smallest ones take all ranks."""
+    """All modules, where several dp were left out and just one way of filling them in takes all ranks."""
     names = " and ".join(map(repr, open_names))
     smallest = {
         name: replace(sizes, dp=_dp_step_of_experts(sizes)) if sizes.dp is None else sizes
@@ -275,12 +275,39 @@ def _fill_smallest(
             f"dp is left out for {names}; already the smallest takes {table} = {needed} ranks, but there are "
             f"{world_size}. Run with {fitting_trainer(needed)}, or make a module smaller."
         )
-    if needed < world_size:
+    ways = [way for way in _ways_to_fill(open_names, smallest, world_size - needed) if _nests(way)]
+    if not ways:
+        raise LayoutError(
+            f"dp is left out for {names}, and no choice takes all {world_size} ranks with dp sizes that divide one "
+            f"another. The smallest run that fits is {fitting_trainer(needed)}."
+        )
+    if len(ways) > 1:
+        choices = "; ".join(", ".join(f"{name} dp={way[name].dp}" for name in open_names) for way in ways[:3])
         raise LayoutError(
             f"dp is left out for {names}, so how {world_size} ranks are to be divided between them is not determined. "
-            f"Give dp for all of these but one."
+            f"Give dp for all of these but one. Possible: {choices}{'; …' if len(ways) > 3 else ''}."
         )
-    return smallest
+    return ways[0]
+
+
+def _ways_to_fill(
+    open_names: list[str], modules: Mapping[str, ModuleParallelism], spare: int
+) -> Iterator[dict[str, ModuleParallelism]]:
+    """Every way to hand ``spare`` further ranks to the open modules, each in steps of its smallest size."""
+    if not open_names:
+        if spare == 0:
+            yield dict(modules)
+        return
+    first, *others = open_names
+    sizes = modules[first]
+    for times in range(1 + spare // sizes.size):
+        larger = replace(sizes, dp=sizes.dp * (1 + times))
+        yield from _ways_to_fill(others, {**modules, first: larger}, spare - times * sizes.size)
+
+
+def _nests(modules: Mapping[str, ModuleParallelism]) -> bool:
+    language = modules[LANGUAGE].dp
+    return all(sizes.dp % language == 0 or language % sizes.dp == 0 for sizes in modules.values())
 
 
 def _check_coverage(complete: Mapping[str, ModuleParallelism], world_size: int) -> bool:

@@ -12,7 +12,7 @@ from examples.digits.terminal import show_sample
 
 
 class DigitsReport(pl.Callback):
-    """Prints the held-out accuracy and draws samples after training and after validation."""
+    """Prints the held-out accuracy and draws samples after training, validation and prediction."""
 
     def __init__(self, *, samples: int = 3) -> None:
         """
@@ -21,6 +21,8 @@ class DigitsReport(pl.Callback):
         """
         self._samples = samples
         self._started = 0.0
+        self._answers: list[str] = []
+        self._predicted: list[dict[str, Any]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = time.perf_counter()
@@ -36,6 +38,23 @@ class DigitsReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._is_last_validation(trainer) and trainer.is_global_zero:
             self._print(trainer)
+
+    def on_predict_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._predicted.extend(outputs)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        right = 0
+        for answer in self._predicted:
+            images, question, expected = trainer.datamodule.held_out_set.describe(answer["sample_index"])
+            written = decode_answer(answer["tokens"])
+            right += written == expected
+            if answer["sample_index"] < self._samples:
+                print(show_sample(images, question, written, expected), end="\n\n")
+        print(f"{right} of {len(self._predicted)} answers, each written token by token, are right")
 
     def _is_last_validation(self, trainer: pl.Trainer) -> bool:
         if trainer.sanity_checking:

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_mimo import LayoutError, MimoModule, MimoStrategy
 from lightning_mimo.cli import main, picture_of
 
+IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
@@ -55,7 +56,7 @@ def test_config_says_what_it_shows(config: Path) -> None:
     ("overrides", "colocated", "dp"),
     [
         (["--trainer.devices=6", "--trainer.strategy.init_args.modules.images.dp=4"], False, 4),
-        (["--trainer.strategy.init_args.colocate=true", "--trainer.strategy.init_args.modules.images.dp=4"], True, 4),
+        (["--trainer.strategy.init_args.colocate=true"], True, 4),
     ],
     ids=["six_ranks", "colocated"],
 )
@@ -69,17 +70,17 @@ def test_dotted_overrides_change_the_layout(overrides: list[str], colocated: boo
 
 def test_an_impossible_layout_is_one_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["layout", "--config", "configs/digits_vlm.yaml", "--trainer.devices=5"])
+        main(["layout", "--config", "configs/digits_vlm.yaml", *IMPOSSIBLE])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("lightning-mimo: error: Module 'language'")
+    assert error.startswith("lightning-mimo: error: Module 'language': 3 ranks - (images 2) leaves 1")
     assert error.count("\n") == 1
 
 
 def test_fit_refuses_a_layout_before_any_process_starts(tmp_path: Path) -> None:
     cli = load(
         Path("configs/digits_vlm.yaml"),
-        "--trainer.devices=3",
+        *IMPOSSIBLE,
         f"--trainer.default_root_dir={tmp_path}",
         f"--trainer.logger.init_args.save_dir={tmp_path}",
     )

@@ -82,6 +82,13 @@ def test_coordinates_put_cp_between_tp_and_dp():
     assert order == [(dp, cp, tp) for dp in range(2) for cp in range(2) for tp in range(2)]
 
 
+def test_dp_left_out_everywhere_is_filled_in_where_only_one_way_fits():
+    modules = {"images": Sizes(), "language": Sizes(tp=2)}
+    apart, together = resolve(modules, 4), resolve(modules, 4, colocate=True)
+    assert {name: sizes.dp for name, sizes in apart.modules.items()} == {"images": 2, "language": 1}
+    assert {name: sizes.dp for name, sizes in together.modules.items()} == {"images": 4, "language": 2}
+
+
 def test_expert_sizes_fill_a_stage():
     modules = {"images": Sizes(dp=4), "language": Sizes(tp=2, dp=4, pp=2, ep=2, expt_tp=1)}
     sizes = resolve(modules, 20).modules["language"]
@@ -228,12 +235,18 @@ REFUSALS = {
         (
             "dp is left out for 'images' and 'language'",
             "how 6 ranks are to be divided",
-            "Give dp for all of these but one",
+            "Give dp for all of these but one. Possible: images dp=2, language dp=2; images dp=4, language dp=1.",
         ),
         (
             ({"images": Sizes(dp=2), "language": Sizes(tp=2)}, 6, False),
             ({"images": Sizes(), "language": Sizes(tp=2, dp=1)}, 6, False),
         ),
+    ),
+    "dp-open-and-no-way-to-take-all-ranks": Refusal(
+        {"images": Sizes(tp=2), "language": Sizes(tp=2)},
+        5,
+        ("dp is left out for 'images' and 'language', and no choice takes all 5 ranks", "devices=4"),
+        (({"images": Sizes(tp=2), "language": Sizes(tp=2)}, 4, False),),
     ),
     "dp-open-and-too-few-ranks": Refusal(
         {"images": Sizes(tp=2), "language": Sizes(tp=2)},
