@@ -2,7 +2,8 @@
 
 The package is built in rings; a file imports from its own ring or from one further in, never outwards.
 
-    ring 0  layout, batching, picture, known_warnings  pure Python: what runs where, checked before anything starts
+    ring 0  parallelism, placement, layout, batching,  pure Python: what runs where, checked before anything starts
+            picture, known_warnings
     ring 1  infra, mimo_parallel_utils, bridges,       torch + megatron-core: process groups, the model, the schedule,
             initialization, model, schedule,           the optimizer, weights on disk, megatron-core on a CPU
             optimizer, vocab_parallel, generation,
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_mimo.infra import MimoModelInfra
-    from lightning_mimo.layout import LayoutError, MimoLayout, ModuleParallelism
+    from lightning_mimo.layout import MimoLayout
     from lightning_mimo.mimo_parallel_utils import (
         build_pg_collection_for_schedule,
         finalize_model_grads_multimodule,
@@ -34,15 +35,16 @@ if TYPE_CHECKING:
         zero_grad_buffer_for_multimodule,
     )
     from lightning_mimo.module import MimoModule
+    from lightning_mimo.parallelism import LayoutError, ModuleParallelism
     from lightning_mimo.strategy import MimoStrategy
 
 _HOME = {
-    "LayoutError": "layout",
+    "LayoutError": "parallelism",
     "MimoLayout": "layout",
     "MimoModelInfra": "infra",
     "MimoModule": "module",
     "MimoStrategy": "strategy",
-    "ModuleParallelism": "layout",
+    "ModuleParallelism": "parallelism",
     "build_pg_collection_for_schedule": "mimo_parallel_utils",
     "finalize_model_grads_multimodule": "mimo_parallel_utils",
     "get_module_to_grid_tuple": "mimo_parallel_utils",

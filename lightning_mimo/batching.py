@@ -18,7 +18,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_mimo.layout import LANGUAGE, LayoutError, MimoLayout
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import LANGUAGE, LayoutError
 
 
 def shard(*, global_batch_size: int, num_microbatches: int, dp: int, dp_rank: int, microbatch: int) -> range:

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.parallelism import LANGUAGE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from lightning_mimo.known_warnings import hush_known_warnings
-from lightning_mimo.layout import LayoutError, MimoLayout, ModuleParallelism
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import LayoutError, ModuleParallelism
 from lightning_mimo.picture import draw_layout
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]

@@ -31,7 +31,7 @@ from torch.utils.data import (
 from lightning_mimo.batching import RankBatchPlan
 from lightning_mimo.bridges import ModalityCounts
 from lightning_mimo.initialization import seed_for
-from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.parallelism import LANGUAGE
 
 Sample = Mapping[str, Any]
 """``{"input_ids": [S], "labels": [S], "loss_mask": [S], "modality_inputs": {module: {encoder: {arg: [n, …]}}}}``"""

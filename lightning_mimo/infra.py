@@ -14,7 +14,8 @@ from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridg
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from lightning_mimo.layout import DENSE_AXES, EXPERT_AXES, LANGUAGE, MimoLayout, ModuleParallelism
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import DENSE_AXES, EXPERT_AXES, LANGUAGE, ModuleParallelism
 
 EXPERT_VIEW = "expert"
 """Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import MultiModuleProcessGroupCollectio
 from megatron.core.utils import get_model_config
 
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.parallelism import LANGUAGE
 
 logger = logging.getLogger(__name__)
 

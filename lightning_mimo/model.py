@@ -16,7 +16,7 @@ from megatron.core.utils import get_model_config
 from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import RecordInitializers, initialize_by_name, seed_for
-from lightning_mimo.layout import LANGUAGE
+from lightning_mimo.parallelism import LANGUAGE
 
 
 class SampleAlignedMimoModel(MimoModel):

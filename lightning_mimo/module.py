@@ -11,9 +11,9 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import LANGUAGE
 from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
 from lightning_mimo.optimizer import MimoTorchOptimizer, build_optimizer
+from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.schedule import Metrics, Microbatch
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from lightning_mimo.batching import validate_batch_sizes
-from lightning_mimo.layout import DENSE_AXES, LANGUAGE, MimoLayout, ModuleParallelism
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import DENSE_AXES, LANGUAGE, ModuleParallelism
 
 
 def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches: int) -> str:

@@ -14,7 +14,6 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from lightning_mimo.bridges import MimoPipelineCommunicator
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import LANGUAGE
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
     finalize_model_grads_multimodule,
@@ -23,6 +22,7 @@ from lightning_mimo.mimo_parallel_utils import (
     zero_grad_buffer_for_multimodule,
 )
 from lightning_mimo.model import SampleAlignedMimoModel
+from lightning_mimo.parallelism import LANGUAGE
 
 Microbatch = dict[str, Any]
 Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -127,7 +127,7 @@ class GlobalBatchSchedule:
         return self._run(
             microbatches,
             forward,
-            lambda output, microbatch: reduce(output, microbatch),
+            reduce,
             forward_only=True,
             collect_non_loss_data=True,
         )

@@ -36,10 +36,11 @@ from lightning_mimo.generation import greedy_decode
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
-from lightning_mimo.layout import LANGUAGE, MimoLayout, ModuleParallelism
+from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model import wrap_with_ddp
 from lightning_mimo.module import MimoModule
+from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
@@ -219,6 +220,8 @@ class MimoStrategy(ParallelStrategy):
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
+        # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
+        module.model.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             wrap_with_ddp(module.model, self.infra, self.ddp)
         self._schedule = GlobalBatchSchedule(module.model, self.infra)
@@ -228,7 +231,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Nothing: modules are built on this rank's device."""
+        """Nothing: :meth:`setup` does it before it wraps the modules."""
 
     @property
     def _module(self) -> MimoModule:
@@ -327,6 +330,7 @@ class MimoStrategy(ParallelStrategy):
 
     def _evaluate(self, stage: str, step: Any, batch: list[Microbatch], batch_idx: int) -> torch.Tensor:
         module = self._module
+        self._step_started = 0.0  # or the next training step would be charged with the validation
         totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), module.loss)
         self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
         return totals.loss.float()
@@ -456,7 +460,10 @@ class MimoStrategy(ParallelStrategy):
     @override
     def teardown(self) -> None:
         """Also after an exception, so without collectives. Process groups stay, for the next call of the Trainer."""
-        super().teardown()
+        # Not the base class's: it would move parameters to the CPU, out of DDP's buffers, under the next call's feet.
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
         self._schedule = None
         self._window_open = False
         self._step_started = 0.0

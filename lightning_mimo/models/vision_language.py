@@ -16,8 +16,8 @@ from megatron.core.utils import init_method_normal
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import fan_in_normal_
-from lightning_mimo.layout import LANGUAGE
 from lightning_mimo.models.vision import ImageGrid, vision_spec
+from lightning_mimo.parallelism import LANGUAGE
 
 _EMBEDDING_STD = 0.02
 

@@ -18,10 +18,11 @@ from lightning_mimo import MimoModelInfra, MimoModule, MimoStrategy, ModuleParal
 from lightning_mimo.batching import RankBatchPlan
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
-from lightning_mimo.layout import LANGUAGE, MimoLayout
+from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import build_mimo_model
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.vocab_parallel import greedy_tokens
 

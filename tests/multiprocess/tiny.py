@@ -8,10 +8,11 @@ from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import MimoLayout, ModuleParallelism
+from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model, wrap_with_ddp
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.random_state import seed_megatron
 
 IMAGE_GRID = ImageGrid(image_size=4, patch_size=2, channels=1)

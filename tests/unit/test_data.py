@@ -27,7 +27,7 @@ from torch.utils.data import (
 from lightning_mimo.batching import RankBatchPlan
 from lightning_mimo.data import GlobalOrder, MicrobatchCollator, RankBatchSampler, shard_dataloader
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.layout import ModuleParallelism as Sizes
+from lightning_mimo.parallelism import ModuleParallelism as Sizes
 
 IMAGE = 9  # placeholder token
 PAD = 0

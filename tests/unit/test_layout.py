@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lightning_mimo.batching import shard
-from lightning_mimo.layout import LANGUAGE, LayoutError, MimoLayout, fitting_trainer
-from lightning_mimo.layout import ModuleParallelism as Sizes
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import LANGUAGE, LayoutError, fitting_trainer
+from lightning_mimo.parallelism import ModuleParallelism as Sizes
 
 # On a machine with other work an example may take its time.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
