@@ -62,13 +62,16 @@ class MimoModule(pl.LightningModule):
     def build_optimizer(self, config: OptimizerConfig) -> MimoTorchOptimizer:
         """Megatron's optimizer over all modules. Collective over the world; call it in ``configure_optimizers``.
 
-        ``Trainer(gradient_clip_val=...)`` takes the place of ``config.clip_grad``.
+        ``Trainer(gradient_clip_val=...)`` takes the place of ``config.clip_grad``, and ``MimoStrategy(ddp=...)``
+        decides whether the optimizer is distributed.
 
         Args:
             config: Megatron's optimizer settings.
         """
         clip = self.trainer.gradient_clip_val
         config.clip_grad = config.clip_grad if clip is None else float(clip)
+        # Two switches for one thing in megatron-core; MimoStrategy(ddp=...) decides.
+        config.use_distributed_optimizer = self.trainer.strategy.ddp.use_distributed_optimizer
         return build_optimizer(self.model, config)
 
     def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader, Dataset
@@ -169,7 +170,12 @@ def make_trainer(run: Run, strategy: MimoStrategy, **arguments: Any) -> pl.Train
 
 
 def train_in_layout(
-    run: Run, modules: Mapping[str, ModuleParallelism], *, colocate: bool, num_microbatches: int
+    run: Run,
+    modules: Mapping[str, ModuleParallelism],
+    *,
+    colocate: bool,
+    num_microbatches: int,
+    ddp: DistributedDataParallelConfig | None = None,
 ) -> History:
     """Train with ``Trainer(strategy=MimoStrategy(...))`` on the ranks of the pool."""
     torch.manual_seed(SEED)
@@ -178,6 +184,7 @@ def train_in_layout(
         run.global_batch_size,
         num_microbatches,
         colocate=colocate,
+        ddp=ddp,
         cluster_environment=PoolEnvironment(),
     )
     recorder = Recorder()

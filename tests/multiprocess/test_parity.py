@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo import ModuleParallelism as Cut
 from tests.multiprocess.parity import History, Run, train_in_layout, train_plainly
@@ -80,3 +81,20 @@ def test_short_last_batch_counts_its_own_samples_only(rank_pool: RankPool) -> No
         world_size=4,
     )
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["at_the_end", "overlapped"])
+@pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
+def test_distributed_optimizer_trains_the_same(
+    rank_pool: RankPool, plain: History, colocate: bool, overlap: bool
+) -> None:
+    found = rank_pool.run(
+        train_in_layout,
+        RUN,
+        {"images": Cut(dp=2), "language": Cut(dp=2)},
+        colocate=colocate,
+        num_microbatches=2,
+        ddp=DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=overlap),
+        world_size=2 if colocate else 4,
+    )
+    assert_same(found, plain)
