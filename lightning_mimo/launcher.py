@@ -120,7 +120,8 @@ class ForkLauncher(_Launcher):
             time.sleep(_POLL_SECONDS)
 
     def _wait_for_children(self) -> None:
-        deadline = time.monotonic() + _GRACE_SECONDS
+        # After an error here the others wait for this rank in some collective: they have nothing to add.
+        deadline = time.monotonic() + (0 if _failed() else _GRACE_SECONDS)
         while self._children and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self.kill(signal.SIGKILL)
@@ -130,7 +131,12 @@ def _leave_at_once() -> None:
     """In a forked rank, after its own clean-up: skip the interpreter's, which would copy and free every import."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1 if getattr(sys, "last_exc", None) is not None else 0)
+    os._exit(1 if _failed() else 0)
+
+
+def _failed() -> bool:
+    """Whether this process is ending because of an exception that nobody caught."""
+    return getattr(sys, "last_exc", None) is not None
 
 
 def _end_with_parent(parent: int) -> None:

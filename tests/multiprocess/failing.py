@@ -1,4 +1,4 @@
-"""A module that fails on one rank, for the test of what the others then do."""
+"""Modules that fail on one rank, for the test of what the others then do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from examples.digits.model import DigitsModule
 
 
 class FailsOnRank2(DigitsModule):
+    rank = 2
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if dist.get_rank() == 2 and batch_idx == 1:
-            raise ZeroDivisionError("the cause, on rank 2")
+        if dist.get_rank() == self.rank and batch_idx == 1:
+            raise ZeroDivisionError(f"the cause, on rank {self.rank}")
         return super().training_step(batch, batch_idx)
+
+
+class FailsOnRank0(FailsOnRank2):
+    """Rank 0 is the process that started the others."""
+
+    rank = 0
