@@ -46,22 +46,22 @@ class ModalityCounts:
         """Itself: Lightning moves whatever has ``to`` and would refuse a frozen dataclass without it."""
         return self
 
-    def check_rows(self, module: str, rows: int) -> None:
+    def check_rows(self, module: str, rows: int, *, uniform: bool) -> None:
         """Check the encoder's output against the placeholders.
 
         Args:
             module: name of the encoder, for the message.
             rows: embeddings that the encoder made for its own samples together.
+            uniform: whether it makes the same number of every item, so that each sample can be checked; else only the
+                sum can.
 
         Raises:
-            ValueError: naming the first sample whose numbers differ.
+            ValueError: naming the first sample whose numbers differ, or all samples where only the sum is known.
         """
-        if rows == sum(self.own_placeholders) and (sum(self.items) == 0 or rows % sum(self.items)):
-            return  # items of different lengths: only the sum can be checked
         per_item = rows // sum(self.items) if sum(self.items) else 0
         indices = self.sample_indices[self.own.start : self.own.stop]
         for index, placeholders, items in zip(indices, self.own_placeholders, self.items, strict=True):
-            if placeholders != items * per_item:
+            if uniform and placeholders != items * per_item:
                 raise ValueError(
                     f"Sample {index}: input_ids has {placeholders} placeholder tokens for {module!r}, but its {items} "
                     f"inputs give {items * per_item} embeddings ({per_item} each). Write {items * per_item} "
@@ -70,7 +70,7 @@ class ModalityCounts:
         if rows != sum(self.own_placeholders):
             raise ValueError(
                 f"Samples {list(indices)}: input_ids has {sum(self.own_placeholders)} placeholder tokens for "
-                f"{module!r}, but the encoder made {rows} embeddings."
+                f"{module!r}, but the encoder made {rows} embeddings. One placeholder must stand for each embedding."
             )
 
 

@@ -2,7 +2,7 @@
 
 megatron-core draws each shard from a generator whose state depends on the tensor-parallel rank and on what was built
 before, so another layout starts from other weights. Here the random initializers that run while a model is built are
-noted instead of run (:class:`RecordInitializers`); afterwards each one is replayed on the parameter's full, unsharded
+noted (:class:`RecordInitializers`); afterwards each one is replayed on the parameter's full, unsharded
 shape with a generator seeded by the parameter's global name, and the rank's shard is cut out of it.
 """
 
@@ -47,15 +47,20 @@ _RANDOM_INITIALIZERS = frozenset(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A noted initializer call, without the tensor."""
+    """A noted initializer call, without the tensor, and what the tensor was right after it."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    fingerprint: tuple[float, float]
 
 
 class RecordInitializers(TorchFunctionMode):
-    """Notes random initializers called on parameters, instead of running them, while a model is built."""
+    """Notes the random initializers that are called on parameters while a model is built.
+
+    They are run as well: what is done to a parameter afterwards (the zero row of a padded embedding, the further steps
+    of ``trunc_normal_``) is then found out, and such a parameter is left as it was built.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,19 +70,26 @@ class RecordInitializers(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func in _RANDOM_INITIALIZERS:
             tensor = args[0] if args else kwargs.get("tensor")
             if isinstance(tensor, torch.nn.Parameter):
                 rest = {key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
                 # The parameter is kept too, so that its id is not given to another one.
-                self._recipes[id(tensor)] = (tensor, _Recipe(func, args[1:], rest))
-                return tensor
-        return func(*args, **kwargs)
+                self._recipes[id(tensor)] = (tensor, _Recipe(func, args[1:], rest, _fingerprint(tensor)))
+        return result
 
     def recipe_of(self, parameter: torch.nn.Parameter) -> _Recipe | None:
-        """The last initializer that was called on a parameter, if it was a random one."""
-        noted = self._recipes.get(id(parameter))
-        return noted[1] if noted else None
+        """The random initializer whose outcome a parameter still is, if there is one."""
+        _, recipe = self._recipes.get(id(parameter), (None, None))
+        return recipe if recipe is not None and recipe.fingerprint == _fingerprint(parameter) else None
+
+
+@torch.no_grad()
+def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    # Not the version counter: a change through ``tensor.data`` does not count there.
+    values = tensor.double()
+    return float(values.sum()), float(values.square().sum())
 
 
 @torch.no_grad()

@@ -26,6 +26,8 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 # How long a rank that lost its fellows may take to report an error of its own.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+# How long the others may take to clean up after all went well.
+_EXIT_SECONDS = 60.0
 
 
 def can_fork(root_device: torch.device) -> bool:
@@ -121,7 +123,7 @@ class ForkLauncher(_Launcher):
 
     def _wait_for_children(self) -> None:
         # After an error here the others wait for this rank in some collective: they have nothing to add.
-        deadline = time.monotonic() + (0 if _failed() else _GRACE_SECONDS)
+        deadline = time.monotonic() + (0 if _failed() else _EXIT_SECONDS)
         while self._children and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self.kill(signal.SIGKILL)

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_model_config, unwrap_model
 
 from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
 from lightning_mimo.infra import MimoModelInfra
@@ -25,17 +25,27 @@ class SampleAlignedMimoModel(MimoModel):
     # forward_backward_no_pipelining asks for it; MimoModel itself does not say.
     model_type = ModelType.encoder_or_decoder
 
-    def __init__(self, mimo_config: MimoModelConfig, infra: MimoModelInfra) -> None:
+    def __init__(self, mimo_config: MimoModelConfig, infra: MimoModelInfra, *, seed: int) -> None:
         """Collective over the world where modules are colocated with different data-parallel sizes.
 
         Args:
             mimo_config: specs of all modules; ``module_to_grid_map`` must be ``infra.module_to_grid_map``.
             infra: grids and process groups.
+            seed: the run's seed.
         """
         self._infra = infra
+        self._seed = seed
         self._modality_counts: Mapping[str, ModalityCounts] = {}
+        self._output_ndim: dict[torch.nn.Module, int] = {}
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
+        for name in self.modality_submodules:
+            for encoder in _encoders_of(self, name):
+                encoder.register_forward_hook(self._note_output)
+
+    def _note_output(self, encoder: torch.nn.Module, inputs: Any, output: Any) -> None:
+        # As upstream's encode: the first of a tuple holds the embeddings.
+        self._output_ndim[encoder] = (output[0] if isinstance(output, tuple) else output).ndim
 
     def forward(self, *args: Any, modality_counts: Mapping[str, ModalityCounts] | None = None, **kwargs: Any) -> Any:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
@@ -48,12 +58,29 @@ class SampleAlignedMimoModel(MimoModel):
         self._modality_counts = modality_counts or {}
         return super().forward(*args, **kwargs)
 
+    def _initialize_submodules(self) -> None:
+        # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
+        # depend on which other modules this rank builds.
+        for name in self.role.modality_module_names:
+            torch.random.default_generator.manual_seed(seed_for(self._seed, name))
+            spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
+            self.modality_submodules[name] = spec.module.from_spec(
+                spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
+            )
+
+    def _initialize_language_model(self) -> None:
+        torch.random.default_generator.manual_seed(seed_for(self._seed, LANGUAGE))
+        super()._initialize_language_model()
+
     def _forward_encoders(
         self,
         input_ids: torch.Tensor | None,
         modality_inputs: dict[str, Any] | None,
         input_tensors: dict[str, torch.Tensor] | None,
     ) -> dict[str, torch.Tensor]:
+        for name in self.role.modality_module_names:
+            if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
+                self._modality_counts[name].check_rows(name, 0, uniform=True)
         outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
         modules = self._infra.layout.modules
         for name, output in outputs.items():
@@ -73,8 +100,12 @@ class SampleAlignedMimoModel(MimoModel):
         counts = self._modality_counts[name]
         if sum(counts.items) == 0:
             output = output[:0].clone()
-        counts.check_rows(name, output.size(0))
+        counts.check_rows(name, output.size(0), uniform=self._is_uniform(name))
         return output
+
+    def _is_uniform(self, name: str) -> bool:
+        """Whether an encoder makes the same number of embeddings of every item: it returned ``[n, tokens, hidden]``."""
+        return all(self._output_ndim.get(encoder) == 3 for encoder in _encoders_of(self, name))
 
     def _build_colocated_communicators(self) -> None:
         for name in self._infra.layout.encoders:
@@ -108,10 +139,8 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
     _check_modules(config, infra)
     config.module_to_grid_map = infra.module_to_grid_map
     _prepare_language_config(config.language_model_spec.params["config"])
-    # Parameters made without an initializer (torch.randn in a user's encoder) draw from the default generator.
     with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
-        torch.random.default_generator.manual_seed(seed_for(seed, "-".join(infra.participating_modules)))
-        model = SampleAlignedMimoModel(config, infra)
+        model = SampleAlignedMimoModel(config, infra, seed=seed)
     _check_dropout(model, infra)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
@@ -143,6 +172,10 @@ def wrap_with_ddp(
             model.language_model = wrapped
         else:
             model.modality_submodules[name] = wrapped
+
+
+def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
+    return list(unwrap_model(model.modality_submodules[name]).encoders.values())
 
 
 def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:

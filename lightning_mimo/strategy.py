@@ -157,6 +157,11 @@ class MimoStrategy(ParallelStrategy):
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
         self._micro_batch_sizes(layout)
+        if self.ddp.overlap_param_gather:
+            raise ValueError(
+                "MimoStrategy(ddp=...): overlap_param_gather=True is not supported yet, because weights that are still "
+                "being gathered could be saved or evaluated. Leave it out; overlap_grad_reduce works."
+            )
         return layout
 
     def _micro_batch_sizes(self, layout: MimoLayout) -> dict[str, int]:

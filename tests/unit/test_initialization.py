@@ -53,12 +53,13 @@ class Weight(nn.Module):
         dim: int | None = None,
         stride: int = 1,
         expert: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         shape = list(shape)
         if dim is not None:
             shape[dim] //= (groups.expt_tp if expert else groups.tp).size()
-        self.weight = nn.Parameter(torch.full(shape, torch.nan))
+        self.weight = nn.Parameter(torch.full(shape, torch.nan, dtype=dtype))
         if dim is not None:
             self.weight.tensor_model_parallel = True
             self.weight.partition_dim = dim
@@ -150,8 +151,31 @@ def test_constants_are_left_as_they_are():
 
 
 def test_weights_of_another_dtype_are_the_same_but_for_rounding():
-    half = initialized(lambda: Weight().bfloat16()).weight
+    half = initialized(lambda: Weight(dtype=torch.bfloat16)).weight
     assert torch.equal(half, initialized(Weight).weight.bfloat16())
+
+
+def test_steps_after_the_random_one_are_not_lost():
+    def fill(tensor: torch.Tensor) -> None:
+        nn.init.trunc_normal_(tensor, std=5.0, a=-1.0, b=1.0)
+
+    weight = initialized(lambda: Weight(fill)).weight
+    assert weight.abs().max() <= 1
+
+
+def test_padding_row_of_an_embedding_stays_zero():
+    embedding = initialized(lambda: nn.Embedding(8, 4, padding_idx=3))
+    assert torch.equal(embedding.weight[3], torch.zeros(4))
+    assert embedding.weight[2].abs().min() > 0
+
+
+def test_values_written_past_autograd_are_kept():
+    def pretrained() -> nn.Module:
+        module = Weight()
+        module.weight.data = torch.arange(64.0).view(8, 8)
+        return module
+
+    assert torch.equal(initialized(pretrained).weight, torch.arange(64.0).view(8, 8))
 
 
 def test_weights_depend_on_seed_and_name_and_not_on_what_was_drawn_before():
@@ -166,9 +190,11 @@ def test_weights_depend_on_seed_and_name_and_not_on_what_was_drawn_before():
     assert not torch.equal(one["first"].weight, initialized(two, seed=2)["first"].weight)
 
 
-def test_surrounding_generator_is_left_as_it_was():
+def test_replaying_leaves_the_surrounding_generator_as_it_was():
+    with RecordInitializers() as initializers:
+        module = Weight()
     before = torch.get_rng_state()
-    initialized(Weight)
+    initialize_by_name(module, prefix="l", seed=1, initializers=initializers, groups=Groups())
     assert torch.equal(torch.get_rng_state(), before)
 
 

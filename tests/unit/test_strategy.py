@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo import LayoutError, MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
@@ -36,6 +37,14 @@ def test_wrong_number_of_devices_names_the_right_one() -> None:
 def test_batch_that_does_not_divide_names_the_module_and_what_fits() -> None:
     with pytest.raises(LayoutError, match=r"global_batch_size=8.*'images'.*3 \* 1 = 3.*global_batch_size=6 or 9"):
         trainer(strategy(num_microbatches=3)).strategy.validate()
+
+
+def test_overlapped_parameter_gathering_is_refused_by_name() -> None:
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
+    )
+    with pytest.raises(ValueError, match=r"overlap_param_gather=True is not supported yet"):
+        trainer(strategy(ddp=ddp)).strategy.validate()
 
 
 def test_plain_lightning_modules_are_refused_by_name() -> None:
