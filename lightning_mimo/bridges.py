@@ -8,7 +8,7 @@ equal parts, or refuse, where the two sides have different data-parallel sizes. 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.comm.colocated_communicator import BridgeDirection, ColocatedBridgeCommunicator
 from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
@@ -78,12 +79,18 @@ class SampleAlignedBridge(BridgeCommunicator):
     """A bridge between disjoint ranks that returns each encoder replica the gradient of just its own rows.
 
     Upstream splits the gradient into equal parts on the way back. Here the receiver remembers how many rows came from
-    each sender; microbatches come back in the order in which they went, so a queue is enough.
+    each sender; microbatches come back in the order in which they went, so a queue is enough. Nothing comes back to an
+    encoder that is frozen.
     """
 
     def __init__(self, *args, **kwargs) -> None:
         self._received_rows: deque[list[int]] = deque()
+        self._one_way = False
         super().__init__(*args, **kwargs)
+
+    def send_no_gradients(self) -> None:
+        """From now on, let activations through only. To be called on both sides."""
+        self._one_way = True
 
     def reset(self) -> None:
         """Forget what was received: a forward-only pass sends nothing back."""
@@ -98,7 +105,21 @@ class SampleAlignedBridge(BridgeCommunicator):
 
     @torch.no_grad()
     def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape=None) -> torch.Tensor | None:
+        if self._one_way:
+            return self.recv_forward()
         return _begin_graph(super().send_backward_recv_forward(grad_tensor, forward_shape))
+
+    def send_forward_recv_backward(self, input_tensor: torch.Tensor, grad_shape=None) -> torch.Tensor | None:
+        if self._one_way:
+            return self.send_forward(input_tensor)
+        return super().send_forward_recv_backward(input_tensor, grad_shape)
+
+    def send_backward(self, grad_tensor: torch.Tensor) -> None:
+        if not self._one_way:
+            super().send_backward(grad_tensor)
+
+    def recv_backward(self) -> torch.Tensor | None:
+        return None if self._one_way else super().recv_backward()
 
     def _communicate_shapes(self, *args, **kwargs):
         forward_shapes, gradient_shapes = super()._communicate_shapes(*args, **kwargs)
@@ -111,6 +132,39 @@ class SampleAlignedBridge(BridgeCommunicator):
             rows = self._received_rows.popleft()
             return [part.contiguous() for part in aggregated_tensor.split(rows, dim=self._batch_dim)]
         return super()._split_tensor_at_batch_dim(aggregated_tensor, num_splits)
+
+
+class OneWayP2P(P2PCommunicator):
+    """Between pipeline stages of one module, where gradients of frozen stages do not travel back."""
+
+    def __init__(self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, *, to_previous: bool, to_next: bool):
+        """
+        Args:
+            pp_group: the module's pipeline stages.
+            config: as for upstream's.
+            to_previous: whether gradients go to the stage before.
+            to_next: whether gradients come from the stage after.
+        """
+        super().__init__(pp_group, config)
+        self._to_previous = to_previous
+        self._to_next = to_next
+
+    def recv_backward(self, tensor_shapes, is_last_stage: bool):
+        return super().recv_backward(tensor_shapes, is_last_stage) if self._to_next else None
+
+    def send_backward(self, input_tensor_grads, is_first_stage: bool) -> None:
+        if self._to_previous:
+            super().send_backward(input_tensor_grads, is_first_stage)
+
+    def send_forward_recv_backward(self, output_tensors, tensor_shapes, is_last_stage: bool):
+        if self._to_next:
+            return super().send_forward_recv_backward(output_tensors, tensor_shapes, is_last_stage)
+        return self.send_forward(output_tensors, is_last_stage)
+
+    def send_backward_recv_forward(self, input_tensor_grads, tensor_shapes, is_first_stage: bool):
+        if self._to_previous:
+            return super().send_backward_recv_forward(input_tensor_grads, tensor_shapes, is_first_stage)
+        return self.recv_forward(tensor_shapes, is_first_stage)
 
 
 def _begin_graph(received: torch.Tensor | None) -> torch.Tensor | None:
@@ -131,6 +185,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             infra: grids and topology.
             config: the language module's config; ``pipeline_dtype`` is the dtype on the wire.
         """
+        self._stages = {name: sizes.pp for name, sizes in infra.layout.modules.items()}
         super().__init__(
             infra.module_to_grid_map,
             infra.topology,
@@ -138,6 +193,34 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             dim_mapping={"s": 0, "b": 1, "h": 2},
             module_output_ndim=dict.fromkeys(infra.layout.encoders, 2),
         )
+
+    @property
+    def current_stage(self) -> int:
+        """This rank's stage, counted from the end of the pipeline, where all modules meet.
+
+        Upstream counts from the beginning, so that an encoder with fewer stages than another would run ahead of it by
+        the difference and then wait for the language module, which waits for it: with gloo neither ever goes on.
+        """
+        name, place = next(iter(self.rank_module_map.items()))
+        behind = place.pp_size - 1 - place.pp_rank + (0 if name == LANGUAGE else self._stages[LANGUAGE])
+        return self.total_stages - 1 - behind
+
+    def restrict(self, needs_gradient: Callable[[str, int], bool]) -> None:
+        """Send gradients back only where somebody needs them. To be called on every rank.
+
+        Args:
+            needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient.
+        """
+        for bridge in self.bridge_comms:
+            if not needs_gradient(bridge.src_module_name, self._stages[bridge.src_module_name] - 1):
+                bridge.send_no_gradients()
+        for name, rank in self.rank_module_map.items():
+            rank.p2p_communicator = OneWayP2P(
+                self.module_to_grid_map[name].get_pg("pp"),
+                self.config,
+                to_previous=rank.pp_rank > 0 and needs_gradient(name, rank.pp_rank - 1),
+                to_next=needs_gradient(name, rank.pp_rank),
+            )
 
     def _build_bridge_comms(self) -> None:
         for source, destinations in self.topology.items():

@@ -1,11 +1,11 @@
 """Weights and a directory: written by all ranks at once, read back in any layout.
 
-One file per module, pipeline stage and tensor-parallel rank, written by the first data-parallel replica:
+One file per module and rank that holds something no rank before it does:
 
     step=600.ckpt/
       trainer.pt                      what Lightning keeps (loops, callbacks), plain types only
-      weights-images-pp0-tp0.pt       {global parameter name: {"piece", "dim", "stride", "tp_rank", "tp_size"}}
-      weights-language-pp0-tp0.pt
+      weights-images-rank0.pt         {global parameter name: {"piece", "dim", "stride", "tp_rank", "tp_size"}}
+      weights-language-rank2.pt
 
 Names and numbers are global, so a reader needs nothing of the layout that wrote them. Reading executes no code from
 the files (``torch.load(weights_only=True)``).
@@ -56,10 +56,8 @@ def save_weights(path: str, model: SampleAlignedMimoModel, infra: MimoModelInfra
         if rank == 0:
             torch.save(dict(extra), unfinished / _TRAINER_FILE)
         for name in infra.participating_modules:
-            place = infra.layout.modules[name].coordinates(rank)
-            if place["dp"] == 0:
-                file = f"weights-{name}-pp{place['pp']}-tp{place['tp']}.pt"
-                torch.save(_pieces(model, infra, name), unfinished / file)
+            if pieces := _pieces(model, infra, name):
+                torch.save(pieces, unfinished / f"weights-{name}-rank{rank}.pt")
 
     def publish() -> None:
         if rank == 0:
@@ -108,10 +106,14 @@ def load_weights(path: str, model: SampleAlignedMimoModel, infra: MimoModelInfra
 
 
 def _pieces(model: SampleAlignedMimoModel, infra: MimoModelInfra, name: str) -> dict[str, dict[str, Any]]:
+    """What this rank writes of a module: its shards of what it holds as the first of several replicas."""
     module, prefix = module_and_name(model, name)
     groups = infra.pg_collections[name]
     pieces = {}
     for parameter_name, parameter in global_named_parameters(unwrap_model(module), prefix=prefix, groups=groups):
+        replicas = groups.dp if getattr(parameter, "allreduce", True) else groups.expt_dp
+        if replicas.rank() > 0:
+            continue
         group = shard_group(parameter, groups)
         pieces[parameter_name] = {
             # A view of a DDP buffer would drag the whole buffer into the file.
@@ -127,7 +129,7 @@ def _pieces(model: SampleAlignedMimoModel, infra: MimoModelInfra, name: str) -> 
 def _open_pieces(directory: Path, name: str) -> dict[str, list[dict[str, Any]]]:
     """All pieces of one module by parameter, memory-mapped: only what is used is read."""
     pieces: dict[str, list[dict[str, Any]]] = {}
-    for file in sorted(directory.glob(f"weights-{name}-pp*-tp*.pt")):
+    for file in sorted(directory.glob(f"weights-{name}-rank*.pt")):
         for parameter_name, piece in torch.load(file, weights_only=True, mmap=True).items():
             pieces.setdefault(parameter_name, []).append(piece)
     return pieces

@@ -81,6 +81,51 @@ def _with_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _always_as_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``maybe_move_tensor_to_cpu`` that hands out numpy for tensors which are on the CPU already, too."""
+
+    @functools.wraps(function)
+    def call(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = function(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    return call
+
+
+def _all_gather_of_any_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``all_gather`` of tensors that differ in their first dimension: padded to the longest on the wire."""
+
+    @functools.wraps(function)
+    def call(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if all(each.shape == tensor.shape for each in tensor_list):
+            return function(tensor_list, tensor, *args, **kwargs)
+        longest = max(each.size(0) for each in tensor_list)
+        padded = tensor.new_zeros((longest, *tensor.shape[1:]))
+        padded[: tensor.size(0)] = tensor
+        received = [torch.empty_like(padded) for _ in tensor_list]
+        function(received, padded, *args, **kwargs)
+        for whole, part in zip(received, tensor_list, strict=True):
+            part.copy_(whole[: part.size(0)])
+        return None
+
+    return call
+
+
+def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``reduce_scatter`` of parts that differ in their first dimension: all are reduced, and one's own is kept."""
+
+    @functools.wraps(function)
+    def call(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        if all(each.shape == output.shape for each in input_list):
+            return function(output, input_list, *args, group=group, **kwargs)
+        whole = torch.cat(input_list)
+        torch.distributed.all_reduce(whole, group=group)
+        output.copy_(whole.split([len(each) for each in input_list])[torch.distributed.get_rank(group)])
+        return None
+
+    return call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
     """One attribute to replace while the adapter is open.
@@ -130,6 +175,24 @@ REPLACEMENTS = (
     ),
     Replacement(module=_RANDOM, name="_get_cuda_rng_state", make=_always(_get_rng_state), reason=_GENERATOR),
     Replacement(module=_RANDOM, name="_set_cuda_rng_state", make=_always(_set_rng_state), reason=_GENERATOR),
+    Replacement(
+        module="megatron.core.transformer.moe.token_dispatcher",
+        name="maybe_move_tensor_to_cpu",
+        make=_always_as_numpy,
+        reason="all-to-all takes its split sizes as numpy; only tensors on a GPU would be converted",
+    ),
+    Replacement(
+        module="torch.distributed",
+        name="all_gather",
+        make=_all_gather_of_any_sizes,
+        reason="ranks that share experts gather different numbers of tokens, which NCCL allows and gloo does not",
+    ),
+    Replacement(
+        module="torch.distributed",
+        name="reduce_scatter",
+        make=_reduce_scatter_of_any_sizes,
+        reason="the way back: ranks that share experts get different numbers of tokens",
+    ),
     Replacement(
         module="torch.distributed",
         name="new_group",

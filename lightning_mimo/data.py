@@ -8,6 +8,7 @@ what random augmentation does to one of them, depend on the seed, the epoch and 
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,8 +63,8 @@ class GlobalOrder(Sampler[int]):
     def __init__(self, sampler: Sampler[int], *, seed: int) -> None:
         """
         Args:
-            sampler: the user's sampler; what it draws from torch's default generator is made to depend on the seed and
-                the epoch only.
+            sampler: the user's sampler; what it draws from torch's, numpy's and Python's default generators is made to
+                depend on the seed and the epoch only.
             seed: the run's seed, the same on all ranks.
         """
         self._sampler = sampler
@@ -80,8 +81,8 @@ class GlobalOrder(Sampler[int]):
         if isinstance(self._sampler, SequentialSampler):
             yield from self._sampler
             return
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed_for(self._seed, f"order/{self.epoch}"))
+        with isolate_rng(include_cuda=False):
+            _seed_generators(seed_for(self._seed, f"order/{self.epoch}"))
             order = list(self._sampler)
         yield from order
 
@@ -142,11 +143,15 @@ class RoleDataset(Dataset):
             return [(request, self._load_seeded(request)) for request in requests]
 
     def _load_seeded(self, request: SampleRequest) -> Sample:
-        seed = seed_for(self._seed, f"sample/{request.epoch}/{request.index}")
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.random.default_generator.manual_seed(seed)
+        _seed_generators(seed_for(self._seed, f"sample/{request.epoch}/{request.index}"))
         return self._load(request.index, request.modules)
+
+
+def _seed_generators(seed: int) -> None:
+    """The default generators of Python, numpy and torch's CPU."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.random.default_generator.manual_seed(seed)
 
 
 class MicrobatchCollator:
@@ -189,6 +194,10 @@ class MicrobatchCollator:
             samples = [loaded[position] for position in own]
             batch["modality_inputs"][module] = _concatenate(module, samples)
             batch["modality_counts"][module] = self._counts(module, loaded, self._plan.bridge(module, microbatch), own)
+        batch["identities"] = {
+            module: torch.tensor([_identity(*loaded[position]) for position in runs[microbatch]])
+            for module, runs in self._plan.shards.items()
+        }
         return batch
 
     def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> dict[str, Any]:
@@ -307,6 +316,11 @@ def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
         return {**sample, "modality_inputs": inputs}
 
     return load_all
+
+
+def _identity(request: SampleRequest, sample: Sample) -> tuple[int, int, int]:
+    """Position, index and checksum of the text: what :func:`lightning_mimo.sample_check.check_samples` compares."""
+    return request.position, request.index, zlib.crc32(sample["input_ids"].numpy().tobytes())
 
 
 def _pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:

@@ -80,6 +80,24 @@ def greedy_decode(
     return written
 
 
+def gather_indices(microbatches: Sequence[Microbatch], *, global_batch_size: int, device: torch.device) -> list[int]:
+    """Dataset index at every position of a global batch, -1 for fillers. Collective over the world.
+
+    Args:
+        microbatches: this rank's share.
+        global_batch_size: samples over all ranks.
+        device: where collectives take place.
+    """
+    indices = torch.full((global_batch_size,), -1, device=device)
+    for microbatch in microbatches:
+        for position, index, filler in zip(
+            microbatch["global_positions"], microbatch["sample_indices"], microbatch["fillers"], strict=True
+        ):
+            indices[position] = -1 if filler else index
+    dist.all_reduce(indices, op=dist.ReduceOp.MAX)
+    return indices.tolist()
+
+
 def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int) -> Microbatch:
     """A copy whose sequences are longer by ``columns``; what stands there comes after all that is read."""
     input_ids = torch.nn.functional.pad(microbatch["input_ids"], (0, columns), value=pad_token_id)

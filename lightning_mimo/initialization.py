@@ -108,12 +108,16 @@ def initialize_by_name(
         prefix: its global name, e.g. ``language_model``.
         seed: the run's seed.
         initializers: what was noted while it was built.
-        groups: its process groups; tensor-parallel shards are cut by their ranks.
+        groups: its process groups; tensor-parallel shards are cut by their ranks. Collective over ``embd`` where word
+            embeddings are tied across pipeline stages.
     """
     for name, parameter in global_named_parameters(module, prefix=prefix, groups=groups):
         recipe = initializers.recipe_of(parameter)
         if recipe is not None:
             parameter.copy_(_shard_of_master(parameter, recipe, seed_for(seed, name), groups))
+        if getattr(parameter, "shared_embedding", False):
+            # The last stage's copy of tied embeddings was filled with what the first stage held before.
+            dist.broadcast(parameter.data, group=groups.embd, group_src=0)
 
 
 def seed_for(seed: int, name: str) -> int:

@@ -1,21 +1,23 @@
-"""The MimoModel that the strategy trains: built on this rank's modules only, wrapped module by module."""
+"""The MimoModel that the strategy trains, built on this rank's modules only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_model_config, unwrap_model
+from megatron.core.utils import unwrap_model
+from torch.nn.functional import pad
 
 from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.initialization import RecordInitializers, initialize_by_name, seed_for
+from lightning_mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name, seed_for
 from lightning_mimo.parallelism import LANGUAGE
 
 
@@ -39,24 +41,75 @@ class SampleAlignedMimoModel(MimoModel):
         self._output_ndim: dict[torch.nn.Module, int] = {}
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
+        self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
+        self._text_token = next(token for token in count() if token not in self.special_token_ids.values())
         for name in self.modality_submodules:
             for encoder in _encoders_of(self, name):
-                encoder.register_forward_hook(self._note_output)
+                encoder.register_forward_hook(partial(self._look_at_output, name), with_kwargs=True)
 
-    def _note_output(self, encoder: torch.nn.Module, inputs: Any, output: Any) -> None:
+    def _look_at_output(
+        self, name: str, encoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note how many dimensions an encoder's output has, and refuse one that is not batch first."""
         # As upstream's encode: the first of a tuple holds the embeddings.
-        self._output_ndim[encoder] = (output[0] if isinstance(output, tuple) else output).ndim
+        embeddings = output[0] if isinstance(output, tuple) else output
+        self._output_ndim[encoder] = embeddings.ndim
+        items = {value.size(0) for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim}
+        whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
+        if whole and embeddings.ndim == 3 and len(items) == 1 and embeddings.size(0) not in items:
+            raise ValueError(
+                f"Module {name!r}: {type(encoder).__name__} was given {items.pop()} items and returned embeddings of "
+                f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
+                f"would get each other's features. Megatron's transformers return (tokens, items, hidden): add "
+                f".transpose(0, 1)."
+            )
 
-    def forward(self, *args: Any, modality_counts: Mapping[str, ModalityCounts] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: dict[str, dict[str, Any]] | None = None,
+        packing_kwargs: dict[str, Any] | None = None,
+        *,
+        modality_counts: Mapping[str, ModalityCounts] | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
 
+        Sequences may have any length: for sequence parallelism, which wants a multiple of tp, they are filled up with
+        text tokens at the end, and what comes out for those is cut off again.
+
         Args:
-            *args: as in MimoModel.
+            input_ids: as in MimoModel, like all others.
+            position_ids: int64 ``[b, s]``.
+            attention_mask: ``None`` for causal attention.
+            loss_mask: ``[b, s]``, handed through.
+            labels: int64 ``[b, s]``; with them the language module returns token losses in place of logits.
+            modality_inputs: encoder name -> its inputs.
+            packing_kwargs: for packed sequences.
             modality_counts: encoder name -> counts, for the encoders of this rank.
-            **kwargs: as in MimoModel.
         """
         self._modality_counts = modality_counts or {}
-        return super().forward(*args, **kwargs)
+        length = input_ids.size(1)
+        missing = -length % self._sequence_divisor
+
+        def fill(tensor: torch.Tensor | None, value: int = 0) -> torch.Tensor | None:
+            return tensor if tensor is None or not missing else pad(tensor, (0, missing), value=value)
+
+        output, mask = super().forward(
+            fill(input_ids, self._text_token),
+            fill(position_ids),
+            attention_mask,
+            fill(loss_mask),
+            fill(labels),
+            modality_inputs,
+            packing_kwargs,
+        )
+        if missing and isinstance(output, torch.Tensor):
+            output = output[:, :length]
+        return output, mask if mask is None else mask[:, :length]
 
     def _initialize_submodules(self) -> None:
         # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
@@ -94,6 +147,12 @@ class SampleAlignedMimoModel(MimoModel):
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
         """Nothing: upstream counts tokens on the device and refuses fan-in; here the counts came with the batch."""
+
+    def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
+        """As upstream's, but nothing for autograd where the encoder is frozen: no gradient would come back for it."""
+        empty = super()._empty_encoder_output(encoder_name)
+        parameters = self.modality_submodules[encoder_name].parameters()
+        return empty.requires_grad_(any(parameter.requires_grad for parameter in parameters))
 
     def _own_rows(self, name: str, output: torch.Tensor) -> torch.Tensor:
         """Check an encoder's rows, and drop those of the stand-in that was encoded where there was nothing."""
@@ -144,34 +203,11 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
     _check_dropout(model, infra)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
+        _check_stages(name, module, infra)
         initialize_by_name(
             module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
         )
     return model
-
-
-def wrap_with_ddp(
-    model: SampleAlignedMimoModel, infra: MimoModelInfra, ddp_config: DistributedDataParallelConfig
-) -> None:
-    """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place.
-
-    What is wrapped already is left as it is.
-    """
-    for name in infra.participating_modules:
-        module, _ = module_and_name(model, name)
-        if isinstance(module, DistributedDataParallel):
-            continue
-        wrapped = DistributedDataParallel(
-            get_model_config(module) if name == LANGUAGE else _encoder_config(model, name),
-            # Each wrapper writes its own bucket size into its config.
-            replace(ddp_config),
-            module,
-            pg_collection=infra.pg_collections[name],
-        )
-        if name == LANGUAGE:
-            model.language_model = wrapped
-        else:
-            model.modality_submodules[name] = wrapped
 
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
@@ -183,17 +219,6 @@ def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
     if name == LANGUAGE:
         return model.language_model, "language_model"
     return model.modality_submodules[name], f"modality_submodules.{name}"
-
-
-def _encoder_config(model: MimoModel, name: str) -> TransformerConfig:
-    """Config under which an encoder's gradients are reduced: that of a transformer inside, or a plain one."""
-    configs = (getattr(part, "config", None) for part in model.modality_submodules[name].modules())
-    found = next((config for config in configs if isinstance(config, TransformerConfig)), None)
-    if found is None:
-        found = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-    # Every module must sum its gradients, as the language module does: a mix would scale the encoder's wrongly.
-    found.calculate_per_token_loss = True
-    return found
 
 
 def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
@@ -210,6 +235,25 @@ def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
                 f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
                 f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
                 f"ranks of their own."
+            )
+
+
+def _check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> None:
+    """Refuse pipeline stages that hold the same parameters. Collective over a module's stages."""
+    groups = infra.pg_collections[name]
+    if groups.pp.size() == 1:
+        return
+    parameters = global_named_parameters(module, prefix=name, groups=groups)
+    mine = {path for path, parameter in parameters if not getattr(parameter, "shared_embedding", False)}
+    stages: list[set[str]] = [set()] * groups.pp.size()
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    for stage, held in enumerate(stages[1:], start=1):
+        if both := sorted(held & set().union(*stages[:stage])):
+            raise ValueError(
+                f"Module {name!r}: pp={groups.pp.size()}, but stage {stage} holds {both[0]!r}"
+                f"{f' and {len(both) - 1} more' if len(both) > 1 else ''}, which an earlier stage holds too: it is not "
+                f"divided into pipeline stages. Set pp=1, or let each stage build its own layers only, as "
+                f"lightning_mimo.models.vision does."
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
+from lightning_mimo.gradient_flow import freeze
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
 from lightning_mimo.optimizer import MimoTorchOptimizer, build_optimizer
@@ -26,19 +28,22 @@ class MimoModule(pl.LightningModule):
     the language module is. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``), on ranks of the
     language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
 
-    Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/tokens_per_s``,
-    ``val/loss``, ``test/loss`` and the metrics that :meth:`loss` returns.
+    Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
+    so on for each module, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, and the metrics of :meth:`loss`.
     """
 
-    def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16) -> None:
+    def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:
         """
         Args:
             pad_token_id: fills up ``input_ids`` where samples of a microbatch differ in length.
             max_new_tokens: tokens that ``predict`` writes for each sample.
+            frozen: what is not trained: names of modules (``"images"``, ``"language"``) or of parts of them
+                (``"images.encoders"`` leaves the projector). Nothing is sent back to or reduced for what is frozen.
         """
         super().__init__()
         self.pad_token_id = pad_token_id
         self.max_new_tokens = max_new_tokens
+        self.frozen = tuple(frozen)
         self.model: SampleAlignedMimoModel | None = None
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -71,7 +76,9 @@ class MimoModule(pl.LightningModule):
         clip = self.trainer.gradient_clip_val
         config.clip_grad = config.clip_grad if clip is None else float(clip)
         # Two switches for one thing in megatron-core; MimoStrategy(ddp=...) decides.
-        config.use_distributed_optimizer = self.trainer.strategy.ddp.use_distributed_optimizer
+        ddp = self.trainer.strategy.ddp
+        config.use_distributed_optimizer = ddp.use_distributed_optimizer
+        config.overlap_param_gather = ddp.overlap_param_gather
         return build_optimizer(self.model, config)
 
     def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
@@ -148,12 +155,15 @@ class MimoModule(pl.LightningModule):
         if self.model is None:
             seed = self.trainer.strategy.seed if self.infra else 0
             self.model = build_mimo_model(self.configure_mimo(self.infra), self.infra, seed=seed)
+            freeze(self.model, self.infra, self.frozen)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the optimizer step found. Call ``super()`` where you override it."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         if optimizer.grad_norm is not None:
             self.log("train/grad_norm", optimizer.grad_norm)
+            for name, norm in optimizer.mimo.module_grad_norms.items():
+                self.log(f"train/grad_norm/{name}", norm)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""

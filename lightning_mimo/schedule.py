@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from lightning_mimo.bridges import MimoPipelineCommunicator
+from lightning_mimo.gradient_flow import GradientFlow
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
@@ -57,7 +58,7 @@ class GlobalBatchSchedule:
 
         Args:
             model: the model, its modules wrapped in DDP (or bare, for forward passes only). The hooks of its
-                ``config`` are set here.
+                ``config`` are set here. What is to be frozen must be so already.
             infra: grids and process groups.
         """
         self._model = model
@@ -67,7 +68,11 @@ class GlobalBatchSchedule:
         self._held_tokens: torch.Tensor | None = None
         self._holding = False
         self._metric_names: dict[bool, list[str]] = {}
-        self._communicator = None if infra.colocated else MimoPipelineCommunicator(infra, model.config)
+        self._flow = GradientFlow.build(model, infra)
+        self._communicator = None
+        if not infra.colocated:
+            self._communicator = MimoPipelineCommunicator(infra, model.config)
+            self._communicator.restrict(self._flow.leaves)
         model.config.finalize_model_grads_func = self._finalize
         language = infra.layout.modules[LANGUAGE]
         self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
@@ -101,6 +106,8 @@ class GlobalBatchSchedule:
             hold: keep the gradients unreduced, because more batches of the same accumulation window follow. They are
                 reduced, and divided by the loss tokens of the whole window, with the first batch that is not held.
         """
+        if not self._flow.anything:
+            raise ValueError("All parameters of the model are frozen: there is nothing to train.")
         self._holding = hold
         config = self._model.config
         # While held, not even the last microbatch may start a reduction, so one context is held open around all of
@@ -143,6 +150,7 @@ class GlobalBatchSchedule:
     ) -> list[Any]:
         def step(iterator, model):
             microbatch = next(iterator)
+            self._cut_frozen_inputs()
             return forward(microbatch), partial(_apply_loss, loss, microbatch)
 
         groups = build_pg_collection_for_schedule(self._infra)
@@ -166,6 +174,19 @@ class GlobalBatchSchedule:
             collect_non_loss_data=collect_non_loss_data,
             **arguments,
         )
+
+    def _cut_frozen_inputs(self) -> None:
+        """Begin no graph at an activation that needs no gradient: the stage behind it may be frozen as well.
+
+        megatron-core receives all of them as if they needed one.
+        """
+        inputs = getattr(self._model, "input_tensors", None)
+        for name in list(inputs) if isinstance(inputs, dict) else ():
+            sizes = self._infra.layout.modules[name]
+            is_own = name in self._infra.participating_modules
+            sender = sizes.coordinates(dist.get_rank())["pp"] - 1 if is_own else sizes.pp - 1
+            if not self._flow.leaves(name, sender):
+                inputs[name] = inputs[name].detach()
 
     def _finalize(
         self, model: Any, num_tokens: torch.Tensor, pg_collection: Any = None, force_all_reduce: bool | None = None

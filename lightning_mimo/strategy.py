@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
-from typing import Any, override
+from typing import Any, Literal, override
 
 import lightning.pytorch as pl
 import torch
@@ -20,33 +20,31 @@ from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.strategies.parallel import ParallelStrategy
-from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch.distributed import ReduceOp
 from torch.utils.data import DataLoader
 
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint import load_weights, save_weights
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
-from lightning_mimo.generation import greedy_decode
+from lightning_mimo.data_parallel import check_options, complete_gathering, wrap_with_ddp
+from lightning_mimo.generation import gather_indices, greedy_decode
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
-from lightning_mimo.model import wrap_with_ddp
 from lightning_mimo.module import MimoModule
 from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.random_state import seed_megatron
+from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
+from lightning_mimo.world_strategy import WorldStrategy
 
 
-class MimoStrategy(ParallelStrategy):
+class MimoStrategy(WorldStrategy):
     """Trains a :class:`MimoModule` with every module on a HyperCommGrid of its own.
 
     Example::
@@ -68,6 +66,7 @@ class MimoStrategy(ParallelStrategy):
         num_microbatches: int = 1,
         *,
         colocate: bool = False,
+        check_samples: Literal["first", "always", "never"] = "first",
         ddp: DistributedDataParallelConfig | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -85,6 +84,8 @@ class MimoStrategy(ParallelStrategy):
                 sees k of them.
             num_microbatches: pipeline microbatches that a global batch is cut into.
             colocate: put every module on all ranks instead.
+            check_samples: when to check that all ranks hold the same samples: in the first batch of every epoch and
+                evaluation, in every batch, or never. It costs one small all-reduce.
             ddp: settings of Megatron's DistributedDataParallel, for every module. Gradients are always summed and then
                 divided by the tokens of the global batch.
             process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
@@ -106,8 +107,8 @@ class MimoStrategy(ParallelStrategy):
         self.global_batch_size = global_batch_size
         self.num_microbatches = num_microbatches
         self.colocate = colocate
+        self.check_samples = check_samples
         self.ddp = ddp or DistributedDataParallelConfig()
-        self.num_nodes = 1
         self.infra: MimoModelInfra | None = None
         self.seed = 0
         self._backend = process_group_backend
@@ -118,32 +119,6 @@ class MimoStrategy(ParallelStrategy):
         self._window_open = False
         self._hold = False
         self._step_started = 0.0
-
-    # ------------------------------------------------------------------ ranks
-
-    @property
-    @override
-    def root_device(self) -> torch.device:
-        assert self.parallel_devices is not None
-        return self.parallel_devices[self.local_rank]
-
-    @property
-    def num_processes(self) -> int:
-        """Ranks on this node."""
-        return len(self.parallel_devices or [])
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        raise ValueError(
-            "MimoStrategy divides samples itself, differently for each module; there is no DistributedSampler for it."
-        )
-
-    def _set_world_ranks(self) -> None:
-        assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
 
     # ------------------------------------------------------- before a process
 
@@ -157,11 +132,9 @@ class MimoStrategy(ParallelStrategy):
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
         self._micro_batch_sizes(layout)
-        if self.ddp.overlap_param_gather:
-            raise ValueError(
-                "MimoStrategy(ddp=...): overlap_param_gather=True is not supported yet, because weights that are still "
-                "being gathered could be saved or evaluated. Leave it out; overlap_grad_reduce works."
-            )
+        check_options(self.ddp, self.precision_plugin.dtype)
+        if self.check_samples not in (choices := ("first", "always", "never")):
+            raise ValueError(f"MimoStrategy(check_samples={self.check_samples!r}): choose one of {choices}.")
         return layout
 
     def _micro_batch_sizes(self, layout: MimoLayout) -> dict[str, int]:
@@ -226,7 +199,7 @@ class MimoStrategy(ParallelStrategy):
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
-        module.model.to(self.root_device)
+        self.precision_plugin.convert_module(module.model.to(self.root_device))
         if trainer.state.fn == TrainerFn.FITTING:
             wrap_with_ddp(module.model, self.infra, self.ddp)
         self._schedule = GlobalBatchSchedule(module.model, self.infra)
@@ -276,6 +249,13 @@ class MimoStrategy(ParallelStrategy):
         self._check_same_length(len(dataloader.dataset))
         return sharded
 
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        raise ValueError(
+            "MimoStrategy divides samples itself, differently for each module; there is no DistributedSampler for it."
+        )
+
     def _check_same_length(self, length: int) -> None:
         lengths: list[Any] = [None] * self.world_size
         dist.all_gather_object(lengths, length)
@@ -290,6 +270,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def training_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
+        self._check_samples(batch, batch_idx)
         if not self._window_open:
             self._schedule.zero_grad()
             self._window_open = True
@@ -326,6 +307,11 @@ class MimoStrategy(ParallelStrategy):
         return result
 
     @override
+    def on_train_end(self) -> None:
+        """Weights are whole from here on. Not in ``teardown``, which must not wait for ranks that may have failed."""
+        complete_gathering(self._module.model)
+
+    @override
     def validation_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
         return self._evaluate("val", self._module.validation_step, batch, batch_idx)
 
@@ -335,6 +321,7 @@ class MimoStrategy(ParallelStrategy):
 
     def _evaluate(self, stage: str, step: Any, batch: list[Microbatch], batch_idx: int) -> torch.Tensor:
         module = self._module
+        self._check_samples(batch, batch_idx)
         self._step_started = 0.0  # or the next training step would be charged with the validation
         totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), module.loss)
         self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
@@ -343,14 +330,19 @@ class MimoStrategy(ParallelStrategy):
     @override
     def predict_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> list[dict[str, Any]]:
         """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        self._check_samples(batch, batch_idx)
         module = self._module
         tokens = self.generate(batch, max_new_tokens=module.max_new_tokens)
-        indices = self._gather_indices(batch)
+        indices = gather_indices(batch, global_batch_size=self.global_batch_size, device=self.root_device)
         return [
             {"sample_index": index, "tokens": row}
             for index, row in zip(indices, tokens.tolist(), strict=True)
             if index >= 0
         ]
+
+    def _check_samples(self, batch: list[Microbatch], batch_idx: int) -> None:
+        if self.check_samples == "always" or (self.check_samples == "first" and batch_idx == 0):
+            check_samples(batch, self.infra.layout, global_batch_size=self.global_batch_size, device=self.root_device)
 
     def generate(self, batch: list[Microbatch], *, max_new_tokens: int) -> torch.Tensor:
         """Write tokens for every sample of a global batch. Collective over the world.
@@ -370,17 +362,6 @@ class MimoStrategy(ParallelStrategy):
             group=groups.tp if groups else None,
         )
 
-    def _gather_indices(self, batch: list[Microbatch]) -> list[int]:
-        """Dataset index at every position of the global batch, -1 for fillers; the same on every rank."""
-        indices = torch.full((self.global_batch_size,), -1, device=self.root_device)
-        for microbatch in batch:
-            for position, index, filler in zip(
-                microbatch["global_positions"], microbatch["sample_indices"], microbatch["fillers"], strict=True
-            ):
-                indices[position] = -1 if filler else index
-        dist.all_reduce(indices, op=ReduceOp.MAX)
-        return indices.tolist()
-
     def _log(self, stage: str, totals: BatchTotals, **how: Any) -> None:
         """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
         tokens = int(totals.tokens) if how["on_epoch"] else 1
@@ -389,35 +370,6 @@ class MimoStrategy(ParallelStrategy):
             counted = int(count) if how["on_epoch"] else 1
             if counted:
                 self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
-
-    # ------------------------------------------------------------ collectives
-
-    @override
-    def reduce(
-        self, tensor: torch.Tensor | Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean"
-    ) -> torch.Tensor | Any:
-        """Reduce a tensor over the world (or a group): "mean", "sum" or a ReduceOp. Other objects come back as is."""
-        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
-            return tensor
-        mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
-        op = reduce_op if isinstance(reduce_op, ReduceOp.RedOpType) and not mean else ReduceOp.SUM
-        dist.all_reduce(tensor, op=op, group=group)
-        if mean:
-            tensor = tensor / dist.get_world_size(group)
-        return tensor
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        if dist.is_initialized():
-            dist.barrier()
-
-    @override
-    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
-        if not dist.is_initialized():
-            return obj
-        box = [obj]
-        dist.broadcast_object_list(box, src)
-        return box[0]
 
     # ------------------------------------------------------------ checkpoints
 
@@ -434,6 +386,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write weights and Lightning's own state into a directory. Collective over the world."""
+        complete_gathering(self._module.model)
         save_weights(self.broadcast(str(filepath)), self._module.model, self.infra, extra=checkpoint)
 
     @override

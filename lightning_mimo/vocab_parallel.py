@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Cross-entropy of every token, in float32. Collective over the tensor-parallel group.
+    """Cross-entropy of every token. Collective over the tensor-parallel group.
 
     Args:
         logits: ``[b, s, vocabulary / tp]``, this rank's part; may be overwritten.
@@ -16,12 +16,26 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.Process
         group: the language module's tensor-parallel group.
 
     Returns:
-        ``[b, s]``.
+        ``[b, s]``, float64 for float64 logits, else float32.
     """
+    if logits.dtype == torch.float64:  # megatron-core's would round it to float32
+        return _token_losses_in_float64(logits, labels, group)
     losses = vocab_parallel_cross_entropy(
         logits.transpose(0, 1).contiguous(), labels.transpose(0, 1).contiguous(), tp_group=group
     )
     return losses.transpose(0, 1)
+
+
+def _token_losses_in_float64(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """log(sum(exp(logits))) - logits[label], with both terms summed over the parts of the vocabulary."""
+    largest = logits.detach().amax(dim=-1)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    shifted = logits - largest.unsqueeze(-1)
+    local = labels - group.rank() * logits.size(-1)
+    mine = (local >= 0) & (local < logits.size(-1))
+    wanted = shifted.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1) * mine
+    total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(dim=-1), group=group)
+    return total.log() - reduce_from_tensor_model_parallel_region(wanted, group=group)
 
 
 @torch.no_grad()
@@ -35,7 +49,7 @@ def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tenso
     Returns:
         int64 ``[...]``, the same on all ranks of the group.
     """
-    best, local = logits.float().max(dim=-1)
+    best, local = logits.max(dim=-1)
     tokens = local + group.rank() * logits.size(-1)
     all_best, all_tokens = _gather(best, group), _gather(tokens, group)
     winner = all_best.argmax(dim=0, keepdim=True)

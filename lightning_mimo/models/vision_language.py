@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -16,6 +15,7 @@ from megatron.core.utils import init_method_normal
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import fan_in_normal_
+from lightning_mimo.models.gpt import gpt_block
 from lightning_mimo.models.vision import ImageGrid, vision_spec
 from lightning_mimo.parallelism import LANGUAGE
 
@@ -32,6 +32,8 @@ class TransformerSize:
         num_attention_heads: heads; tp must divide them.
         ffn_hidden_size: width inside the MLP; ``None`` is 4 * hidden_size.
         dropout: probability for hidden states and attention.
+        num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them. No balancing loss is added.
+        experts_per_token: experts that each token is sent to.
     """
 
     num_layers: int
@@ -39,6 +41,8 @@ class TransformerSize:
     num_attention_heads: int
     ffn_hidden_size: int | None = None
     dropout: float = 0.0
+    num_experts: int | None = None
+    experts_per_token: int = 2
 
 
 def vision_language_config(
@@ -51,8 +55,10 @@ def vision_language_config(
     max_sequence_length: int,
     image_token_id: int,
     vision_module: str = "images",
+    tie_embeddings: bool = False,
+    sequence_parallel: bool = False,
 ) -> MimoModelConfig:
-    """MimoModelConfig of a ViT, a two-layer projector and a GPT with rotary positions and an untied head.
+    """MimoModelConfig of a ViT, a two-layer projector and a GPT with rotary positions.
 
     Args:
         infra: grids and process groups of this rank.
@@ -63,12 +69,16 @@ def vision_language_config(
         max_sequence_length: longest sequence in tokens.
         image_token_id: the placeholder that stands in ``input_ids`` once for every token of an image.
         vision_module: name of the encoder's module in the layout.
+        tie_embeddings: let the GPT's head share the weights of its word embeddings.
+        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. Without
+            tensor parallelism it means nothing; with it, a mixture of experts needs it.
 
     Raises:
-        ValueError: if heads or layers or the vocabulary do not divide over the layout.
+        ValueError: if heads, layers, experts or the vocabulary do not divide over the layout.
     """
+    sequence_parallel = sequence_parallel and infra.layout.modules[LANGUAGE].tp > 1
     encoder_config = _transformer_config(infra, vision_module, vision)
-    language_config = _transformer_config(infra, LANGUAGE, language)
+    language_config = _transformer_config(infra, LANGUAGE, language, sequence_parallel=sequence_parallel)
     projector_config = _transformer_config(
         infra,
         vision_module,
@@ -86,10 +96,13 @@ def vision_language_config(
             module=GPTModel,
             params={
                 "config": language_config,
-                "transformer_layer_spec": get_gpt_layer_local_spec(),
+                "transformer_layer_spec": gpt_block(language_config, pp_rank=groups.pp.rank() if groups else 0),
                 "vocab_size": vocab_size,
                 "max_sequence_length": max_sequence_length,
                 "position_embedding_type": "rope",
+                "share_embeddings_and_output_weights": tie_embeddings,
+                # MimoModel cuts the sequence itself, when text and images are together.
+                "scatter_embedding_sequence_parallel": False,
                 "pre_process": groups is None or groups.pp.rank() == 0,
                 "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
                 "pg_collection": groups,
@@ -107,10 +120,19 @@ def vision_language_config(
     )
 
 
-def _transformer_config(infra: MimoModelInfra, module: str, size: TransformerSize) -> TransformerConfig:
+def _transformer_config(
+    infra: MimoModelInfra, module: str, size: TransformerSize, *, sequence_parallel: bool = False
+) -> TransformerConfig:
     sizes = infra.layout.modules[module]
     _check_divides("num_attention_heads", size.num_attention_heads, module, "tp", sizes.tp)
     _check_divides("num_layers", size.num_layers, module, "pp", sizes.pp)
+    if size.num_experts is not None:
+        _check_divides("num_experts", size.num_experts, module, "ep", sizes.ep)
+        if sizes.tp > 1 and not sequence_parallel:
+            raise ValueError(
+                f"Module {module!r}: a mixture of experts with tp={sizes.tp} needs sequence_parallel=True, or each "
+                f"token would be sent to its experts {sizes.tp} times."
+            )
     return TransformerConfig(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
@@ -120,6 +142,15 @@ def _transformer_config(infra: MimoModelInfra, module: str, size: TransformerSiz
         attention_dropout=size.dropout,
         tensor_model_parallel_size=sizes.tp,
         pipeline_model_parallel_size=sizes.pp,
+        sequence_parallel=sequence_parallel,
+        num_moe_experts=size.num_experts,
+        moe_router_topk=size.experts_per_token,
+        expert_model_parallel_size=sizes.ep,
+        expert_tensor_parallel_size=sizes.expt_tp,
+        moe_token_dispatcher_type="alltoall",
+        # A balancing loss is taken over the samples of one rank, so it would not be the same in every layout.
+        moe_router_load_balancing_type="none",
+        add_bias_linear=size.num_experts is None,
         init_method=fan_in_normal_,
         output_layer_init_method=partial(fan_in_normal_, gain=1.0 / math.sqrt(2 * size.num_layers)),
         embedding_init_method=init_method_normal(_EMBEDDING_STD),

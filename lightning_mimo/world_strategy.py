@@ -1,0 +1,62 @@
+"""The ranks of a run as Lightning sees them, and the collectives over all of them: what MimoStrategy stands on."""
+
+from __future__ import annotations
+
+from typing import Any, override
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch.distributed import ReduceOp
+
+
+class WorldStrategy(ParallelStrategy):
+    """One process for each device of each node, and reductions over them; nothing about models."""
+
+    num_nodes = 1  # set by the Trainer
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices or [])
+
+    def _set_world_ranks(self) -> None:
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank
+
+    @override
+    def reduce(
+        self, tensor: torch.Tensor | Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean"
+    ) -> torch.Tensor | Any:
+        """Reduce a tensor over the world (or a group): "mean", "sum" or a ReduceOp. Other objects come back as is."""
+        if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
+            return tensor
+        mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
+        op = reduce_op if isinstance(reduce_op, ReduceOp.RedOpType) and not mean else ReduceOp.SUM
+        dist.all_reduce(tensor, op=op, group=group)
+        if mean:
+            tensor = tensor / dist.get_world_size(group)
+        return tensor
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        if not dist.is_initialized():
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src)
+        return box[0]
