@@ -12,6 +12,7 @@ about their state.
 
 import atexit
 import faulthandler
+import gc
 import io
 import itertools
 import multiprocessing
@@ -35,10 +36,14 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-_PRELOADED = ["torch", "lightning", "megatron.core", "pytest"]
+_PRELOADED = ["torch", "lightning", "megatron.core", "pytest", "lightning_mimo.strategy", "lightning_mimo.models.gpt"]
 # Without visible GPUs the cases take the CPU path on every machine, and the imports cannot initialize CUDA,
 # which would not survive the fork. The warnings of those imports are no errors, whatever pytest was told.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": ""}
+
+# Threads of process groups that are gone for Python, but not for torch, wake up a hundred times a second: after some
+# cases they leave the others little of the machine.
+_CASES_PER_PROCESS = 15
 
 # How long the pool waits for the stacks of ranks that have hit the timeout.
 _STACK_WAIT = 2.0
@@ -110,6 +115,7 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
     # A rank inherits the fork server as its start method, and its DataLoaders would repeat the slow imports.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage, and need not be looked at again after every case
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -123,6 +129,7 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
             report = _run_case(case)
             faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(report)
+        gc.collect()  # process groups end with the last reference, and models are full of cycles
 
 
 def _redirect_output(directory: Path, rank: int) -> None:
@@ -212,6 +219,7 @@ class _Worker:
 
     def __init__(self, rank: int, directory: Path) -> None:
         self.rank = rank
+        self.cases = 0
         self._stderr = _file(directory, rank, "stderr")
         self._stderr_start = 0
         self._stack = _file(directory, rank, "stack")
@@ -229,6 +237,7 @@ class _Worker:
             raise
 
     def begin(self, case: _Case) -> None:
+        self.cases += 1
         self._stderr_start = self._stderr.stat().st_size
         self.pipe.send_bytes(pickle.dumps(case))
 
@@ -267,7 +276,7 @@ class _Worker:
 
 
 class RankPool:
-    """Up to `size` ranks on this machine, started when first needed and kept from case to case."""
+    """Up to `size` ranks on this machine, started when first needed and kept from case to case for a while."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -324,7 +333,7 @@ class RankPool:
 
     def _live_worker(self, rank: int) -> _Worker:
         worker = self._workers.get(rank)
-        if worker is None or not worker.process.is_alive():
+        if worker is None or not worker.process.is_alive() or worker.cases >= _CASES_PER_PROCESS:
             self._kill([rank])
             worker = self._workers[rank] = _Worker(rank, Path(self._directory.name))
         return worker

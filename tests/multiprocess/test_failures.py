@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
-from tests.multiprocess.parity import IMAGE, PicturesAndText, PoolEnvironment, Run, TinyModule, make_trainer
+from tests.multiprocess.evaluation import IMAGE, PicturesAndText, Run, TinyModule, make_trainer
+from tests.multiprocess.parity.layouts import PoolEnvironment
 from tests.multiprocess.rank_pool import RankFailure, RankPool
 
 

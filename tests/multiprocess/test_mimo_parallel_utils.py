@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from lightning_mimo.data_parallel import wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
@@ -27,7 +28,7 @@ from lightning_mimo.mimo_parallel_utils import (
     validate_no_stub_ranks,
     zero_grad_buffer_for_multimodule,
 )
-from lightning_mimo.model import module_and_name, wrap_with_ddp
+from lightning_mimo.model import module_and_name
 from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
 from tests.multiprocess.rank_pool import RankPool
 from tests.multiprocess.tiny import tiny_model, tiny_world

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.data_parallel import wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model, wrap_with_ddp
+from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
 from lightning_mimo.parallelism import ModuleParallelism

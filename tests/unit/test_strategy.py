@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo import LayoutError, MimoStrategy
@@ -19,13 +20,16 @@ def strategy(**arguments: object) -> MimoStrategy:
     return MimoStrategy({"images": Cut(), "language": Cut()}, **{"global_batch_size": 8, **arguments})
 
 
-def test_precision_32_is_taken_over_from_the_trainer() -> None:
-    assert isinstance(trainer(strategy(), precision="32-true").precision_plugin, MimoPrecision)
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
+def test_precision_is_taken_over_from_the_trainer(precision: str, dtype: torch.dtype) -> None:
+    plugin = trainer(strategy(), precision=precision).precision_plugin
+    assert isinstance(plugin, MimoPrecision)
+    assert plugin.dtype == dtype
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precision_is_refused_with_what_is_supported(precision: str) -> None:
-    with pytest.raises(ValueError, match=rf"precision='{precision}'\) is not supported.*supported: 32-true"):
+    with pytest.raises(ValueError, match=rf"precision='{precision}'\) is not supported.*supported: 32-true, 64-true"):
         trainer(strategy(), precision=precision)
 
 
@@ -39,12 +43,28 @@ def test_batch_that_does_not_divide_names_the_module_and_what_fits() -> None:
         trainer(strategy(num_microbatches=3)).strategy.validate()
 
 
-def test_overlapped_parameter_gathering_is_refused_by_name() -> None:
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
-    )
-    with pytest.raises(ValueError, match=r"overlap_param_gather=True is not supported yet"):
-        trainer(strategy(ddp=ddp)).strategy.validate()
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overlap_param_gather": True}, "Set use_distributed_optimizer=True too"),
+        ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "needs overlap_grad_reduce=True"),
+    ],
+    ids=["no_distributed_optimizer", "no_overlapped_reduction"],
+)
+def test_ddp_options_that_do_not_go_together_name_the_other_one(options: dict[str, bool], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(strategy(ddp=DistributedDataParallelConfig(**options))).strategy.validate()
+
+
+def test_float64_with_the_distributed_optimizer_is_refused() -> None:
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    with pytest.raises(ValueError, match=r"does not work with Trainer\(precision='64-true'\)"):
+        trainer(strategy(ddp=ddp), precision="64-true").strategy.validate()
+
+
+def test_unknown_sample_check_names_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"check_samples='sometimes'\): choose one of \('first', 'always', 'never'\)"):
+        trainer(strategy(check_samples="sometimes")).strategy.validate()
 
 
 def test_plain_lightning_modules_are_refused_by_name() -> None:

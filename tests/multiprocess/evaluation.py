@@ -9,8 +9,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import LightningEnvironment
-from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +24,7 @@ from lightning_mimo.models.vision_language import TransformerSize, vision_langua
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.vocab_parallel import greedy_tokens
+from tests.multiprocess.parity.layouts import PoolEnvironment
 
 IMAGE, VOCABULARY, SEED = 3, 32, 7
 CLIP, LR, WEIGHT_DECAY = 0.5, 1e-2, 0.01
@@ -64,8 +63,9 @@ class PicturesAndText(Dataset):
 class TinyModule(MimoModule):
     """Two layers each, four heads, so that tp and pp of 2 fit both modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sequence_parallel: bool = False) -> None:
         super().__init__(pad_token_id=0, max_new_tokens=2)
+        self._sequence_parallel = sequence_parallel
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         size = TransformerSize(num_layers=2, hidden_size=32, num_attention_heads=4)
@@ -77,6 +77,7 @@ class TinyModule(MimoModule):
             vocab_size=VOCABULARY,
             max_sequence_length=16,
             image_token_id=IMAGE,
+            sequence_parallel=self._sequence_parallel,
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -95,10 +96,11 @@ class TinyModule(MimoModule):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """What a run logged: one entry per optimizer step, then the validation."""
+    """What a run logged: one entry per optimizer step (of the modules' norms the last), then the validation."""
 
     loss: list[float]
     grad_norm: list[float]
+    module_grad_norms: dict[str, float]
     val_loss: float
     val_exact_match: float
     answers: list[list[int]]
@@ -118,37 +120,12 @@ class Recorder(pl.Callback):
             self.grad_norm.append(optimizer.grad_norm)
 
 
-class PoolEnvironment(LightningEnvironment):
-    """Ranks of the pool, whose process group exists already."""
-
-    creates_processes_externally = True
-
-    def world_size(self) -> int:
-        return dist.get_world_size()
-
-    def global_rank(self) -> int:
-        return dist.get_rank()
-
-    def local_rank(self) -> int:
-        return dist.get_rank()
-
-    def set_world_size(self, size: int) -> None:
-        assert size == dist.get_world_size()
-
-    def set_global_rank(self, rank: int) -> None:
-        assert rank == dist.get_rank()
-
-    def teardown(self) -> None:
-        pass
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Numbers that a layout does not change."""
 
     samples: int = 48
     global_batch_size: int = 12
-    accumulate: int = 1
     steps: int = 4
 
 
@@ -157,7 +134,6 @@ def make_trainer(run: Run, strategy: MimoStrategy, **arguments: Any) -> pl.Train
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy,
-        accumulate_grad_batches=run.accumulate,
         max_steps=run.steps,
         logger=False,
         enable_checkpointing=False,
@@ -175,7 +151,7 @@ def train_in_layout(
     *,
     colocate: bool,
     num_microbatches: int,
-    ddp: DistributedDataParallelConfig | None = None,
+    sequence_parallel: bool = False,
 ) -> History:
     """Train with ``Trainer(strategy=MimoStrategy(...))`` on the ranks of the pool."""
     torch.manual_seed(SEED)
@@ -184,12 +160,11 @@ def train_in_layout(
         run.global_batch_size,
         num_microbatches,
         colocate=colocate,
-        ddp=ddp,
         cluster_environment=PoolEnvironment(),
     )
     recorder = Recorder()
     trainer = make_trainer(run, strategy, callbacks=[recorder])
-    module = TinyModule()
+    module = TinyModule(sequence_parallel=sequence_parallel)
     loader = DataLoader(PicturesAndText(run.samples), batch_size=run.global_batch_size)
     trainer.fit(module, loader, loader)
     metrics = trainer.callback_metrics
@@ -198,6 +173,7 @@ def train_in_layout(
     return History(
         loss=recorder.loss,
         grad_norm=recorder.grad_norm,
+        module_grad_norms={name: float(metrics[f"train/grad_norm/{name}"]) for name in modules},
         val_loss=float(metrics["val/loss"]),
         val_exact_match=float(metrics["val/exact_match"]),
         answers=[answer["tokens"] for answer in answers[0]],
@@ -248,13 +224,16 @@ def train_plainly(run: Run) -> History:
 
         history: dict[str, list[float]] = {"loss": [], "grad_norm": []}
         data = batches(PicturesAndText(run.samples), run.global_batch_size)
-        windows = [data[i : i + run.accumulate] for i in range(0, len(data), run.accumulate)]
         for step in range(run.steps):
-            window = windows[step % len(windows)]
             optimizer.zero_grad()
-            totals = [forward(batch)[:2] for batch in window]
-            history["loss"].extend(float(total / tokens) for total, tokens in totals)
-            (sum(total for total, _ in totals) / sum(tokens for _, tokens in totals)).backward()
+            total, tokens, _ = forward(data[step % len(data)])
+            history["loss"].append(float(total / tokens))
+            (total / tokens).backward()
+            by_module = {"images": model.modality_submodules, LANGUAGE: model.language_model}
+            module_norms = {
+                name: float(torch.nn.utils.get_total_norm([p.grad for p in part.parameters() if p.grad is not None]))
+                for name, part in by_module.items()
+            }
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             history["grad_norm"].append(float(norm))
             optimizer.step()
@@ -265,6 +244,7 @@ def train_plainly(run: Run) -> History:
     tokens = sum(float(count) for (_, count, _), _ in held_out)
     return History(
         **history,
+        module_grad_norms=module_norms,
         val_loss=sum(float(total) for (total, _, _), _ in held_out) / tokens,
         val_exact_match=sum(int((right & asked).sum()) for (_, _, right), asked in held_out)
         / sum(int(asked.sum()) for _, asked in held_out),

@@ -1,0 +1,183 @@
+"""What is trained in the parity cases: a small model of images, audio and text, and samples hard to share out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch.utils.data import Dataset
+
+from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+
+IMAGE, CLIP, TEXT, VOCABULARY = 3, 2, 4, 32
+TOKENS_PER_IMAGE, LONGEST_CLIP, FEATURES, HIDDEN = 2, 3, 5, 16
+MAX_LENGTH = 32
+LR, WEIGHT_DECAY, BETAS, EPSILON = 1e-2, 0.1, (0.9, 0.99), 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Which samples there are, and what of each modality is in them.
+
+    Attributes:
+        number: samples in an epoch.
+        images: images of the samples 0, 1, 2, …, over and over.
+        clips: audio clips of the same; empty where the model has no audio.
+        masked: which samples have no loss token, over and over.
+        bare: leave modality_inputs out where a sample has none, in place of empty tensors.
+    """
+
+    number: int = 24
+    images: Sequence[int] = (0, 1, 2, 2, 0, 3, 1)
+    clips: Sequence[int] = ()
+    masked: Sequence[bool] = (False, False, False, True, False)
+    bare: bool = False
+
+
+class PicturesSoundsAndText(Dataset):
+    """Samples of different lengths. Clips have different lengths too: one embedding for each frame."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return self._samples.number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        kinds = self._samples
+        generator = torch.Generator().manual_seed(index)
+        images = kinds.images[index % len(kinds.images)] if kinds.images else 0
+        clips = kinds.clips[index % len(kinds.clips)] if kinds.clips else 0
+        frames = torch.randint(1, LONGEST_CLIP + 1, (clips,), generator=generator)
+        placeholders = [IMAGE] * (images * TOKENS_PER_IMAGE) + [CLIP] * int(frames.sum())
+        length = 3 + len(placeholders) + index % 4
+        text = torch.randint(TEXT, VOCABULARY, (length + 1,), generator=generator)
+        # Before, after and between text, and not the same places in every sample.
+        places = torch.randperm(length - 1, generator=generator)[: len(placeholders)].sort().values
+        text[places] = torch.tensor(placeholders, dtype=torch.int64)
+        mask = (torch.rand(length, generator=generator) < 0.6).float()
+        mask[-1] = 1.0
+        inputs: dict[str, Any] = {}
+        if images or not kinds.bare:
+            inputs["images"] = {"vit": {"pixel_values": torch.randn(images, 1, 4, 4, generator=generator)}}
+        if kinds.clips and (clips or not kinds.bare):
+            sound = torch.randn(clips, LONGEST_CLIP, FEATURES, generator=generator)
+            inputs["audio"] = {"clips": {"frames": sound, "lengths": frames}}
+        sample = {
+            "input_ids": text[:-1],
+            "labels": torch.where(text[1:] < TEXT, TEXT, text[1:]),
+            "loss_mask": mask * (not kinds.masked[index % len(kinds.masked)]),
+        }
+        return {**sample, "modality_inputs": inputs} if inputs else sample
+
+
+class ClipEncoder(torch.nn.Module):
+    """An encoder as a user would bring it: plain PyTorch, its own initial values, a part that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.randn(FEATURES))
+        self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+        torch.nn.init.trunc_normal_(self.inner.weight, std=0.5, a=-0.6, b=0.6)
+        self.unused = torch.nn.Linear(2, 2)
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """``[n, longest, features], [n] -> [sum(lengths), hidden]``"""
+        encoded = torch.tanh(self.inner(frames * self.scale))
+        return encoded[torch.arange(frames.size(1)) < lengths.unsqueeze(1)]
+
+
+class SequenceFirst(torch.nn.Module):
+    """What goes wrong most easily: an encoder that returns (tokens, items, hidden), as Megatron's transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+
+    def forward(self, frames: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return self.inner(frames).transpose(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model is trained, the same in every layout.
+
+    Attributes:
+        audio: with a second encoder.
+        clip_encoder: the class of that encoder.
+        experts: experts of every language MLP; None is a dense model.
+        tied: whether the head shares the weights of the word embeddings.
+        frozen: as for MimoModule.
+        dropout: probability, everywhere.
+        clip_grad: largest global gradient norm.
+    """
+
+    audio: bool = False
+    clip_encoder: type[torch.nn.Module] = ClipEncoder
+    experts: int | None = None
+    tied: bool = False
+    frozen: tuple[str, ...] = ()
+    dropout: float = 0.0
+    clip_grad: float = 0.05
+
+
+class ParityModule(MimoModule):
+    """The model of a case; two image and four language layers of four heads."""
+
+    def __init__(self, model: Model, *, sequence_parallel: bool = False) -> None:
+        super().__init__(pad_token_id=0, frozen=model.frozen)
+        self._choice = model
+        self._sequence_parallel = sequence_parallel
+
+    def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+        choice = self._choice
+        config = vision_language_config(
+            infra,
+            grid=ImageGrid(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE),
+            vision=TransformerSize(
+                num_layers=2, hidden_size=8, num_attention_heads=4, ffn_hidden_size=16, dropout=choice.dropout
+            ),
+            language=TransformerSize(
+                num_layers=4,
+                hidden_size=HIDDEN,
+                num_attention_heads=4,
+                ffn_hidden_size=32,
+                dropout=choice.dropout,
+                num_experts=choice.experts,
+            ),
+            vocab_size=VOCABULARY,
+            max_sequence_length=MAX_LENGTH,
+            image_token_id=IMAGE,
+            tie_embeddings=choice.tied,
+            sequence_parallel=self._sequence_parallel,
+        )
+        if choice.audio:
+            encoder = ModuleSpec(module=choice.clip_encoder)
+            config.modality_submodules_spec["audio"] = ModuleSpec(
+                module=AudioModalitySubmodules,
+                params={"pg_collection": infra.pg_collections.get("audio")},
+                submodules={"encoders": {"clips": encoder}},
+            )
+            config.special_token_ids["audio"] = CLIP
+        return config
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.build_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=LR,
+                weight_decay=WEIGHT_DECAY,
+                adam_beta1=BETAS[0],
+                adam_beta2=BETAS[1],
+                adam_eps=EPSILON,
+                clip_grad=self._choice.clip_grad,
+            )
+        )
