@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class DigitsModule(MimoModule):
         weight_decay: float = 0.01,
         warmup_steps: int = 50,
         clip_grad: float = 1.0,
+        frozen: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -38,8 +40,9 @@ class DigitsModule(MimoModule):
             weight_decay: on matrices only.
             warmup_steps: optimizer steps of linear warm-up.
             clip_grad: largest norm of the gradient over all modules.
+            frozen: modules or parts of them that are not trained, such as ``images.encoders``.
         """
-        super().__init__(pad_token_id=int(Token.PAD), max_new_tokens=max_images + 1)
+        super().__init__(pad_token_id=int(Token.PAD), max_new_tokens=max_images + 1, frozen=frozen)
         self.vision = vision
         self.language = language
         self.sequence_length = sequence_length(max_images)

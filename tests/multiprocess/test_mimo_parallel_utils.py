@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from lightning_mimo.data_parallel import wrap_with_ddp
+from lightning_mimo.data_parallel import InOrderDataParallel, wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
@@ -176,9 +176,9 @@ def test_modules_and_groups_of_each_rank(rank_pool: RankPool, layout: Layout) ->
     for rank, view in enumerate(views):
         here = layout.modules_on(rank)
         assert set(view.in_grid) == set(here)
-        assert view.wrapped == [(name, DistributedDataParallel) for name in here]
+        assert view.wrapped == [(name, InOrderDataParallel) for name in here]
         assert [name for name, _ in view.bare] == here
-        assert DistributedDataParallel not in [kind for _, kind in view.bare]
+        assert not [kind for _, kind in view.bare if issubclass(kind, DistributedDataParallel)]
         assert view.language_in_schedule == (LANGUAGE if LANGUAGE in here else None)
         assert set(view.groups_in_schedule) == set(here)
         assert view.groups_created == 0
