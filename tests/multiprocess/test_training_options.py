@@ -63,6 +63,7 @@ def test_ddp_options_train_bit_for_bit_the_same(rank_pool: RankPool, colocate: b
                 assert torch.equal(tensor, plain_tensors[parameter]), f"{name}: {parameter}"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("model", "layout"),
     [
