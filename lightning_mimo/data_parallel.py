@@ -95,17 +95,18 @@ class InOrderDataParallel(DistributedDataParallel):
         return hook
 
     def _start_complete(self, param: torch.nn.Parameter) -> None:
-        for i, chain in enumerate(self._chains):
-            if self.param_to_bucket_group[param] in chain[: self._started[i]]:
-                names = {id(p): name for name, p in self.module.named_parameters()}
-                raise ValueError(
-                    f"The gradient of {names[id(param)]!r} changed after it had been reduced: this batch used the "
-                    f"parameter more often than the first one did. Leave overlap_grad_reduce out of "
-                    f"MimoStrategy(ddp=...)."
-                )
-            while self._started[i] < len(chain) and self._is_complete(chain[self._started[i]]):
-                chain[self._started[i]].start_grad_sync(force_all_reduce=self.force_all_reduce)
-                self._started[i] += 1
+        group = self.param_to_bucket_group[param]
+        i = 0 if group in self.bucket_groups else 1
+        chain = self._chains[i]
+        if chain.index(group) < self._started[i]:
+            names = {id(p): name for name, p in self.module.named_parameters()}
+            raise ValueError(
+                f"The gradient of {names[id(param)]!r} changed after it had been reduced: this batch used the "
+                f"parameter more often than the first one did. Leave overlap_grad_reduce out of MimoStrategy(ddp=...)."
+            )
+        while self._started[i] < len(chain) and self._is_complete(chain[self._started[i]]):
+            chain[self._started[i]].start_grad_sync(force_all_reduce=self.force_all_reduce)
+            self._started[i] += 1
 
     def _is_complete(self, group: Any) -> bool:
         if self._expected is None:

@@ -107,7 +107,10 @@ class GlobalBatchSchedule:
                 reduced, and divided by the loss tokens of the whole window, with the first batch that is not held.
         """
         if not self._flow.anything:
-            raise ValueError("All parameters of the model are frozen: there is nothing to train.")
+            raise ValueError(
+                "All parameters of the model are frozen: there is nothing to train. Take a name out of "
+                "MimoModule(frozen=...), or leave requires_grad on for some parameter."
+            )
         self._holding = hold
         config = self._model.config
         # While held, not even the last microbatch may start a reduction, so one context is held open around all of
