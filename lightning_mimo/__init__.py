@@ -4,10 +4,13 @@ The package is built in rings; a file imports from its own ring or from one furt
 
     ring 0  parallelism, placement, layout, batching,  pure Python: what runs where, checked before anything starts
             picture, known_warnings
-    ring 1  infra, mimo_parallel_utils, bridges,       torch + megatron-core: process groups, the model, the schedule,
-            initialization, model, schedule,           the optimizer, weights on disk, megatron-core on a CPU
-            optimizer, vocab_parallel, generation,
-            random_state, checkpoint, cpu, models/
+    ring 1  infra, mimo_parallel_utils, numerics,      torch + megatron-core: process groups, the model, the schedule,
+            bridges, initialization, model, parts,     the optimizer, weights on disk, megatron-core on a CPU
+            schedule, mimo_optimizer, optimizer,
+            param_groups, lr_schedulers, nonfinite,
+            gradient_flow, data_parallel, checkpoint,
+            vocab_parallel, generation, random_state,
+            sample_check, cpu, models/
     ring 2  module, data, precision, launcher,         Lightning: what users subclass and what the Trainer calls
             strategy
     ring 3  cli                                        the command line
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_mimo.infra import MimoModelInfra
     from lightning_mimo.layout import MimoLayout
+    from lightning_mimo.lr_schedulers import PerModuleLR
     from lightning_mimo.mimo_parallel_utils import (
         build_pg_collection_for_schedule,
         finalize_model_grads_multimodule,
@@ -35,7 +39,10 @@ if TYPE_CHECKING:
         zero_grad_buffer_for_multimodule,
     )
     from lightning_mimo.module import MimoModule
+    from lightning_mimo.nonfinite import NonFiniteError
     from lightning_mimo.parallelism import LayoutError, ModuleParallelism
+    from lightning_mimo.param_groups import OptimizerOverride
+    from lightning_mimo.precision import MimoPrecision
     from lightning_mimo.strategy import MimoStrategy
 
 _HOME = {
@@ -43,8 +50,12 @@ _HOME = {
     "MimoLayout": "layout",
     "MimoModelInfra": "infra",
     "MimoModule": "module",
+    "MimoPrecision": "precision",
     "MimoStrategy": "strategy",
     "ModuleParallelism": "parallelism",
+    "NonFiniteError": "nonfinite",
+    "OptimizerOverride": "param_groups",
+    "PerModuleLR": "lr_schedulers",
     "build_pg_collection_for_schedule": "mimo_parallel_utils",
     "finalize_model_grads_multimodule": "mimo_parallel_utils",
     "get_module_to_grid_tuple": "mimo_parallel_utils",
@@ -61,8 +72,12 @@ __all__ = [
     "MimoLayout",
     "MimoModelInfra",
     "MimoModule",
+    "MimoPrecision",
     "MimoStrategy",
     "ModuleParallelism",
+    "NonFiniteError",
+    "OptimizerOverride",
+    "PerModuleLR",
     "build_pg_collection_for_schedule",
     "finalize_model_grads_multimodule",
     "get_module_to_grid_tuple",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,33 +14,80 @@ from megatron.core.utils import get_model_config
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
+from lightning_mimo.numerics import FLOAT32, Numerics
 from lightning_mimo.parallelism import LANGUAGE
 
 
-def check_options(ddp: DistributedDataParallelConfig, dtype: torch.dtype) -> None:
+def options_by_module(
+    ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None, modules: Collection[str]
+) -> dict[str, DistributedDataParallelConfig]:
+    """What a user set for all modules at once, or for some of them by name, for each module.
+
+    Args:
+        ddp: one for all modules; or by module name, those that are left out taking the defaults.
+        modules: names of the layout.
+
+    Raises:
+        ValueError: for a name that is no module.
+    """
+    if not isinstance(ddp, Mapping):
+        return dict.fromkeys(modules, ddp or DistributedDataParallelConfig())
+    if unknown := sorted(set(ddp) - set(modules)):
+        raise ValueError(
+            f"MimoStrategy(ddp=...): there is no module {unknown[0]!r}; the layout has "
+            f"{', '.join(map(repr, modules))}. Name modules, or give one DistributedDataParallelConfig for all."
+        )
+    return {name: ddp.get(name, DistributedDataParallelConfig()) for name in modules}
+
+
+def check_options(ddp: Mapping[str, DistributedDataParallelConfig], numerics: Numerics) -> None:
     """Refuse settings that do not go together, before any process group exists.
 
     Args:
-        ddp: what the user set.
-        dtype: of the parameters.
+        ddp: module name -> what the user set.
+        numerics: the dtypes of the run.
 
     Raises:
-        ValueError: naming the two settings and what to do.
+        ValueError: naming the module, the two settings and what to do.
     """
+    for name, options in ddp.items():
+        if problem := _problem_with(options, numerics):
+            raise ValueError(f"MimoStrategy(ddp=...), module {name!r}: {problem}")
+
+
+def _problem_with(ddp: DistributedDataParallelConfig, numerics: Numerics) -> str | None:
     if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
-        raise ValueError(
-            "MimoStrategy(ddp=...): overlap_param_gather=True puts off an exchange of weights that only the "
-            "distributed optimizer makes. Set use_distributed_optimizer=True too, or leave it out."
+        return (
+            "overlap_param_gather=True puts off an exchange of weights that only the distributed optimizer makes. Set "
+            "use_distributed_optimizer=True too, or leave it out."
         )
     if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
-        raise ValueError(
-            "MimoStrategy(ddp=...): overlap_param_gather=True needs overlap_grad_reduce=True. Set both, or neither."
+        return "overlap_param_gather=True needs overlap_grad_reduce=True. Set both, or neither."
+    if ddp.use_distributed_optimizer and not numerics.mixed and numerics.dtype != torch.float32:
+        precision, instead = {
+            torch.float64: ("64-true", "Leave one of them out."),
+            torch.bfloat16: ("bf16-true", "Take precision='bf16-mixed', or leave it out."),
+        }[numerics.dtype]
+        return (
+            f"use_distributed_optimizer=True does not work with Trainer(precision={precision!r}), because "
+            f"megatron-core's distributed optimizer keeps and updates float32 parameters. {instead}"
         )
-    if ddp.use_distributed_optimizer and dtype == torch.float64:
-        raise ValueError(
-            "MimoStrategy(ddp=...): use_distributed_optimizer=True does not work with Trainer(precision='64-true'), "
-            "because megatron-core's distributed optimizer updates in float32. Leave one of them out."
+    if ddp.average_in_collective:
+        return (
+            "average_in_collective=True does not go with a loss per token: gradients are summed, then divided by the "
+            "tokens of the global batch. Leave it out."
         )
+    if ddp.num_distributed_optimizer_instances > 1:
+        return (
+            f"num_distributed_optimizer_instances={ddp.num_distributed_optimizer_instances} is not supported by "
+            f"megatron-core's MimoOptimizer. Set it to 1."
+        )
+    if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
+        return (
+            "use_megatron_fsdp=True is not supported; use_distributed_optimizer=True divides the optimizer's state "
+            "over the replicas."
+        )
+    return None
 
 
 class InOrderDataParallel(DistributedDataParallel):
@@ -116,11 +163,20 @@ class InOrderDataParallel(DistributedDataParallel):
 
 
 def wrap_with_ddp(
-    model: SampleAlignedMimoModel, infra: MimoModelInfra, ddp_config: DistributedDataParallelConfig
+    model: SampleAlignedMimoModel,
+    infra: MimoModelInfra,
+    ddp: Mapping[str, DistributedDataParallelConfig],
+    numerics: Numerics = FLOAT32,
 ) -> None:
     """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place.
 
     What is wrapped already is left as it is.
+
+    Args:
+        model: the model, in the dtypes of the run.
+        infra: process groups.
+        ddp: module name -> settings. ``grad_reduce_in_fp32`` is taken from ``numerics``.
+        numerics: the dtypes of the run.
     """
     for name in infra.participating_modules:
         module, _ = module_and_name(model, name)
@@ -130,7 +186,7 @@ def wrap_with_ddp(
             get_model_config(module) if name == LANGUAGE else _encoder_config(model, name),
             # A copy, because each wrapper writes its own bucket size into it. Weights are gathered by begin_gathering
             # only; hooks that gather on demand would not all be called where a sample has no images.
-            replace(ddp_config, align_param_gather=True),
+            replace(ddp[name], align_param_gather=True, grad_reduce_in_fp32=numerics.mixed),
             module,
             pg_collection=infra.pg_collections[name],
         )

@@ -133,14 +133,23 @@ def finalize_model_grads_multimodule(
         infra: process groups by module name.
         module_to_grid_tuple: what :func:`get_module_to_grid_tuple` returned.
     """
-    names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
     total = None if num_tokens is None else _count_tokens_once(num_tokens, infra)
-    for module, grid in module_to_grid_tuple:
-        name = names[id(grid)]
-        finalize_model_grads(
-            [module], None, pg_collection=infra.pg_collections[name], force_all_reduce=bool(force_all_reduce)
-        )
+    reduce_gradients(infra, module_to_grid_tuple, force_all_reduce=bool(force_all_reduce))
+    for name, module in _by_name(infra, module_to_grid_tuple):
         module.scale_gradients(_gradient_scale(name, module, infra, total))
+
+
+def reduce_gradients(
+    infra: MimoModelInfra,
+    module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]],
+    *,
+    force_all_reduce: bool = False,
+) -> None:
+    """The first half of :func:`finalize_model_grads_multimodule`: reduce over each module's own groups, unscaled."""
+    for name, module in _by_name(infra, module_to_grid_tuple):
+        finalize_model_grads(
+            [module], None, pg_collection=infra.pg_collections[name], force_all_reduce=force_all_reduce
+        )
 
 
 def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> None:
@@ -205,6 +214,13 @@ def validate_data_loader_contract(
                 f"{num_microbatches * size}, but global_batch_size / dp = {global_batch_size} / {dp} = {per_replica}. "
                 f"Change one of these four numbers so that the two sides agree."
             )
+
+
+def _by_name(
+    infra: MimoModelInfra, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
+) -> list[tuple[str, torch.nn.Module]]:
+    names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
+    return [(names[id(grid)], module) for module, grid in module_to_grid_tuple]
 
 
 def _micro_batch_size_of(name: str, micro_batch_size: int | Mapping[str, int]) -> int:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from lightning_mimo.bridges import ModalityCounts, SampleAlignedColocatedBridge
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name, seed_for
+from lightning_mimo.numerics import FLOAT32, Numerics, transformer_configs
 from lightning_mimo.parallelism import LANGUAGE
 
 
@@ -182,7 +183,9 @@ class SampleAlignedMimoModel(MimoModel):
         return modality_embeddings
 
 
-def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: int) -> SampleAlignedMimoModel:
+def build_mimo_model(
+    config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, numerics: Numerics = FLOAT32
+) -> SampleAlignedMimoModel:
     """Build this rank's modules with weights that depend on the seed and on names only.
 
     Collective over the world.
@@ -191,12 +194,15 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
         config: specs of all modules. Its ``module_to_grid_map`` is set here.
         infra: grids and process groups.
         seed: the run's seed, the same on all ranks.
+        numerics: the dtypes of the run, set in all configs of transformers.
 
     Raises:
         ValueError: if the config's modules are not those of the layout.
     """
     _check_modules(config, infra)
     config.module_to_grid_map = infra.module_to_grid_map
+    for transformer in transformer_configs(config):
+        numerics.apply_to(transformer)
     _prepare_language_config(config.language_model_spec.params["config"])
     with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
         model = SampleAlignedMimoModel(config, infra, seed=seed)
@@ -207,7 +213,7 @@ def build_mimo_model(config: MimoModelConfig, infra: MimoModelInfra, *, seed: in
         initialize_by_name(
             module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
         )
-    return model
+    return numerics.convert(model)
 
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
@@ -261,7 +267,6 @@ def _prepare_language_config(config: TransformerConfig) -> None:
     """What the multi-module schedule asks of the config that it reads."""
     config.calculate_per_token_loss = True
     config.variable_seq_lengths = True
-    config.pipeline_dtype = config.pipeline_dtype or config.params_dtype
 
 
 def _check_modules(config: MimoModelConfig, infra: MimoModelInfra) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_mimo.gradient_flow import freeze
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
 from lightning_mimo.optimizer import MimoTorchOptimizer, build_optimizer
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.param_groups import OptimizerOverride
 from lightning_mimo.schedule import Metrics, Microbatch
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 
@@ -29,7 +33,8 @@ class MimoModule(pl.LightningModule):
     language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
 
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
-    so on for each module, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, and the metrics of :meth:`loss`.
+    so on for each module, ``train/skipped_steps``, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, and the metrics
+    of :meth:`loss`.
     """
 
     def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:
@@ -64,22 +69,53 @@ class MimoModule(pl.LightningModule):
             f"self.build_optimizer(OptimizerConfig(optimizer='adam', lr=...))."
         )
 
-    def build_optimizer(self, config: OptimizerConfig) -> MimoTorchOptimizer:
+    def build_optimizer(
+        self, config: OptimizerConfig, *, overrides: Mapping[str, OptimizerOverride] | None = None
+    ) -> MimoTorchOptimizer:
         """Megatron's optimizer over all modules. Collective over the world; call it in ``configure_optimizers``.
 
-        ``Trainer(gradient_clip_val=...)`` takes the place of ``config.clip_grad``, and ``MimoStrategy(ddp=...)``
-        decides whether the optimizer is distributed.
+        Any learning-rate scheduler of ``torch.optim.lr_scheduler``, or Megatron's OptimizerParamScheduler, works on it
+        and drives all modules, each from its own learning rate; ``lightning_mimo.PerModuleLR`` gives each its own.
 
         Args:
-            config: Megatron's optimizer settings.
+            config: Megatron's optimizer settings. ``Trainer(gradient_clip_val=...)`` takes the place of ``clip_grad``;
+                dtypes come from ``Trainer(precision=...)``, and ``MimoStrategy(ddp=...)`` decides whether the optimizer
+                is distributed.
+            overrides: what is different for a module (``"images"``) or for a part of one (its projector is
+                ``"images.input_projections"``).
+
+        Raises:
+            ValueError: if ``lr`` is not set, everything is frozen, an override fits nothing, or the Trainer is to clip
+                by value.
         """
+        if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+            raise ValueError(
+                "Trainer(gradient_clip_algorithm='value') is not supported by MimoStrategy: Megatron clips by the norm "
+                "over all modules. Leave it out, or set it to 'norm'."
+            )
         clip = self.trainer.gradient_clip_val
-        config.clip_grad = config.clip_grad if clip is None else float(clip)
-        # Two switches for one thing in megatron-core; MimoStrategy(ddp=...) decides.
-        ddp = self.trainer.strategy.ddp
-        config.use_distributed_optimizer = ddp.use_distributed_optimizer
-        config.overlap_param_gather = ddp.overlap_param_gather
-        return build_optimizer(self.model, config)
+        return build_optimizer(
+            self.model,
+            self.infra,
+            config if clip is None else replace(config, clip_grad=float(clip)),
+            overrides=overrides or {},
+            ddp=self.trainer.strategy.ddp_by_module,
+            numerics=self.trainer.precision_plugin.numerics,
+        )
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Advance a scheduler, unless it counts optimizer steps and the last one was skipped.
+
+        Megatron's OptimizerParamScheduler is advanced by 1: its ``lr_decay_steps`` and the like are optimizer steps.
+        """
+        interval = next(each.interval for each in self.trainer.lr_scheduler_configs if each.scheduler is scheduler)
+        outcome = self.optimizers(use_pl_optimizer=False).outcome
+        if interval == "step" and outcome is not None and not outcome.updated:
+            return
+        if isinstance(scheduler, OptimizerParamScheduler):
+            scheduler.step(1)
+        else:
+            super().lr_scheduler_step(scheduler, metric)
 
     def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
         """Token cross-entropy; outside training also the exact match of every sample's counted tokens.
@@ -154,15 +190,19 @@ class MimoModule(pl.LightningModule):
         """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
         if self.model is None:
             seed = self.trainer.strategy.seed if self.infra else 0
-            self.model = build_mimo_model(self.configure_mimo(self.infra), self.infra, seed=seed)
+            numerics = self.trainer.precision_plugin.numerics
+            self.model = build_mimo_model(self.configure_mimo(self.infra), self.infra, seed=seed, numerics=numerics)
             freeze(self.model, self.infra, self.frozen)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the optimizer step found. Call ``super()`` where you override it."""
+        """Log what the optimizer step found, if this batch had one. Call ``super()`` where you override it."""
         optimizer = self.optimizers(use_pl_optimizer=False)
-        if optimizer.grad_norm is not None:
-            self.log("train/grad_norm", optimizer.grad_norm)
-            for name, norm in optimizer.mimo.module_grad_norms.items():
+        if (outcome := optimizer.outcome) is None:
+            return
+        self.log("train/skipped_steps", float(optimizer.skipped_steps))
+        if outcome.updated:
+            self.log("train/grad_norm", outcome.grad_norm)
+            for name, norm in outcome.module_norms.items():
                 self.log(f"train/grad_norm/{name}", norm)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:

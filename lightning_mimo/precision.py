@@ -7,19 +7,31 @@ from typing import Any, override
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.precision import Precision
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lightning_mimo.bridges import ModalityCounts
+from lightning_mimo.numerics import Numerics
 
-_DTYPES = {"32-true": torch.float32, "64-true": torch.float64}
-SUPPORTED = tuple(_DTYPES)
+_NUMERICS = {
+    "32-true": Numerics(dtype=torch.float32),
+    "bf16-mixed": Numerics(dtype=torch.bfloat16, mixed=True),
+    "bf16-true": Numerics(dtype=torch.bfloat16),
+    "16-mixed": Numerics(dtype=torch.float16, mixed=True),
+    "64-true": Numerics(dtype=torch.float64),
+}
+SUPPORTED = tuple(_NUMERICS)
 
 
 class MimoPrecision(Precision):
     """Precision of all modules. Whatever precision plugin the Trainer chose is converted to this one.
 
-    ``64-true`` is for checking: two layouts then agree to twelve digits or more. Rotary angles and the routing
-    probabilities of a mixture of experts stay float32, as megatron-core computes them.
+    - ``32-true``: everything in float32.
+    - ``bf16-mixed``: Megatron's mixed precision, not autocast: parameters and activations in bfloat16, gradients
+      accumulated and reduced in float32, float32 main parameters in the optimizer.
+    - ``16-mixed``: the same in float16, with one dynamic loss scale for the whole model. (Given to a Trainer on CPUs,
+      Lightning makes ``bf16-mixed`` of it; ``Trainer(plugins=MimoPrecision("16-mixed"))`` stays float16.)
+    - ``bf16-true``: everything in bfloat16, also gradients and the optimizer's state. Takes the least memory; updates
+      smaller than a 256th of a weight are lost.
+    - ``64-true``: for checking: two layouts then agree to twelve digits or more. Rotary angles and the routing
+      probabilities of a mixture of experts stay float32, as megatron-core computes them.
     """
 
     def __init__(self, precision: str = "32-true") -> None:
@@ -43,34 +55,27 @@ class MimoPrecision(Precision):
         Raises:
             ValueError: if there is none.
         """
-        return plugin if isinstance(plugin, cls) else cls(str(plugin.precision))
+        if isinstance(plugin, cls):
+            return plugin
+        # Some of Lightning's plugins do not say what they are: to them, the class is the best name.
+        return cls(str(getattr(plugin, "precision", type(plugin).__name__)))
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of parameters, activations and what goes over the bridges."""
-        return _DTYPES[self.precision]
-
-    @override
-    def convert_module(self, module: torch.nn.Module) -> torch.nn.Module:
-        """Convert a MimoModel in place, its configs too; to be called before its modules are wrapped in DDP."""
-        if self.dtype == torch.float32:
-            return module
-        configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
-        for config in configs.values():
-            if isinstance(config, TransformerConfig):
-                config.params_dtype = config.pipeline_dtype = self.dtype
-                if config.num_moe_experts:
-                    config.moe_router_dtype = "fp64"
-        return module.to(self.dtype)
+    def numerics(self) -> Numerics:
+        """The dtypes that this precision stands for."""
+        return _NUMERICS[self.precision]
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Floating-point tensors of a batch in this dtype; 32-true leaves them as the dataset made them."""
-        if self.dtype == torch.float32:
+        """What encoders are given in this dtype; text, masks and, with 32-true, everything as the dataset made it."""
+        if self.numerics.dtype == torch.float32 or not isinstance(data, list):
             return data
-        # ModalityCounts is named so that it is passed over: it holds no tensors.
-        return apply_to_collection(data, (torch.Tensor, ModalityCounts), self._convert)
+        return [
+            {**microbatch, "modality_inputs": apply_to_collection(inputs, torch.Tensor, self._convert)}
+            if (inputs := microbatch.get("modality_inputs"))
+            else microbatch
+            for microbatch in data
+        ]
 
-    def _convert(self, value: torch.Tensor | ModalityCounts) -> torch.Tensor | ModalityCounts:
-        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.to(self.dtype) if is_float else value
+    def _convert(self, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self.numerics.dtype) if value.is_floating_point() else value

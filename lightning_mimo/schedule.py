@@ -11,15 +11,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from lightning_mimo.bridges import MimoPipelineCommunicator
 from lightning_mimo.gradient_flow import GradientFlow
 from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
-    finalize_model_grads_multimodule,
     get_module_to_grid_tuple,
     multimodule_no_sync,
+    reduce_gradients,
     zero_grad_buffer_for_multimodule,
 )
 from lightning_mimo.model import SampleAlignedMimoModel
@@ -65,8 +67,9 @@ class GlobalBatchSchedule:
         self._infra = infra
         self._modules = get_module_to_grid_tuple(model, infra)
         self._no_sync = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
-        self._held_tokens: torch.Tensor | None = None
         self._holding = False
+        self._window_tokens: torch.Tensor | float = 0.0
+        self._window_loss: torch.Tensor | float = 0.0
         self._metric_names: dict[bool, list[str]] = {}
         self._flow = GradientFlow.build(model, infra)
         self._communicator = None
@@ -91,10 +94,15 @@ class GlobalBatchSchedule:
     def zero_grad(self) -> None:
         """Start a new accumulation window: zero all gradient buffers and the token count."""
         zero_grad_buffer_for_multimodule(self._modules)
-        self._held_tokens = None
+        self._window_tokens = self._window_loss = 0.0
 
     def train(
-        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction, *, hold: bool
+        self,
+        microbatches: Sequence[Microbatch],
+        forward: ForwardStep,
+        loss: LossFunction,
+        *,
+        optimizer: OneReadMimoOptimizer | None,
     ) -> BatchTotals:
         """Forward and backward of all microbatches.
 
@@ -103,27 +111,35 @@ class GlobalBatchSchedule:
             forward: runs the model on one microbatch and returns its output.
             loss: ``(output, microbatch) -> (sum of token losses, number of loss tokens, metrics)``; called where the
                 loss is computed only.
-            hold: keep the gradients unreduced, because more batches of the same accumulation window follow. They are
-                reduced, and divided by the loss tokens of the whole window, with the first batch that is not held.
+            optimizer: what steps on the gradients once this batch, the last one of its accumulation window, is done.
+                They are then reduced and divided by the loss tokens of the whole window, and the optimizer is told
+                their norms. ``None`` keeps them unreduced, because more batches of the same window follow.
         """
-        if not self._flow.anything:
-            raise ValueError(
-                "All parameters of the model are frozen: there is nothing to train. Take a name out of "
-                "MimoModule(frozen=...), or leave requires_grad on for some parameter."
-            )
-        self._holding = hold
+        self._holding = hold = optimizer is None
         config = self._model.config
         # While held, not even the last microbatch may start a reduction, so one context is held open around all of
         # them and the schedule gets none of its own (Megatron's no_sync does not nest).
         config.no_sync_func = contextlib.nullcontext if hold else self._no_sync
         with self._no_sync() if hold else contextlib.nullcontext():
             store = self._run(microbatches, forward, loss, forward_only=False)
-        return self._total(store, training=True)
+        # The one collective of a step over all ranks brings what was lost and learned from together.
+        squares = None if hold else optimizer.gradient_squares()
+        totals, squares = self._total(store, training=True, and_also=squares)
+        self._window_tokens += totals.tokens
+        self._window_loss += totals.loss * totals.tokens
+        if not hold:
+            scale = 1.0 / (self._window_tokens.clamp(min=1.0) * optimizer.get_loss_scale().double().reshape(()))
+            for module, _ in self._modules:
+                # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
+                module.scale_gradients(scale)
+            optimizer.receive(squares=squares * scale.square(), loss=self._window_loss)
+        return totals
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction) -> BatchTotals:
         """Forward of all microbatches; arguments as for :meth:`train`."""
-        return self._total(self._run(microbatches, forward, loss, forward_only=True), training=False)
+        totals, _ = self._total(self._run(microbatches, forward, loss, forward_only=True), training=False)
+        return totals
 
     @torch.no_grad()
     def predict(
@@ -194,22 +210,21 @@ class GlobalBatchSchedule:
     def _finalize(
         self, model: Any, num_tokens: torch.Tensor, pg_collection: Any = None, force_all_reduce: bool | None = None
     ) -> None:
-        """What the schedule calls when all backward passes are done."""
-        if self._held_tokens is not None:
-            num_tokens = num_tokens + self._held_tokens
-        self._held_tokens = num_tokens if self._holding else None
+        """What the schedule calls when all backward passes are done. The division by tokens comes after it."""
         if not self._holding:
-            finalize_model_grads_multimodule(
-                model,
-                num_tokens,
-                pg_collection,
-                force_all_reduce,
-                infra=self._infra,
-                module_to_grid_tuple=self._modules,
-            )
+            assert all(get_model_config(module).calculate_per_token_loss for module, _ in self._modules)
+            reduce_gradients(self._infra, self._modules, force_all_reduce=bool(force_all_reduce))
 
-    def _total(self, store: list[Any], *, training: bool) -> BatchTotals:
-        """Add up what the language ranks counted and tell every rank, in one small all-reduce."""
+    def _total(
+        self, store: list[Any], *, training: bool, and_also: torch.Tensor | None = None
+    ) -> tuple[BatchTotals, torch.Tensor | None]:
+        """Add up what the language ranks counted and tell every rank, in one small all-reduce.
+
+        Args:
+            store: what :func:`_apply_loss` returned for each microbatch.
+            training: which metrics there are.
+            and_also: float64 ``[n]``, added up over all ranks on the same occasion.
+        """
         names = self._names_of_metrics(store, training=training)
         device = torch.cuda.current_device()
         totals = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
@@ -222,10 +237,12 @@ class GlobalBatchSchedule:
                     )
                 flat = [loss, tokens, *(value for name in names for value in metrics[name])]
                 totals += torch.stack([torch.as_tensor(v, device=device).detach().double().reshape(()) for v in flat])
-        dist.all_reduce(totals)
-        loss, tokens, *pairs = totals.unbind()
+        everything = totals if and_also is None else torch.cat([totals, and_also])
+        dist.all_reduce(everything)
+        loss, tokens, *pairs = everything[: len(totals)].unbind()
         metrics = dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
-        return BatchTotals(loss=loss / tokens.clamp(min=1), tokens=tokens, metrics=metrics)
+        batch = BatchTotals(loss=loss / tokens.clamp(min=1), tokens=tokens, metrics=metrics)
+        return batch, None if and_also is None else everything[len(totals) :]
 
     def _names_of_metrics(self, store: list[Any], *, training: bool) -> list[str]:
         """Metric names; known where the loss is computed, told to the other ranks once."""

@@ -21,6 +21,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
@@ -28,14 +29,17 @@ from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint import load_weights, save_weights
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
-from lightning_mimo.data_parallel import check_options, complete_gathering, wrap_with_ddp
+from lightning_mimo.data_parallel import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.generation import gather_indices, greedy_decode
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
+from lightning_mimo.mimo_optimizer import StepOutcome
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.module import MimoModule
+from lightning_mimo.nonfinite import NonFiniteError, describe, find_nonfinite
+from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.random_state import seed_megatron
@@ -67,7 +71,8 @@ class MimoStrategy(WorldStrategy):
         *,
         colocate: bool = False,
         check_samples: Literal["first", "always", "never"] = "first",
-        ddp: DistributedDataParallelConfig | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
+        ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         accelerator: Accelerator | None = None,
@@ -86,8 +91,12 @@ class MimoStrategy(WorldStrategy):
             colocate: put every module on all ranks instead.
             check_samples: when to check that all ranks hold the same samples: in the first batch of every epoch and
                 evaluation, in every batch, or never. It costs one small all-reduce.
-            ddp: settings of Megatron's DistributedDataParallel, for every module. Gradients are always summed and then
-                divided by the tokens of the global batch.
+            on_nonfinite: what to do where a loss or a gradient is not finite: stop on all ranks, with the module, rank,
+                microbatch and samples in the message; or leave out the step, on all ranks alike. A loss scale that is
+                too large is no reason to stop: the step is left out and the scale halved.
+            ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
+                always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
+                the precision.
             process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
             timeout: how long a collective may wait for a rank.
             accelerator: as for every ParallelStrategy; set by the Trainer.
@@ -108,7 +117,8 @@ class MimoStrategy(WorldStrategy):
         self.num_microbatches = num_microbatches
         self.colocate = colocate
         self.check_samples = check_samples
-        self.ddp = ddp or DistributedDataParallelConfig()
+        self.on_nonfinite = on_nonfinite
+        self.ddp = ddp
         self.infra: MimoModelInfra | None = None
         self.seed = 0
         self._backend = process_group_backend
@@ -118,6 +128,7 @@ class MimoStrategy(WorldStrategy):
         self._open = contextlib.ExitStack()  # what teardown has to close
         self._window_open = False
         self._hold = False
+        self._last_batch: tuple[list[Microbatch], int] | None = None
         self._step_started = 0.0
 
     # ------------------------------------------------------- before a process
@@ -132,10 +143,16 @@ class MimoStrategy(WorldStrategy):
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
         self._micro_batch_sizes(layout)
-        check_options(self.ddp, self.precision_plugin.dtype)
-        if self.check_samples not in (choices := ("first", "always", "never")):
-            raise ValueError(f"MimoStrategy(check_samples={self.check_samples!r}): choose one of {choices}.")
+        check_options(self.ddp_by_module, self.precision_plugin.numerics)
+        for argument, choices in (("check_samples", ("first", "always", "never")), ("on_nonfinite", ("raise", "skip"))):
+            if (value := getattr(self, argument)) not in choices:
+                raise ValueError(f"MimoStrategy({argument}={value!r}): choose one of {choices}.")
         return layout
+
+    @property
+    def ddp_by_module(self) -> dict[str, DistributedDataParallelConfig]:
+        """How each module is wrapped in DDP."""
+        return options_by_module(self.ddp, self.modules)
 
     def _micro_batch_sizes(self, layout: MimoLayout) -> dict[str, int]:
         return validate_batch_sizes(
@@ -199,9 +216,9 @@ class MimoStrategy(WorldStrategy):
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False
         # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
-        self.precision_plugin.convert_module(module.model.to(self.root_device))
+        module.model.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
-            wrap_with_ddp(module.model, self.infra, self.ddp)
+            wrap_with_ddp(module.model, self.infra, self.ddp_by_module, self.precision_plugin.numerics)
         self._schedule = GlobalBatchSchedule(module.model, self.infra)
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
@@ -275,8 +292,14 @@ class MimoStrategy(WorldStrategy):
             self._schedule.zero_grad()
             self._window_open = True
         module = self._module
+        optimizer: MimoTorchOptimizer = self.optimizers[0]
+        optimizer.outcome = None
+        self._last_batch = batch, batch_idx
         totals = self._schedule.train(
-            batch, lambda microbatch: module.training_step(microbatch, batch_idx), module.loss, hold=self._hold
+            batch,
+            lambda microbatch: module.training_step(microbatch, batch_idx),
+            module.loss,
+            optimizer=None if self._hold else optimizer.mimo,
         )
         now = time.perf_counter()
         if self._step_started:
@@ -304,7 +327,35 @@ class MimoStrategy(WorldStrategy):
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self._window_open = False
+        if not (optimizer.outcome.updated or optimizer.outcome.overflow):
+            self._report_nonfinite(optimizer.outcome)
+        self._last_batch = None
         return result
+
+    def _report_nonfinite(self, outcome: StepOutcome) -> None:
+        """Raise, with what is found when the batch is run again, or warn. Collective over the world."""
+        step = self.lightning_module.global_step
+        what = (
+            "The loss" if not outcome.not_finite else f"The gradient of {' and '.join(map(repr, outcome.not_finite))}"
+        )
+        if self.on_nonfinite == "skip":
+            rank_zero_warn(f"{what} is not finite in step {step}: the weights were not updated.", RuntimeWarning)
+            return
+        module = self._module
+        batch, batch_idx = self._last_batch
+        module._current_fx_name = "training_step"  # or what the user's training_step logs would be refused
+        found = find_nonfinite(
+            self._schedule,
+            module.model,
+            self.infra,
+            batch,
+            lambda microbatch: module.training_step(microbatch, batch_idx),
+            module.loss,
+        )
+        raise NonFiniteError(
+            f"{what} is not finite in step {step} (batch {batch_idx}); the weights were not updated. {describe(found)} "
+            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+        )
 
     @override
     def on_train_end(self) -> None:
@@ -424,5 +475,6 @@ class MimoStrategy(WorldStrategy):
         self.accelerator.teardown()
         self._schedule = None
         self._window_open = False
+        self._last_batch = None
         self._step_started = 0.0
         self._open.close()

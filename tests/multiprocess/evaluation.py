@@ -117,7 +117,7 @@ class Recorder(pl.Callback):
         self.loss.append(float(trainer.callback_metrics["train/loss"]))
         optimizer = trainer.optimizers[0]
         if trainer.global_step > len(self.grad_norm):
-            self.grad_norm.append(optimizer.grad_norm)
+            self.grad_norm.append(optimizer.outcome.grad_norm)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from lightning_mimo.data_parallel import InOrderDataParallel, wrap_with_ddp
+from lightning_mimo.data_parallel import InOrderDataParallel, options_by_module, wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
@@ -148,7 +148,7 @@ class RankView:
 def view_of_rank(layout: Layout) -> RankView:
     with tiny_world(layout.modules, colocate=layout.colocate) as (infra, model):
         bare = named_pairs(model, infra)
-        wrap_with_ddp(model, infra, DistributedDataParallelConfig())
+        wrap_with_ddp(model, infra, options_by_module(None, infra.layout.modules))
         groups_before = len(dist.distributed_c10d._world.pg_map)
         schedule = build_pg_collection_for_schedule(infra)
         return RankView(
@@ -269,7 +269,7 @@ def check_finalized_gradients(layout: Layout) -> None:
         for averaging in ([], [IMAGES], [LANGUAGE], [IMAGES, LANGUAGE]):
             model = tiny_model(infra)
             wrap_averaging(model, infra, averaging)
-            wrap_with_ddp(model, infra, DistributedDataParallelConfig())
+            wrap_with_ddp(model, infra, options_by_module(None, infra.layout.modules))
             for num_tokens, divisor in ((tokens, layout.total_tokens), (no_tokens, 1), (None, language_dp)):
                 finalize_local_gradients(model, infra, num_tokens)
                 for gradient in gradients(model, infra):

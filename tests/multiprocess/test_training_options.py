@@ -23,7 +23,7 @@ from tests.multiprocess.parity.model import Model, Samples, SequenceFirst
 from tests.multiprocess.parity.oracle import Task, Tensors, truth
 from tests.multiprocess.rank_pool import RankFailure, RankPool
 
-FLOAT32 = Task(dtype=torch.float32, steps=3)
+FLOAT32 = Task(precision="32-true", start=torch.float32, steps=3)
 # How the norm is added up depends on the buckets.
 UNCLIPPED = replace(FLOAT32, model=Model(clip_grad=0.0))
 DISTRIBUTED = {"use_distributed_optimizer": True}

@@ -61,7 +61,7 @@ def tiny_world(
         infra = MimoModelInfra.build(layout)
         model = tiny_model(infra, seed=seed)
         if ddp is not None:
-            wrap_with_ddp(model, infra, ddp)
+            wrap_with_ddp(model, infra, dict.fromkeys(layout.modules, ddp))
         yield infra, model
         # Only after success: a rank that raised must not wait for the others.
         infra.destroy()

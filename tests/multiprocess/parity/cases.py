@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 
-from lightning_mimo import LayoutError
+import torch
+
+from lightning_mimo import LayoutError, OptimizerOverride
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.layout import MimoLayout
 from tests.multiprocess.parity.layouts import Layout
@@ -36,6 +38,13 @@ OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 100}
 PROJECTOR_ONLY = ("language", "images.encoders")
 FIRST_HALF = ("images", "language.embedding", "language.decoder.layers.0", "language.decoder.layers.1")
 
+OVERRIDES = {
+    "images": OptimizerOverride(lr=3e-3, weight_decay=0.3),
+    "images.input_projections": OptimizerOverride(lr=2e-2, clip_grad=0.01),
+    "language.decoder": OptimizerOverride(lr=2e-3, clip_grad=0.02),
+    "language.decoder.layers.1": OptimizerOverride(weight_decay=0.0),
+}
+
 
 def apart(images: Cut, language: Cut, audio: Cut | None = None, **options: object) -> Layout:
     """Every module on ranks of its own."""
@@ -48,8 +57,25 @@ def together(images: Cut, language: Cut, audio: Cut | None = None, **options: ob
     return apart(images, language, audio, colocate=True, **options)
 
 
-def task(*, samples: Samples = USUAL, batch: int = 12, accumulate: int = 1, steps: int = 2, **model: object) -> Task:
-    return Task(model=Model(**model), samples=samples, batch=batch, accumulate=accumulate, steps=steps)
+def task(
+    *,
+    samples: Samples = USUAL,
+    batch: int = 12,
+    accumulate: int = 1,
+    steps: int = 2,
+    precision: str = "64-true",
+    start: torch.dtype = torch.float64,
+    **model: object,
+) -> Task:
+    return Task(
+        model=Model(**model),
+        samples=samples,
+        batch=batch,
+        accumulate=accumulate,
+        steps=steps,
+        precision=precision,
+        start=start,
+    )
 
 
 LAYOUTS = {
@@ -175,6 +201,15 @@ CASES = {
     "tied-language_tp2pp2": Case(task=task(tied=True), layout=apart(Cut(dp=2), Cut(tp=2, pp=2))),
     "tied-language_dp2pp2": Case(task=task(tied=True), layout=apart(Cut(), Cut(dp=2, pp=2))),
     "tied-colocated-language_tp2": Case(task=task(tied=True), layout=together(Cut(dp=2), Cut(tp=2))),
+    "own_rates_and_clipping": Case(
+        task=task(overrides=OVERRIDES, steps=3), layout=apart(Cut(pp=2, dp=2), Cut(tp=2, pp=2))
+    ),
+    "own_rates_and_clipping-colocated": Case(
+        task=task(overrides=OVERRIDES, steps=3), layout=together(Cut(dp=2), Cut(tp=2))
+    ),
+    "own_rates_and_clipping-experts": Case(
+        task=task(overrides=OVERRIDES, experts=4), layout=apart(Cut(), Cut(dp=2, ep=2))
+    ),
     # ---- overlapped reduction
     "overlapped": Case(layout=apart(Cut(dp=2), Cut(dp=2, pp=2), ddp=OVERLAP)),
     "overlapped-accumulate_2_of_3": Case(

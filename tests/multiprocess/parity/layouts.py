@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,13 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoModelInfra, MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoModelInfra, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.initialization import cut_shard, global_named_parameters
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
 from lightning_mimo.random_state import seed_megatron
-from tests.multiprocess.parity.model import ParityModule, PicturesSoundsAndText
+from tests.multiprocess.parity.model import LR, ParityModule, PicturesSoundsAndText
 from tests.multiprocess.parity.oracle import SEED, Task, Tensors, Truth
 
 # What is smaller than this part of the global norm counts as this large: some gradients are zero but for rounding.
@@ -121,11 +122,26 @@ class Recorder(pl.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
         if trainer.global_step > len(self.norms):
-            self.norms.append(trainer.optimizers[0].grad_norm)
+            self.norms.append(trainer.optimizers[0].outcome.grad_norm)
 
 
-def train(task: Task, layout: Layout) -> tuple[Recorder, ParityModule, MimoStrategy]:
-    """Run a task in a layout on the ranks of the pool. Collective over the world."""
+def train(
+    task: Task,
+    layout: Layout,
+    *,
+    module: ParityModule | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    **options: Any,
+) -> tuple[Recorder, ParityModule, MimoStrategy]:
+    """Run a task in a layout on the ranks of the pool. Collective over the world.
+
+    Args:
+        task: what is trained.
+        layout: on which ranks.
+        module: in the place of a plain ParityModule.
+        callbacks: of the Trainer, before the recorder.
+        options: further arguments of MimoStrategy.
+    """
     torch.manual_seed(SEED)
     strategy = MimoStrategy(
         dict(layout.modules),
@@ -133,23 +149,25 @@ def train(task: Task, layout: Layout) -> tuple[Recorder, ParityModule, MimoStrat
         layout.num_microbatches,
         colocate=layout.colocate,
         ddp=DistributedDataParallelConfig(**layout.ddp),
+        # Not the Trainer's argument, because Lightning takes 16-mixed for bf16-mixed on a CPU.
+        precision_plugin=MimoPrecision(task.precision),
         cluster_environment=PoolEnvironment(),
+        **options,
     )
     recorder = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=dist.get_world_size(),
         strategy=strategy,
-        precision="64-true" if task.dtype == torch.float64 else "32-true",
         accumulate_grad_batches=task.accumulate,
         max_steps=task.steps,
-        callbacks=[recorder],
+        callbacks=[*callbacks, recorder],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = ParityModule(task.model, sequence_parallel=layout.sequence_parallel)
+    module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel)
     trainer.fit(module, DataLoader(PicturesSoundsAndText(task.samples), batch_size=task.batch))
     return recorder, module, strategy
 
@@ -182,6 +200,37 @@ def errors(task: Task, layout: Layout, expected: Truth) -> Errors:
         weight=max(compare(final, expected.final, 0.0).values()),
         worst=max(gradient, key=gradient.__getitem__, default="none is trained here"),
         parameters=frozenset(final),
+    )
+    infra.destroy()
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distances:
+    """How far this rank's part of a run is from the truth, in a precision that rounds.
+
+    Attributes:
+        gradient: distance of the first step's gradients, as one vector, relative to its length.
+        losses: relative differences, batch for batch.
+        weight: largest difference of a final weight, in learning rates.
+    """
+
+    gradient: float
+    losses: list[float]
+    weight: float
+
+
+def distances(task: Task, layout: Layout, exact: Truth) -> Distances:
+    """Run a task in a layout and compare this rank's part with the truth. Collective over the world."""
+    recorder, module, strategy = train(task, layout)
+    infra = strategy.infra
+    whole = {name: cut_shard(exact.gradients[0][name], p, g) for name, p, g in parameters(module.model, infra)}
+    difference = sum(float((tensor - whole[name]).square().sum()) for name, tensor in recorder.gradients[0].items())
+    final = {name: (p.detach(), cut_shard(exact.final[name], p, g)) for name, p, g in parameters(module.model, infra)}
+    result = Distances(
+        gradient=math.sqrt(difference / sum(float(tensor.square().sum()) for tensor in whole.values())),
+        losses=[_number(a, b) for a, b in zip(recorder.losses, exact.losses, strict=True)],
+        weight=max(float((found - true).abs().max()) for found, true in final.values()) / LR,
     )
     infra.destroy()
     return result

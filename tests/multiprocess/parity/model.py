@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
-from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
 
@@ -21,6 +21,7 @@ IMAGE, CLIP, TEXT, VOCABULARY = 3, 2, 4, 32
 TOKENS_PER_IMAGE, LONGEST_CLIP, FEATURES, HIDDEN = 2, 3, 5, 16
 MAX_LENGTH = 32
 LR, WEIGHT_DECAY, BETAS, EPSILON = 1e-2, 0.1, (0.9, 0.99), 1e-8
+LOSS_SCALE = 2.0**8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +119,7 @@ class Model:
         frozen: as for MimoModule.
         dropout: probability, everywhere.
         clip_grad: largest global gradient norm.
+        overrides: as for build_optimizer.
     """
 
     audio: bool = False
@@ -127,6 +129,7 @@ class Model:
     frozen: tuple[str, ...] = ()
     dropout: float = 0.0
     clip_grad: float = 0.05
+    overrides: Mapping[str, OptimizerOverride] = field(default_factory=dict)
 
 
 class ParityModule(MimoModule):
@@ -179,5 +182,7 @@ class ParityModule(MimoModule):
                 adam_beta2=BETAS[1],
                 adam_eps=EPSILON,
                 clip_grad=self._choice.clip_grad,
-            )
+                initial_loss_scale=LOSS_SCALE,
+            ),
+            overrides=self._choice.overrides,
         )

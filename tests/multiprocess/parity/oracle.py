@@ -1,4 +1,4 @@
-"""The oracle: one process, sample by sample, autograd, torch's AdamW, float64.
+"""The oracle: one process, sample by sample, autograd, torch's AdamW; in float64, or in a user's precision.
 
 It shares nothing with what is tested but the layers and the samples: no DataLoader, no batches, no padding, no bridge,
 no schedule, no DDP, no optimizer of Megatron's.
@@ -6,26 +6,28 @@ no schedule, no DDP, no optimizer of Megatron's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lightning_mimo import MimoModelInfra, ModuleParallelism
+from lightning_mimo import MimoModelInfra, MimoPrecision, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.gradient_flow import freeze
 from lightning_mimo.initialization import global_named_parameters
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model, module_and_name
+from lightning_mimo.numerics import Numerics
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.parts import lies_under
 from lightning_mimo.random_state import seed_megatron
 from tests.multiprocess.parity.model import (
     BETAS,
     CLIP,
     EPSILON,
     IMAGE,
+    LOSS_SCALE,
     LR,
     WEIGHT_DECAY,
     Model,
@@ -49,7 +51,8 @@ class Task:
         batch: samples in a global batch.
         accumulate: batches to an optimizer step.
         steps: optimizer steps.
-        dtype: of weights and activations.
+        precision: as for the Trainer.
+        start: the initial weights are rounded to this dtype.
     """
 
     model: Model = field(default_factory=Model)
@@ -57,7 +60,12 @@ class Task:
     batch: int = 12
     accumulate: int = 1
     steps: int = 2
-    dtype: torch.dtype = torch.float64
+    precision: str = "64-true"
+    start: torch.dtype = torch.float64
+
+    @property
+    def numerics(self) -> Numerics:
+        return MimoPrecision(self.precision).numerics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +103,11 @@ def truth(task: Task) -> Truth:
     with megatron_on_cpu():
         infra = MimoModelInfra.build(layout)
         seed_megatron(layout, 0, seed=SEED)
-        model = build_mimo_model(ParityModule(task.model).configure_mimo(infra), infra, seed=SEED)
+        config = ParityModule(task.model).configure_mimo(infra)
+        model = build_mimo_model(config, infra, seed=SEED, numerics=task.numerics)
         freeze(model, infra, task.model.frozen)
-        _to_dtype(model, task.dtype)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(task.start).to(task.numerics.dtype)
         result = _train(task, model, dict(_named_parameters(model, infra)))
         infra.destroy()
     return result
@@ -106,35 +116,35 @@ def truth(task: Task) -> Truth:
 def _train(task: Task, model: SampleAlignedMimoModel, parameters: Mapping[str, torch.nn.Parameter]) -> Truth:
     dataset = PicturesSoundsAndText(task.samples)
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-            {"params": [p for p in trained.values() if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=LR,
-        betas=BETAS,
-        eps=EPSILON,
-    )
+    # What the optimizer updates: the parameters themselves, or float32 copies of them.
+    mains = {name: p.detach().float().requires_grad_() if task.numerics.mixed else p for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(_groups(mains, task), betas=BETAS, eps=EPSILON)
+    scale = LOSS_SCALE if task.numerics.needs_loss_scale else 1.0
     initial = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     losses, norms, gradients = [], [], []
     for _, window in zip(range(task.steps), windows(task), strict=False):
-        for parameter in trained.values():
-            parameter.grad = torch.zeros_like(parameter)
+        for main in mains.values():
+            main.grad = torch.zeros_like(main)
         tokens = sum(float(dataset[index]["loss_mask"].sum()) for batch in window for index in batch)
         for batch in window:
             batch_loss, batch_tokens = 0.0, 0.0
             for index in batch:
-                loss = sample_loss(model, dataset[index], task.dtype)
+                loss = sample_loss(model, dataset[index], task.numerics.dtype)
                 if loss.requires_grad:
-                    loss.backward()
+                    (loss * scale).backward()
+                if task.numerics.mixed:
+                    _collect(trained, mains)
                 batch_loss += float(loss)
                 batch_tokens += float(dataset[index]["loss_mask"].sum())
             losses.append(batch_loss / max(batch_tokens, 1.0))
-        for parameter in trained.values():
-            parameter.grad /= max(tokens, 1.0)
-        gradients.append({name: parameter.grad.clone() for name, parameter in trained.items()})
-        norms.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), task.model.clip_grad)))
+        for main in mains.values():
+            main.grad /= max(tokens, 1.0) * scale
+        gradients.append({name: main.grad.clone() for name, main in mains.items()})
+        norms.append(float(_norm(mains.values())))
+        _clip(mains, task)
         optimizer.step()
+        for name, main in mains.items():
+            trained[name].data.copy_(main.data)
     return Truth(
         losses=losses,
         norms=norms,
@@ -142,6 +152,52 @@ def _train(task: Task, model: SampleAlignedMimoModel, parameters: Mapping[str, t
         gradients=gradients,
         final={name: parameter.detach().clone() for name, parameter in parameters.items()},
     )
+
+
+def _collect(trained: Mapping[str, torch.nn.Parameter], mains: Tensors) -> None:
+    """Add the gradients of one sample in float32."""
+    for name, parameter in trained.items():
+        if parameter.grad is not None:
+            mains[name].grad += parameter.grad.float()
+            parameter.grad = None
+
+
+def _setting(name: str, task: Task, field: str, default: Any) -> tuple[str | None, Any]:
+    """The innermost override around a parameter that sets a field, and what it sets."""
+    around = {
+        part: getattr(override, field)
+        for part, override in task.model.overrides.items()
+        if lies_under(_name_in_layout(name), part) and getattr(override, field) is not None
+    }
+    innermost = max(around, key=len, default=None)
+    return innermost, around.get(innermost, default)
+
+
+def _name_in_layout(name: str) -> str:
+    return name.removeprefix("modality_submodules.").replace("language_model.", "language.", 1)
+
+
+def _groups(mains: Tensors, task: Task) -> list[dict[str, Any]]:
+    groups = []
+    for name, main in mains.items():
+        _, rate = _setting(name, task, "lr", LR)
+        _, decay = _setting(name, task, "weight_decay", WEIGHT_DECAY)
+        groups.append({"params": [main], "lr": rate, "weight_decay": decay if main.ndim > 1 else 0.0})
+    return groups
+
+
+def _clip(mains: Tensors, task: Task) -> None:
+    """Clip what has a limit of its own by its own norm, and the rest together."""
+    limited: dict[tuple[str | None, float], list[torch.Tensor]] = {}
+    for name, main in mains.items():
+        limited.setdefault(_setting(name, task, "clip_grad", task.model.clip_grad), []).append(main)
+    for (_, limit), group in limited.items():
+        if limit > 0:
+            torch.nn.utils.clip_grads_with_norm_(group, limit, _norm(group))
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([tensor.grad.double().square().sum() for tensor in tensors]).sum().sqrt()
 
 
 def sample_loss(model: SampleAlignedMimoModel, sample: Mapping[str, Any], dtype: torch.dtype) -> torch.Tensor:
@@ -165,15 +221,6 @@ def _to(inputs: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype) ->
         encoder: {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
         for encoder, arguments in inputs.items()
     }
-
-
-def _to_dtype(model: SampleAlignedMimoModel, dtype: torch.dtype) -> None:
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if isinstance(config, TransformerConfig):
-            config.params_dtype = dtype
-            config.moe_router_dtype = "fp64" if config.num_moe_experts and dtype == torch.float64 else None
-    model.to(dtype)
 
 
 def _named_parameters(model: SampleAlignedMimoModel, infra: MimoModelInfra) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -1,0 +1,217 @@
+"""megatron-core's MimoOptimizer, without a collective of its own and with one loss scale for the whole model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradScaler, MegatronGradScaler
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from lightning_mimo.parts import module_of
+
+_EPSILON = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_ and in megatron-core
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutcome:
+    """What an optimizer step found and did, the same on every rank.
+
+    Attributes:
+        updated: whether the weights were changed.
+        overflow: whether the step was skipped because the loss scale was too large, which is part of training in
+            float16: the next step has a smaller one.
+        loss: sum of the losses of the window's batches.
+        part_norms: part -> norm of its gradients before clipping, infinite or nan where one of them is.
+    """
+
+    updated: bool
+    overflow: bool
+    loss: float
+    part_norms: Mapping[str, float]
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm over all parts, before clipping."""
+        return math.sqrt(sum(norm**2 for norm in self.part_norms.values()))
+
+    @property
+    def module_norms(self) -> dict[str, float]:
+        """Module -> norm of its gradients before clipping, its parts together."""
+        squares: dict[str, float] = {}
+        for part, norm in self.part_norms.items():
+            squares[module_of(part)] = squares.get(module_of(part), 0.0) + norm**2
+        return {module: math.sqrt(square) for module, square in squares.items()}
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Parts with a gradient that is not finite."""
+        return [part for part, norm in self.part_norms.items() if not math.isfinite(norm)]
+
+
+class OneReadMimoOptimizer(MimoOptimizer):
+    """Steps all modules on gradients whose norms are known on every rank already; reads them to the host once.
+
+    Upstream reduces the overflow flag, the norms and the success of the step over the world one after the other, each
+    with a read to the host, and has a loss scale for each module, which part for good when one of them overflows. Here
+    the schedule's one collective brings the squares that :meth:`gradient_squares` counts (in float64, each parameter
+    once: not again for its tensor-parallel duplicates, its tied copy or its replicas), so that all ranks clip by the
+    same norms and skip the same steps. With torch's fused optimizers even a skipped step is decided on the device, and
+    the read comes after the update.
+
+    Attributes:
+        parts: names of the parts, the same on every rank.
+        grad_scaler: the loss scale; ``None`` for none.
+    """
+
+    def __init__(
+        self,
+        module_infos: dict[str, ModuleOptimizerInfo],
+        config: OptimizerConfig,
+        *,
+        parts: Sequence[str],
+        clipping: Sequence[tuple[float, Sequence[str]]],
+    ) -> None:
+        """
+        Args:
+            module_infos: megatron-core's optimizers of this rank's modules. Their loss scales are taken away.
+            config: of all modules.
+            parts: names of the parts, the same on every rank. The parameter groups say to which they belong.
+            clipping: (largest gradient norm, parts that have it together); 0 does not clip.
+        """
+        super().__init__(module_infos, config)
+        self.parts = list(parts)
+        self.grad_scaler = _grad_scaler(config)
+        self._clipping = [(limit, list(names)) for limit, names in clipping if limit > 0 and names]
+        self._squares: torch.Tensor | None = None
+        self._loss: torch.Tensor | None = None
+        for _, optimizer in self._inner():
+            optimizer.grad_scaler = None
+
+    def get_loss_scale(self) -> torch.Tensor:
+        """The loss scale, float32 ``[1]``, on this rank's device."""
+        if self.grad_scaler is not None:
+            return self.grad_scaler.scale
+        return torch.ones(1, device=torch.cuda.current_device())
+
+    def scale_loss(self, loss: torch.Tensor | None) -> torch.Tensor | None:
+        """Megatron's ``grad_scale_func``: what backward begins with. The schedule also calls it where there is none."""
+        return loss if loss is None or self.grad_scaler is None else loss * self.grad_scaler.scale.to(loss.dtype)
+
+    @torch.no_grad()
+    def gradient_squares(self) -> torch.Tensor:
+        """This rank's addends to the squared gradient norm of every part: float64 ``[parts]``.
+
+        Their sum over the world is the whole. To be called when gradients have been reduced over the replicas.
+        """
+        self.prepare_grads()
+        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=torch.cuda.current_device())
+        for module, optimizer in self._inner():
+            # All the groups over which the parameters are divided hold the same gradients.
+            share = optimizer.get_grad_stats_parallel_group().size() / self.module_infos[module].grid.size
+            for group in optimizer.param_groups:
+                if grads := optimizer._filter_grads_for_norm(group["params"]):
+                    norms = torch._foreach_norm(grads, dtype=torch.promote_types(grads[0].dtype, torch.float32))
+                    squares[self.parts.index(group["part"])] += share * torch.stack(norms).double().square().sum()
+        return squares
+
+    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor) -> None:
+        """What all ranks together came to; the next :meth:`step` goes by it.
+
+        Args:
+            squares: float64 ``[parts]``, squared norms of the gradients as they now are.
+            loss: float64 scalar, sum of the losses of the window's batches.
+        """
+        self._squares, self._loss = squares, loss
+
+    @torch.no_grad()
+    def step(self) -> StepOutcome:
+        """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange."""
+        assert self._squares is not None, "step() comes after the schedule's last batch of a window"
+        found = torch.cat([self._loss.reshape(1), self._squares])
+        self._squares = self._loss = None
+        is_finite = found.isfinite().all()
+        self._clip(found[1:])
+        inner = [optimizer.optimizer for _, optimizer in self._inner()]
+        decides_on_device = all(_can_skip_on_device(optimizer) for optimizer in inner)
+        if decides_on_device:
+            for optimizer in inner:
+                optimizer.found_inf = (~is_finite).float()
+            self.step_with_ready_grads()
+            loss, *squares = found.tolist()
+        else:
+            loss, *squares = found.tolist()
+        updated = all(map(math.isfinite, (loss, *squares)))
+        if updated and not decides_on_device:
+            self.step_with_ready_grads()
+        overflow = not updated and math.isfinite(loss) and self._can_scale_down()
+        if self.grad_scaler is not None:
+            self.grad_scaler.update(not updated)
+        norms = {part: square**0.5 for part, square in zip(self.parts, squares, strict=True)}
+        return StepOutcome(updated=updated, overflow=overflow, loss=loss, part_norms=norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As upstream's, and the loss scale."""
+        scale = {} if self.grad_scaler is None else {"grad_scaler": self.grad_scaler.state_dict()}
+        return {**super().state_dict(), **scale}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What :meth:`state_dict` returned."""
+        if self.grad_scaler is not None and "grad_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        super().load_state_dict(state_dict)
+
+    def _inner(self) -> Iterator[tuple[str, MegatronOptimizer]]:
+        """Module and optimizer; there is one for experts apart from that for all other parameters."""
+        for module, info in self.module_infos.items():
+            if info.optimizer is not None:
+                for optimizer in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
+                    if not optimizer.is_stub_optimizer:
+                        yield module, optimizer
+
+    def _clip(self, squares: torch.Tensor) -> None:
+        for limit, parts in self._clipping:
+            norm = squares[[self.parts.index(part) for part in parts]].sum().sqrt()
+            if grads := [grad for part in parts for grad in self._grads_of(part)]:
+                torch._foreach_mul_(grads, (limit / (norm + _EPSILON)).clamp(max=1.0))
+
+    def _grads_of(self, part: str) -> Iterator[torch.Tensor]:
+        for _, optimizer in self._inner():
+            name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+            for group in optimizer.param_groups:
+                if group.get("part") == part:
+                    grads = (getattr(parameter, name, None) for parameter in group["params"])
+                    yield from (grad for grad in grads if grad is not None)
+
+    def _can_scale_down(self) -> bool:
+        scaler = self.grad_scaler
+        return isinstance(scaler, DynamicGradScaler) and bool(scaler.scale > scaler.min_scale)
+
+
+def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
+    """By the rules of megatron-core's get_megatron_optimizer."""
+    if not (config.fp16 or config.bf16):
+        return None
+    if config.loss_scale:
+        return ConstantGradScaler(config.loss_scale)
+    if not config.fp16:
+        return None
+    return DynamicGradScaler(
+        initial_scale=config.initial_loss_scale,
+        min_scale=config.min_loss_scale,
+        growth_factor=2.0,
+        backoff_factor=0.5,
+        growth_interval=config.loss_scale_window,
+        hysteresis=config.hysteresis,
+    )
+
+
+def _can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """torch's fused kernels leave everything as it is where ``found_inf`` is 1, as its GradScaler makes use of."""
+    is_torch = isinstance(optimizer, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
+    return is_torch and all(group.get("fused") for group in optimizer.param_groups)

@@ -1,0 +1,60 @@
+"""Each precision in each layout: as near to the truth as one plain process in the same precision is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lightning_mimo import ModuleParallelism as Cut
+from tests.multiprocess.parity.cases import apart, task, together
+from tests.multiprocess.parity.layouts import distances
+from tests.multiprocess.parity.oracle import Task, Tensors, Truth, truth
+from tests.multiprocess.rank_pool import RankPool
+
+DTYPES = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "bf16-true": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+LAYOUTS = {
+    "images_dp2-language_tp2": apart(Cut(dp=2), Cut(tp=2)),
+    "images_pp2-language_tp2pp2-sequence_parallel": apart(Cut(pp=2), Cut(tp=2, pp=2), sequence_parallel=True),
+    "images_dp4-language_dp2pp2": apart(Cut(dp=4), Cut(dp=2, pp=2), num_microbatches=3),
+    "colocated-images_tp2dp2-language_tp4": together(Cut(tp=2, dp=2), Cut(tp=4)),
+    "colocated-one_rank": together(Cut(), Cut()),
+}
+
+
+@pytest.fixture(scope="module")
+def true(rank_pool: RankPool) -> Callable[[Task], Truth]:
+    known: dict[str, Truth] = {}
+
+    def look_up(task: Task) -> Truth:
+        if repr(task) not in known:
+            known[repr(task)] = rank_pool.run(truth, task, world_size=1)[0]
+        return known[repr(task)]
+
+    return look_up
+
+
+def relative(found: Tensors, exact: Tensors) -> float:
+    """Distance of two sets of tensors as one long vector each."""
+    difference = sum(float((found[name].double() - exact[name].double()).square().sum()) for name in exact)
+    return math.sqrt(difference / sum(float(exact[name].double().square().sum()) for name in exact))
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_precision_costs_as_much_as_in_one_process(rank_pool: RankPool, true, name: str, precision: str) -> None:
+    layout = LAYOUTS[name]
+    start = DTYPES[precision]
+    exact = true(task(start=start))
+    alone = true(task(start=start, precision=precision))
+    found = rank_pool.run(distances, task(start=start, precision=precision), layout, exact, world_size=layout.ranks)
+    expected = relative(alone.gradients[0], exact.gradients[0])
+    print(f"{precision} {name}: one process {expected:.2e}, layout {[f'{each.gradient:.2e}' for each in found]}")
+    print([abs(a - b) for a, b in zip(alone.losses, exact.losses)], [each.losses for each in found])
