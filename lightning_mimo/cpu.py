@@ -126,6 +126,17 @@ def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., 
     return call
 
 
+def _with_mode(function: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[..., Any]:
+    """``function``, a context manager, in which :class:`CudaMeansCpu` is on."""
+
+    @contextlib.contextmanager
+    def call() -> Iterator[None]:
+        with CudaMeansCpu(), function():
+            yield
+
+    return call
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
     """One attribute to replace while the adapter is open.
@@ -175,6 +186,12 @@ REPLACEMENTS = (
     ),
     Replacement(module=_RANDOM, name="_get_cuda_rng_state", make=_always(_get_rng_state), reason=_GENERATOR),
     Replacement(module=_RANDOM, name="_set_cuda_rng_state", make=_always(_set_rng_state), reason=_GENERATOR),
+    Replacement(
+        module=_RANDOM,
+        name="_fork_rng",
+        make=_with_mode,
+        reason="recomputed activations are computed inside of backward, where torch has switched CudaMeansCpu off",
+    ),
     Replacement(
         module="megatron.core.transformer.moe.token_dispatcher",
         name="maybe_move_tensor_to_cpu",

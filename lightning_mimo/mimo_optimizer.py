@@ -49,9 +49,12 @@ class StepOutcome:
         return {module: math.sqrt(square) for module, square in squares.items()}
 
     @property
-    def not_finite(self) -> list[str]:
-        """Parts with a gradient that is not finite."""
-        return [part for part, norm in self.part_norms.items() if not math.isfinite(norm)]
+    def problem(self) -> str:
+        """What is not finite, in words, if the step was skipped."""
+        if not math.isfinite(self.loss):
+            return "The loss is not finite"
+        parts = [repr(part) for part, norm in self.part_norms.items() if not math.isfinite(norm)]
+        return f"The gradient of {' and '.join(parts)} is not finite"
 
 
 class OneReadMimoOptimizer(MimoOptimizer):

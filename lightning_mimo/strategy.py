@@ -335,11 +335,8 @@ class MimoStrategy(WorldStrategy):
     def _report_nonfinite(self, outcome: StepOutcome) -> None:
         """Raise, with what is found when the batch is run again, or warn. Collective over the world."""
         step = self.lightning_module.global_step
-        what = (
-            "The loss" if not outcome.not_finite else f"The gradient of {' and '.join(map(repr, outcome.not_finite))}"
-        )
         if self.on_nonfinite == "skip":
-            rank_zero_warn(f"{what} is not finite in step {step}: the weights were not updated.", RuntimeWarning)
+            rank_zero_warn(f"{outcome.problem} in step {step}: the weights were not updated.", category=RuntimeWarning)
             return
         module = self._module
         batch, batch_idx = self._last_batch
@@ -353,7 +350,7 @@ class MimoStrategy(WorldStrategy):
             module.loss,
         )
         raise NonFiniteError(
-            f"{what} is not finite in step {step} (batch {batch_idx}); the weights were not updated. {describe(found)} "
+            f"{outcome.problem} in step {step} (batch {batch_idx}); the weights were not updated. {describe(found)} "
             f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
         )
 

@@ -11,7 +11,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from examples.digits.data import VOCAB_SIZE, Token, sequence_length
-from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
 
@@ -30,6 +30,7 @@ class DigitsModule(MimoModule):
         warmup_steps: int = 50,
         clip_grad: float = 1.0,
         frozen: Sequence[str] = (),
+        overrides: dict[str, OptimizerOverride] | None = None,
     ) -> None:
         """
         Args:
@@ -41,6 +42,7 @@ class DigitsModule(MimoModule):
             warmup_steps: optimizer steps of linear warm-up.
             clip_grad: largest norm of the gradient over all modules.
             frozen: modules or parts of them that are not trained, such as ``images.encoders``.
+            overrides: learning rate, weight decay and clipping where they are different: by module, or by part of one.
         """
         super().__init__(pad_token_id=int(Token.PAD), max_new_tokens=max_images + 1, frozen=frozen)
         self.vision = vision
@@ -50,6 +52,7 @@ class DigitsModule(MimoModule):
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
         self.clip_grad = clip_grad
+        self.overrides = overrides
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         return vision_language_config(
@@ -71,7 +74,8 @@ class DigitsModule(MimoModule):
                 adam_beta1=0.9,
                 adam_beta2=0.99,
                 clip_grad=self.clip_grad,
-            )
+            ),
+            overrides=self.overrides,
         )
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: Any = torch.optim.lr_scheduler.SequentialLR(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -23,6 +24,34 @@ _EMBEDDING_STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which activations of a transformer are computed again in the backward pass in place of being kept.
+
+    Args:
+        granularity: ``full`` for whole layers; ``selective`` for ``modules`` of each layer.
+        method: with ``full``: ``uniform`` keeps the input of every ``num_layers`` layers, ``block`` recomputes only the
+            first ``num_layers`` of a pipeline stage.
+        num_layers: see ``method``.
+        modules: with ``selective``: Megatron's ``recompute_modules``, such as ``core_attn``.
+    """
+
+    granularity: Literal["full", "selective"] = "full"
+    method: Literal["uniform", "block"] = "uniform"
+    num_layers: int = 1
+    modules: tuple[str, ...] = ("core_attn",)
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of Megatron's TransformerConfig."""
+        if self.granularity == "selective":
+            return {"recompute_granularity": "selective", "recompute_modules": list(self.modules)}
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": self.method,
+            "recompute_num_layers": self.num_layers,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerSize:
     """Dimensions of one transformer, with Megatron's names.
 
@@ -34,6 +63,7 @@ class TransformerSize:
         dropout: probability for hidden states and attention.
         num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them. No balancing loss is added.
         experts_per_token: experts that each token is sent to.
+        recompute: which activations are computed again in the backward pass; ``None`` keeps all.
     """
 
     num_layers: int
@@ -43,6 +73,7 @@ class TransformerSize:
     dropout: float = 0.0
     num_experts: int | None = None
     experts_per_token: int = 2
+    recompute: Recompute | None = None
 
 
 def vision_language_config(
@@ -155,7 +186,9 @@ def _transformer_config(
         output_layer_init_method=partial(fan_in_normal_, gain=1.0 / math.sqrt(2 * size.num_layers)),
         embedding_init_method=init_method_normal(_EMBEDDING_STD),
         embedding_init_method_std=_EMBEDDING_STD,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=torch.float32,  # must be set for pipelines; the run's precision takes its place
+        moe_router_dtype="fp32" if size.num_experts else None,
+        **(size.recompute.settings() if size.recompute else {}),
     )
 
 

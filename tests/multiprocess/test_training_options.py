@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.layout import MimoLayout
+from lightning_mimo.models.vision_language import Recompute
 from lightning_mimo.random_state import seed_megatron
 from tests.multiprocess.parity.cases import apart, task, together
 from tests.multiprocess.parity.layouts import Layout, errors, train, weights
@@ -48,19 +49,30 @@ def trained_weights(task: Task, layout: Layout) -> tuple[list[float], Tensors]:
     return result
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
-def test_ddp_options_train_bit_for_bit_the_same(rank_pool: RankPool, colocate: bool) -> None:
+def test_ddp_options_train_bit_for_bit_the_same(rank_pool: RankPool, colocate: bool, precision: str) -> None:
     # Two replicas: the sum of two numbers has no order, so not even rounding may differ.
     lay = together if colocate else apart
+    task = replace(UNCLIPPED, precision=precision)
     cuts, ranks = ((Cut(dp=2), Cut(dp=2)), 2) if colocate else ((Cut(dp=2), Cut(dp=2, pp=2)), 6)
-    plain = rank_pool.run(trained_weights, UNCLIPPED, lay(*cuts), world_size=ranks)
+    plain = rank_pool.run(trained_weights, task, lay(*cuts), world_size=ranks)
     for name, ddp in DDP_OPTIONS.items():
-        found = rank_pool.run(trained_weights, UNCLIPPED, lay(*cuts, ddp=ddp), world_size=ranks)
+        found = rank_pool.run(trained_weights, task, lay(*cuts, ddp=ddp), world_size=ranks)
         for (losses, tensors), (plain_losses, plain_tensors) in zip(found, plain, strict=True):
             assert losses == plain_losses, name
             assert tensors.keys() == plain_tensors.keys()
             for parameter, tensor in tensors.items():
                 assert torch.equal(tensor, plain_tensors[parameter]), f"{name}: {parameter}"
+
+
+def test_each_module_may_have_ddp_options_of_its_own(rank_pool: RankPool) -> None:
+    layout = apart(Cut(dp=2), Cut(dp=2, pp=2))
+    plain = rank_pool.run(trained_weights, UNCLIPPED, layout, world_size=layout.ranks)
+    mixed = replace(layout, ddp={"images": DDP_OPTIONS["distributed-both_overlapped"], "language": {}})
+    found = rank_pool.run(trained_weights, UNCLIPPED, mixed, world_size=layout.ranks)
+    for (_, tensors), (_, plain_tensors) in zip(found, plain, strict=True):
+        assert all(torch.equal(tensor, plain_tensors[name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.exhaustive
@@ -119,6 +131,18 @@ def test_dropout_is_the_same_in_every_run_of_a_layout(rank_pool: RankPool, layou
         assert losses == losses_again
         assert all(torch.equal(tensor, tensors_again[name]) for name, tensor in tensors.items())
     assert first[0][0] != without[0][0]
+
+
+@pytest.mark.parametrize(
+    "recompute", [Recompute(), Recompute(granularity="selective")], ids=lambda recompute: recompute.granularity
+)
+def test_recomputed_activations_drop_the_same(rank_pool: RankPool, recompute: Recompute) -> None:
+    layout = apart(Cut(dp=2), Cut(tp=2, pp=2))
+    kept = rank_pool.run(trained_weights, DROPOUT, layout, world_size=6)
+    again = rank_pool.run(trained_weights, DROPOUT, replace(layout, recompute=recompute), world_size=6)
+    for (losses, tensors), (losses_again, tensors_again) in zip(kept, again, strict=True):
+        assert losses == losses_again
+        assert all(torch.equal(tensor, tensors_again[name]) for name, tensor in tensors.items())
 
 
 def test_dropout_leaves_what_tensor_parallel_ranks_share_the_same(rank_pool: RankPool) -> None:

@@ -13,6 +13,7 @@ import torch
 from lightning_mimo import LayoutError, OptimizerOverride
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.layout import MimoLayout
+from lightning_mimo.models.vision_language import Recompute
 from tests.multiprocess.parity.layouts import Layout
 from tests.multiprocess.parity.model import Model, Samples
 from tests.multiprocess.parity.oracle import Task
@@ -209,6 +210,17 @@ CASES = {
     ),
     "own_rates_and_clipping-experts": Case(
         task=task(overrides=OVERRIDES, experts=4), layout=apart(Cut(), Cut(dp=2, ep=2))
+    ),
+    # ---- recomputed activations
+    "recompute_full": Case(layout=apart(Cut(pp=2), Cut(tp=2, pp=2), recompute=Recompute())),
+    "recompute_full-frozen_images": Case(
+        task=task(frozen=("images",)), layout=apart(Cut(dp=2), Cut(pp=2), recompute=Recompute(method="block"))
+    ),
+    "recompute_selective-colocated": Case(
+        layout=together(Cut(dp=2), Cut(tp=2), sequence_parallel=True, recompute=Recompute(granularity="selective"))
+    ),
+    "recompute_full-overlapped-experts": Case(
+        task=task(experts=4), layout=apart(Cut(dp=2), Cut(dp=2, ep=2), recompute=Recompute(), ddp=OVERLAP)
     ),
     # ---- overlapped reduction
     "overlapped": Case(layout=apart(Cut(dp=2), Cut(dp=2, pp=2), ddp=OVERLAP)),

@@ -12,16 +12,18 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.loggers import Logger
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo import MimoModelInfra, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.initialization import cut_shard, global_named_parameters
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
+from lightning_mimo.models.vision_language import Recompute
 from lightning_mimo.random_state import seed_megatron
-from tests.multiprocess.parity.model import LR, ParityModule, PicturesSoundsAndText
+from tests.multiprocess.parity.model import ParityModule, PicturesSoundsAndText
 from tests.multiprocess.parity.oracle import SEED, Task, Tensors, Truth
 
 # What is smaller than this part of the global norm counts as this large: some gradients are zero but for rounding.
@@ -36,8 +38,9 @@ class Layout:
         modules: sizes, every dp given.
         colocate: all modules on all ranks.
         num_microbatches: pipeline microbatches.
-        ddp: fields of DistributedDataParallelConfig.
+        ddp: fields of DistributedDataParallelConfig for all modules, or by module.
         sequence_parallel: of the language module.
+        recompute: of both transformers.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -45,6 +48,11 @@ class Layout:
     num_microbatches: int = 2
     ddp: Mapping[str, Any] = field(default_factory=dict)
     sequence_parallel: bool = False
+    recompute: Recompute | None = None
+
+    def modules_of(self, rank: int) -> tuple[str, ...]:
+        """Names of the modules on a rank."""
+        return MimoLayout.resolve(self.modules, world_size=self.ranks, colocate=self.colocate).modules_on(rank)
 
     @property
     def ranks(self) -> int:
@@ -130,8 +138,11 @@ def train(
     layout: Layout,
     *,
     module: ParityModule | None = None,
+    dataset: Dataset | None = None,
     callbacks: Sequence[pl.Callback] = (),
-    **options: Any,
+    strategy_options: Mapping[str, Any] | None = None,
+    logger: Logger | bool = False,
+    **trainer_options: Any,
 ) -> tuple[Recorder, ParityModule, MimoStrategy]:
     """Run a task in a layout on the ranks of the pool. Collective over the world.
 
@@ -139,8 +150,11 @@ def train(
         task: what is trained.
         layout: on which ranks.
         module: in the place of a plain ParityModule.
+        dataset: in the place of the task's samples.
         callbacks: of the Trainer, before the recorder.
-        options: further arguments of MimoStrategy.
+        strategy_options: further arguments of MimoStrategy.
+        logger: of the Trainer.
+        trainer_options: further arguments of the Trainer.
     """
     torch.manual_seed(SEED)
     strategy = MimoStrategy(
@@ -148,11 +162,11 @@ def train(
         task.batch,
         layout.num_microbatches,
         colocate=layout.colocate,
-        ddp=DistributedDataParallelConfig(**layout.ddp),
+        ddp=_ddp_config(layout),
         # Not the Trainer's argument, because Lightning takes 16-mixed for bf16-mixed on a CPU.
         precision_plugin=MimoPrecision(task.precision),
         cluster_environment=PoolEnvironment(),
-        **options,
+        **(strategy_options or {}),
     )
     recorder = Recorder()
     trainer = pl.Trainer(
@@ -162,14 +176,21 @@ def train(
         accumulate_grad_batches=task.accumulate,
         max_steps=task.steps,
         callbacks=[*callbacks, recorder],
-        logger=False,
+        logger=logger,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **trainer_options,
     )
-    module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel)
-    trainer.fit(module, DataLoader(PicturesSoundsAndText(task.samples), batch_size=task.batch))
+    module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
+    trainer.fit(module, DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch))
     return recorder, module, strategy
+
+
+def _ddp_config(layout: Layout) -> DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig]:
+    if layout.ddp.keys() & layout.modules.keys():
+        return {name: DistributedDataParallelConfig(**fields) for name, fields in layout.ddp.items()}
+    return DistributedDataParallelConfig(**layout.ddp)
 
 
 def errors(task: Task, layout: Layout, expected: Truth) -> Errors:
@@ -210,30 +231,37 @@ class Distances:
     """How far this rank's part of a run is from the truth, in a precision that rounds.
 
     Attributes:
-        gradient: distance of the first step's gradients, as one vector, relative to its length.
+        gradient: module -> distance of the first step's gradients, as one vector, relative to its length.
         losses: relative differences, batch for batch.
-        weight: largest difference of a final weight, in learning rates.
     """
 
-    gradient: float
+    gradient: Mapping[str, float]
     losses: list[float]
-    weight: float
 
 
 def distances(task: Task, layout: Layout, exact: Truth) -> Distances:
     """Run a task in a layout and compare this rank's part with the truth. Collective over the world."""
     recorder, module, strategy = train(task, layout)
     infra = strategy.infra
+    found = recorder.gradients[0]
     whole = {name: cut_shard(exact.gradients[0][name], p, g) for name, p, g in parameters(module.model, infra)}
-    difference = sum(float((tensor - whole[name]).square().sum()) for name, tensor in recorder.gradients[0].items())
-    final = {name: (p.detach(), cut_shard(exact.final[name], p, g)) for name, p, g in parameters(module.model, infra)}
     result = Distances(
-        gradient=math.sqrt(difference / sum(float(tensor.square().sum()) for tensor in whole.values())),
+        gradient=distance_by_module(found, whole),
         losses=[_number(a, b) for a, b in zip(recorder.losses, exact.losses, strict=True)],
-        weight=max(float((found - true).abs().max()) for found, true in final.values()) / LR,
     )
     infra.destroy()
     return result
+
+
+def distance_by_module(found: Tensors, exact: Tensors) -> dict[str, float]:
+    """Module -> distance of its tensors, as one vector, relative to its length."""
+    sums: dict[str, list[float]] = {}
+    for name, tensor in exact.items():
+        module = name.removeprefix("modality_submodules.").partition(".")[0]
+        difference, length = sums.setdefault(module, [0.0, 0.0])
+        difference += float((found[name].double() - tensor.double()).square().sum())
+        sums[module] = [difference, length + float(tensor.double().square().sum())]
+    return {module: math.sqrt(difference / length) for module, (difference, length) in sums.items()}
 
 
 def parameters(model: SampleAlignedMimoModel, infra: MimoModelInfra) -> Iterator[tuple[str, torch.nn.Parameter, Any]]:

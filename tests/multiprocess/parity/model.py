@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.models.vision import ImageGrid
-from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.models.vision_language import Recompute, TransformerSize, vision_language_config
 
 IMAGE, CLIP, TEXT, VOCABULARY = 3, 2, 4, 32
 TOKENS_PER_IMAGE, LONGEST_CLIP, FEATURES, HIDDEN = 2, 3, 5, 16
@@ -135,10 +135,11 @@ class Model:
 class ParityModule(MimoModule):
     """The model of a case; two image and four language layers of four heads."""
 
-    def __init__(self, model: Model, *, sequence_parallel: bool = False) -> None:
+    def __init__(self, model: Model, *, sequence_parallel: bool = False, recompute: Recompute | None = None) -> None:
         super().__init__(pad_token_id=0, frozen=model.frozen)
         self._choice = model
         self._sequence_parallel = sequence_parallel
+        self._recompute = recompute
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         choice = self._choice
@@ -146,7 +147,12 @@ class ParityModule(MimoModule):
             infra,
             grid=ImageGrid(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE),
             vision=TransformerSize(
-                num_layers=2, hidden_size=8, num_attention_heads=4, ffn_hidden_size=16, dropout=choice.dropout
+                num_layers=2,
+                hidden_size=8,
+                num_attention_heads=4,
+                ffn_hidden_size=16,
+                dropout=choice.dropout,
+                recompute=self._recompute,
             ),
             language=TransformerSize(
                 num_layers=4,
@@ -155,6 +161,7 @@ class ParityModule(MimoModule):
                 ffn_hidden_size=32,
                 dropout=choice.dropout,
                 num_experts=choice.experts,
+                recompute=self._recompute,
             ),
             vocab_size=VOCABULARY,
             max_sequence_length=MAX_LENGTH,
