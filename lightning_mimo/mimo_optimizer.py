@@ -179,7 +179,7 @@ class OneReadMimoOptimizer(MimoOptimizer):
 
     def _clip(self, squares: torch.Tensor) -> None:
         for limit, parts in self._clipping:
-            norm = squares[[self.parts.index(part) for part in parts]].sum().sqrt()
+            norm = torch.stack([squares[self.parts.index(part)] for part in parts]).sum().sqrt()
             if grads := [grad for part in parts for grad in self._grads_of(part)]:
                 torch._foreach_mul_(grads, (limit / (norm + _EPSILON)).clamp(max=1.0))
 

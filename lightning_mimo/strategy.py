@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any, Literal, override
@@ -21,30 +20,24 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
+from lightning_mimo.batch_runner import Batch, BatchRunner
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint import load_weights, save_weights
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
 from lightning_mimo.data_parallel import check_options, complete_gathering, options_by_module, wrap_with_ddp
-from lightning_mimo.generation import gather_indices, greedy_decode
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.mimo_optimizer import StepOutcome
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.module import MimoModule
-from lightning_mimo.nonfinite import NonFiniteError, describe, find_nonfinite
-from lightning_mimo.optimizer import MimoTorchOptimizer
-from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.random_state import seed_megatron
-from lightning_mimo.sample_check import check_samples
-from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
 from lightning_mimo.world_strategy import WorldStrategy
 
 
@@ -123,13 +116,9 @@ class MimoStrategy(WorldStrategy):
         self.seed = 0
         self._backend = process_group_backend
         self._timeout = timeout
-        self._schedule: GlobalBatchSchedule | None = None
+        self._runner: BatchRunner | None = None
         self._plan: RankBatchPlan | None = None
         self._open = contextlib.ExitStack()  # what teardown has to close
-        self._window_open = False
-        self._hold = False
-        self._last_batch: tuple[list[Microbatch], int] | None = None
-        self._step_started = 0.0
 
     # ------------------------------------------------------- before a process
 
@@ -219,7 +208,14 @@ class MimoStrategy(WorldStrategy):
         module.model.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             wrap_with_ddp(module.model, self.infra, self.ddp_by_module, self.precision_plugin.numerics)
-        self._schedule = GlobalBatchSchedule(module.model, self.infra)
+        self._runner = BatchRunner(
+            module,
+            self.infra,
+            global_batch_size=self.global_batch_size,
+            device=self.root_device,
+            check_samples=self.check_samples,
+            on_nonfinite=self.on_nonfinite,
+        )
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -285,28 +281,9 @@ class MimoStrategy(WorldStrategy):
     # ------------------------------------------------------------------ steps
 
     @override
-    def training_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
+    def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
-        self._check_samples(batch, batch_idx)
-        if not self._window_open:
-            self._schedule.zero_grad()
-            self._window_open = True
-        module = self._module
-        optimizer: MimoTorchOptimizer = self.optimizers[0]
-        optimizer.outcome = None
-        self._last_batch = batch, batch_idx
-        totals = self._schedule.train(
-            batch,
-            lambda microbatch: module.training_step(microbatch, batch_idx),
-            module.loss,
-            optimizer=None if self._hold else optimizer.mimo,
-        )
-        now = time.perf_counter()
-        if self._step_started:
-            module.log("train/tokens_per_s", totals.tokens.float() / (now - self._step_started))
-        self._step_started = now
-        self._log("train", totals, prog_bar=True, on_step=True, on_epoch=False)
-        return totals.loss.float()
+        return self._runner.train(batch, batch_idx, self.optimizers[0])
 
     @override
     def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -317,42 +294,17 @@ class MimoStrategy(WorldStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Hold gradients back: more batches of the same accumulation window follow."""
-        self._hold = True
+        self._runner.hold = True
         try:
             yield
         finally:
-            self._hold = False
+            self._runner.hold = False
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._window_open = False
-        if not (optimizer.outcome.updated or optimizer.outcome.overflow):
-            self._report_nonfinite(optimizer.outcome)
-        self._last_batch = None
+        self._runner.close_window(optimizer.outcome)
         return result
-
-    def _report_nonfinite(self, outcome: StepOutcome) -> None:
-        """Raise, with what is found when the batch is run again, or warn. Collective over the world."""
-        step = self.lightning_module.global_step
-        if self.on_nonfinite == "skip":
-            rank_zero_warn(f"{outcome.problem} in step {step}: the weights were not updated.", category=RuntimeWarning)
-            return
-        module = self._module
-        batch, batch_idx = self._last_batch
-        module._current_fx_name = "training_step"  # or what the user's training_step logs would be refused
-        found = find_nonfinite(
-            self._schedule,
-            module.model,
-            self.infra,
-            batch,
-            lambda microbatch: module.training_step(microbatch, batch_idx),
-            module.loss,
-        )
-        raise NonFiniteError(
-            f"{outcome.problem} in step {step} (batch {batch_idx}); the weights were not updated. {describe(found)} "
-            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
-        )
 
     @override
     def on_train_end(self) -> None:
@@ -360,64 +312,25 @@ class MimoStrategy(WorldStrategy):
         complete_gathering(self._module.model)
 
     @override
-    def validation_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._evaluate("val", self._module.validation_step, batch, batch_idx)
+    def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
+        return self._runner.evaluate("val", self._module.validation_step, batch, batch_idx)
 
     @override
-    def test_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._evaluate("test", self._module.test_step, batch, batch_idx)
-
-    def _evaluate(self, stage: str, step: Any, batch: list[Microbatch], batch_idx: int) -> torch.Tensor:
-        module = self._module
-        self._check_samples(batch, batch_idx)
-        self._step_started = 0.0  # or the next training step would be charged with the validation
-        totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), module.loss)
-        self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
-        return totals.loss.float()
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
+        return self._runner.evaluate("test", self._module.test_step, batch, batch_idx)
 
     @override
-    def predict_step(self, batch: list[Microbatch], batch_idx: int, *args: Any) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
         """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
-        self._check_samples(batch, batch_idx)
-        module = self._module
-        tokens = self.generate(batch, max_new_tokens=module.max_new_tokens)
-        indices = gather_indices(batch, global_batch_size=self.global_batch_size, device=self.root_device)
-        return [
-            {"sample_index": index, "tokens": row}
-            for index, row in zip(indices, tokens.tolist(), strict=True)
-            if index >= 0
-        ]
+        return self._runner.predict(batch, batch_idx)
 
-    def _check_samples(self, batch: list[Microbatch], batch_idx: int) -> None:
-        if self.check_samples == "always" or (self.check_samples == "first" and batch_idx == 0):
-            check_samples(batch, self.infra.layout, global_batch_size=self.global_batch_size, device=self.root_device)
-
-    def generate(self, batch: list[Microbatch], *, max_new_tokens: int) -> torch.Tensor:
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
         """Write tokens for every sample of a global batch. Collective over the world.
 
         Returns:
             int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
         """
-        module = self._module
-        groups = self.infra.pg_collections.get(LANGUAGE)
-        return greedy_decode(
-            self._schedule,
-            batch,
-            lambda microbatch: module.predict_step(microbatch, 0),
-            global_batch_size=self.global_batch_size,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=module.pad_token_id,
-            group=groups.tp if groups else None,
-        )
-
-    def _log(self, stage: str, totals: BatchTotals, **how: Any) -> None:
-        """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
-        tokens = int(totals.tokens) if how["on_epoch"] else 1
-        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=tokens, **how)
-        for name, (total, count) in totals.metrics.items():
-            counted = int(count) if how["on_epoch"] else 1
-            if counted:
-                self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
+        return self._runner.generate(batch, max_new_tokens=max_new_tokens)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -470,8 +383,5 @@ class MimoStrategy(WorldStrategy):
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-        self._schedule = None
-        self._window_open = False
-        self._last_batch = None
-        self._step_started = 0.0
+        self._runner = None
         self._open.close()

@@ -179,9 +179,10 @@ BAD_PIXEL = r"the input vit\.pixel_values of module 'images' on rank {rank}, in 
 
 
 @pytest.mark.parametrize(
-    ("layout", "rank"), [(APART, 1), (PIPELINE, 0), (COLOCATED, 1)], ids=["apart", "pipeline", "colocated"]
+    ("layout", "rank", "precision"),
+    [(APART, 1, "32-true"), (PIPELINE, 0, "bf16-mixed"), (COLOCATED, 1, "16-mixed")],
+    ids=["apart", "pipeline", "colocated"],
 )
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_input_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout, rank: int, precision: str) -> None:
     run = task(precision=precision, samples=Samples(images=(2,)))
     with pytest.raises(RankFailure, match=BAD_PIXEL.format(rank=rank)):
@@ -195,6 +196,13 @@ def test_loss_that_is_not_finite_is_named(rank_pool: RankPool) -> None:
     )
     with pytest.raises(RankFailure, match=message):
         rank_pool.run(train_on_bad_loss, task(precision="32-true"), APART, world_size=4)
+
+
+def test_earlier_batch_of_a_window_that_is_not_finite_is_named(rank_pool: RankPool) -> None:
+    message = r"in step 0 \(batch 2\).*the loss of batch 1, in the same accumulation window\."
+    run = task(precision="32-true", accumulate=3, samples=Samples(number=48, images=(2,)))
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(train_on_bad_pixel, run, APART, world_size=4)
 
 
 @pytest.mark.parametrize(

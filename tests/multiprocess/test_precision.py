@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -44,11 +45,29 @@ def true(rank_pool: RankPool) -> LookUp:
     return look_up
 
 
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_precision_costs_as_much_as_in_one_process(
-    rank_pool: RankPool, true: LookUp, name: str, precision: str
-) -> None:
+USUAL = [
+    ("bf16-mixed", "images_dp2-language_tp2"),
+    ("bf16-mixed", "images_pp2-language_tp2pp2-sequence_parallel"),
+    ("bf16-mixed", "colocated-images_tp2dp2-language_tp4"),
+    ("16-mixed", "images_dp4-language_dp2pp2"),
+    ("16-mixed", "colocated-images_tp2dp2-language_tp4"),
+    ("bf16-true", "images_dp2-language_tp2"),
+    ("32-true", "images_dp2-language_tp2"),
+]
+
+
+@pytest.mark.parametrize(("precision", "name"), USUAL)
+def test_error_is_that_of_one_process(rank_pool: RankPool, true: LookUp, precision: str, name: str) -> None:
+    check(rank_pool, true, precision, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("precision", "name"), sorted(set(product(DTYPES, LAYOUTS)) - set(USUAL)))
+def test_error_is_that_of_one_process_everywhere(rank_pool: RankPool, true: LookUp, precision: str, name: str) -> None:
+    check(rank_pool, true, precision, name)
+
+
+def check(rank_pool: RankPool, true: LookUp, precision: str, name: str) -> None:
     layout = LAYOUTS[name]
     start = DTYPES[precision]
     exact = true(task(start=start))

@@ -49,8 +49,11 @@ def trained_weights(task: Task, layout: Layout) -> tuple[list[float], Tensors]:
     return result
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
+@pytest.mark.parametrize(
+    ("colocate", "precision"),
+    [(False, "32-true"), (False, "bf16-mixed"), (True, "32-true")],
+    ids=["apart", "apart-bf16", "colocated"],
+)
 def test_ddp_options_train_bit_for_bit_the_same(rank_pool: RankPool, colocate: bool, precision: str) -> None:
     # Two replicas: the sum of two numbers has no order, so not even rounding may differ.
     lay = together if colocate else apart

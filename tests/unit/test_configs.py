@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_mimo import LayoutError, MimoModule, MimoStrategy
+from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
 from lightning_mimo.cli import main, picture_of
+from lightning_mimo.models.vision_language import Recompute
 
 IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -66,6 +67,26 @@ def test_dotted_overrides_change_the_layout(overrides: list[str], colocated: boo
     assert layout.colocated is colocated
     assert layout.modules["images"].dp == dp
     assert f"dp{dp - 1}" in picture_of(["--config", "configs/digits_vlm.yaml", *overrides])
+
+
+def test_every_module_has_settings_of_its_own(tmp_path: Path) -> None:
+    cli = load(
+        Path("configs/digits_vlm.yaml"),
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.precision=bf16-mixed",
+        "--trainer.strategy.init_args.ddp={images: {overlap_grad_reduce: true}, language: {bucket_size: 1000}}",
+        "--model.init_args.overrides={images: {lr: 1.0e-4}, images.input_projections: {weight_decay: 0, clip_grad: 1}}",
+        "--model.init_args.vision.recompute={granularity: selective}",
+    )
+    ddp = cli.trainer.strategy.ddp_by_module
+    assert ddp["images"].overlap_grad_reduce and not ddp["language"].overlap_grad_reduce
+    assert ddp["language"].bucket_size == 1000
+    assert cli.trainer.precision_plugin.precision == "bf16-mixed"
+    assert cli.model.overrides == {
+        "images": OptimizerOverride(lr=1e-4),
+        "images.input_projections": OptimizerOverride(weight_decay=0.0, clip_grad=1.0),
+    }
+    assert cli.model.vision.recompute == Recompute(granularity="selective")
 
 
 def test_an_impossible_layout_is_one_readable_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo import LayoutError, MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.numerics import Numerics
 from lightning_mimo.precision import MimoPrecision
 
 
@@ -20,17 +24,46 @@ def strategy(**arguments: object) -> MimoStrategy:
     return MimoStrategy({"images": Cut(), "language": Cut()}, **{"global_batch_size": 8, **arguments})
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("64-true", torch.float64)])
-def test_precision_is_taken_over_from_the_trainer(precision: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("precision", "dtype", "mixed"),
+    [
+        ("32-true", torch.float32, False),
+        ("bf16-mixed", torch.bfloat16, True),
+        ("bf16-true", torch.bfloat16, False),
+        ("64-true", torch.float64, False),
+    ],
+)
+def test_precision_is_taken_over_from_the_trainer(precision: str, dtype: torch.dtype, mixed: bool) -> None:
     plugin = trainer(strategy(), precision=precision).precision_plugin
     assert isinstance(plugin, MimoPrecision)
-    assert plugin.dtype == dtype
+    assert plugin.numerics == Numerics(dtype=dtype, mixed=mixed)
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_other_precision_is_refused_with_what_is_supported(precision: str) -> None:
-    with pytest.raises(ValueError, match=rf"precision='{precision}'\) is not supported.*supported: 32-true, 64-true"):
-        trainer(strategy(), precision=precision)
+@pytest.mark.parametrize("plugin", [MimoPrecision("16-mixed"), MixedPrecision("16-mixed", "cpu")], ids=["own", "amp"])
+def test_precision_may_be_a_plugin(plugin: Precision) -> None:
+    for connected in (trainer(strategy(), plugins=plugin), trainer(strategy(precision_plugin=plugin))):
+        assert isinstance(connected.precision_plugin, MimoPrecision)
+        assert connected.precision_plugin.numerics == Numerics(dtype=torch.float16, mixed=True)
+
+
+def test_float16_on_cpus_is_bfloat16_as_lightning_warns() -> None:
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
+        plugin = trainer(strategy(), precision="16-mixed").precision_plugin
+    assert plugin.precision == "bf16-mixed"
+
+
+def test_other_precision_is_refused_with_what_is_supported() -> None:
+    message = r"precision='16-true'\) is not supported.*: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true\."
+    with pytest.raises(ValueError, match=message):
+        trainer(strategy(), precision="16-true")
+
+
+def test_other_plugin_is_refused_by_its_name() -> None:
+    class Int4Precision(Precision):
+        precision = "int4"
+
+    with pytest.raises(ValueError, match=r"precision='int4'\) is not supported"):
+        trainer(strategy(), plugins=Int4Precision())
 
 
 def test_wrong_number_of_devices_names_the_right_one() -> None:
@@ -48,18 +81,35 @@ def test_batch_that_does_not_divide_names_the_module_and_what_fits() -> None:
     [
         ({"overlap_param_gather": True}, "Set use_distributed_optimizer=True too"),
         ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "needs overlap_grad_reduce=True"),
+        ({"average_in_collective": True}, "gradients are summed"),
+        ({"num_distributed_optimizer_instances": 2}, "num_distributed_optimizer_instances=2 is not supported"),
+        ({"use_megatron_fsdp": True}, "use_megatron_fsdp=True is not supported"),
     ],
-    ids=["no_distributed_optimizer", "no_overlapped_reduction"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_ddp_options_that_do_not_go_together_name_the_other_one(options: dict[str, bool], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        trainer(strategy(ddp=DistributedDataParallelConfig(**options))).strategy.validate()
+def test_ddp_options_that_cannot_be_name_the_module_and_the_remedy(options: dict[str, Any], message: str) -> None:
+    ddp = {"language": DistributedDataParallelConfig(**options)}
+    with pytest.raises(ValueError, match=rf"MimoStrategy\(ddp=\.\.\.\), module 'language': .*{message}"):
+        trainer(strategy(ddp=ddp)).strategy.validate()
 
 
-def test_float64_with_the_distributed_optimizer_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("precision", "instead"), [("64-true", "Leave one of them out"), ("bf16-true", "Take precision='bf16-mixed'")]
+)
+def test_distributed_optimizer_is_refused_where_it_would_keep_float32(precision: str, instead: str) -> None:
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
-    with pytest.raises(ValueError, match=r"does not work with Trainer\(precision='64-true'\)"):
-        trainer(strategy(ddp=ddp), precision="64-true").strategy.validate()
+    with pytest.raises(ValueError, match=rf"does not work with Trainer\(precision='{precision}'\).*{instead}"):
+        trainer(strategy(ddp=ddp), precision=precision).strategy.validate()
+
+
+def test_ddp_options_of_a_module_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no module 'pictures'; the layout has 'images', 'language'"):
+        trainer(strategy(ddp={"pictures": DistributedDataParallelConfig()})).strategy.validate()
+
+
+def test_unknown_reaction_to_what_is_not_finite_names_the_choices() -> None:
+    with pytest.raises(ValueError, match=r"on_nonfinite='ignore'\): choose one of \('raise', 'skip'\)"):
+        trainer(strategy(on_nonfinite="ignore")).strategy.validate()
 
 
 def test_unknown_sample_check_names_the_choices() -> None:

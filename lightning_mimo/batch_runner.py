@@ -1,0 +1,172 @@
+"""What becomes of one of Lightning's batches: through the schedule, checked, logged, and reported where it fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_mimo.generation import gather_indices, greedy_decode
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.mimo_optimizer import StepOutcome
+from lightning_mimo.module import MimoModule
+from lightning_mimo.nonfinite import NonFiniteError, describe, find_nonfinite
+from lightning_mimo.optimizer import MimoTorchOptimizer
+from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.sample_check import check_samples
+from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
+
+Batch = list[Microbatch]
+"""This rank's microbatches of a global batch, as its DataLoader yields them."""
+Step = Callable[[Microbatch, int], Any]
+"""One of the user's steps: ``(microbatch, batch_idx)`` -> the model's output."""
+
+
+class BatchRunner:
+    """Runs global batches of one ``fit``, ``validate``, ``test`` or ``predict``. All methods are collective.
+
+    Attributes:
+        hold: whether more batches of the same accumulation window follow the next one.
+    """
+
+    def __init__(
+        self,
+        module: MimoModule,
+        infra: MimoModelInfra,
+        *,
+        global_batch_size: int,
+        device: torch.device,
+        check_samples: str,
+        on_nonfinite: str,
+    ) -> None:
+        """Collective over the world: builds the bridges.
+
+        Args:
+            module: the user's module, its model ready to run.
+            infra: grids and process groups.
+            global_batch_size: samples of a batch over all ranks.
+            device: of this rank.
+            check_samples: as for MimoStrategy.
+            on_nonfinite: as for MimoStrategy.
+        """
+        self.hold = False
+        self._module = module
+        self._infra = infra
+        self._global_batch_size = global_batch_size
+        self._device = device
+        self._check = check_samples
+        self._on_nonfinite = on_nonfinite
+        self._schedule = GlobalBatchSchedule(module.model, infra)
+        self._window_open = False
+        self._last: tuple[Batch, int] | None = None
+        self._losses: list[tuple[int, torch.Tensor]] = []  # of the window's batches
+        self._step_started = 0.0
+
+    def train(self, batch: Batch, batch_idx: int, optimizer: MimoTorchOptimizer) -> torch.Tensor:
+        """Forward and backward.
+
+        Returns:
+            The loss of the global batch, float32 scalar, the same on every rank.
+        """
+        self._check_samples(batch, batch_idx)
+        if not self._window_open:
+            self._schedule.zero_grad()
+            self._window_open = True
+        optimizer.outcome = None
+        self._last = batch, batch_idx
+        totals = self._schedule.train(
+            batch, self._training_step(batch_idx), self._module.loss, optimizer=None if self.hold else optimizer.mimo
+        )
+        self._losses.append((batch_idx, totals.loss))
+        now = time.perf_counter()
+        if self._step_started:
+            self._module.log("train/tokens_per_s", totals.tokens.float() / (now - self._step_started))
+        self._step_started = now
+        self._log("train", totals, prog_bar=True, on_step=True, on_epoch=False)
+        return totals.loss.float()
+
+    def close_window(self, outcome: StepOutcome) -> None:
+        """The optimizer has stepped: the next batch begins a new accumulation window.
+
+        Raises:
+            NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
+                merely too large or such steps are to be left out.
+        """
+        self._window_open = False
+        (batch, batch_idx), self._last = self._last, None
+        losses, self._losses = self._losses, []
+        if outcome.updated or outcome.overflow:
+            return
+        where = f"in step {self._module.global_step}"
+        if self._on_nonfinite == "skip":
+            rank_zero_warn(f"{outcome.problem} {where}: the weights were not updated.", category=RuntimeWarning)
+            return
+        self._module._current_fx_name = "training_step"  # or what the user's training_step logs would be refused
+        step, model = self._training_step(batch_idx), self._module.model
+        earlier = [index for index, loss in losses[:-1] if not loss.isfinite()]
+        if earlier:
+            reason = f"The first that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+        else:
+            reason = describe(find_nonfinite(self._schedule, model, self._infra, batch, step, self._module.loss))
+        raise NonFiniteError(
+            f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
+            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+        )
+
+    def evaluate(
+        self, stage: str, step: Callable[[Microbatch, int], Any], batch: Batch, batch_idx: int
+    ) -> torch.Tensor:
+        """Forward only; logs under ``stage/``, weighted by tokens.
+
+        Returns:
+            The loss of the global batch, float32 scalar, the same on every rank.
+        """
+        self._check_samples(batch, batch_idx)
+        self._step_started = 0.0  # or the next training step would be charged with the validation
+        totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), self._module.loss)
+        self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
+        return totals.loss.float()
+
+    def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        self._check_samples(batch, batch_idx)
+        tokens = self.generate(batch, max_new_tokens=self._module.max_new_tokens)
+        indices = gather_indices(batch, global_batch_size=self._global_batch_size, device=self._device)
+        return [
+            {"sample_index": index, "tokens": row}
+            for index, row in zip(indices, tokens.tolist(), strict=True)
+            if index >= 0
+        ]
+
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
+        """Write tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
+        module = self._module
+        groups = self._infra.pg_collections.get(LANGUAGE)
+        return greedy_decode(
+            self._schedule,
+            batch,
+            lambda microbatch: module.predict_step(microbatch, 0),
+            global_batch_size=self._global_batch_size,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=module.pad_token_id,
+            group=groups.tp if groups else None,
+        )
+
+    def _training_step(self, batch_idx: int) -> Callable[[Microbatch], Any]:
+        return lambda microbatch: self._module.training_step(microbatch, batch_idx)
+
+    def _check_samples(self, batch: Batch, batch_idx: int) -> None:
+        if self._check == "always" or (self._check == "first" and batch_idx == 0):
+            check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
+
+    def _log(self, stage: str, totals: BatchTotals, **how: Any) -> None:
+        """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
+        tokens = int(totals.tokens) if how["on_epoch"] else 1
+        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=tokens, **how)
+        for name, (total, count) in totals.metrics.items():
+            counted = int(count) if how["on_epoch"] else 1
+            if counted:
+                self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
