@@ -8,11 +8,12 @@ The package is built in rings; a file imports from its own ring or from one furt
             bridges, initialization, model, parts,     the optimizer, weights on disk, megatron-core on a CPU
             schedule, mimo_optimizer, optimizer,
             param_groups, lr_schedulers, nonfinite,
-            gradient_flow, data_parallel, checkpoint,
+            gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
-            sample_check, cpu, models/
+            sample_check, cpu, checkpoint/, models/
     ring 2  module, data, precision, launcher,         Lightning: what users subclass and what the Trainer calls
-            strategy
+            preemption, batch_runner, run_checkpoints,
+            world_strategy, strategy
     ring 3  cli                                        the command line
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.

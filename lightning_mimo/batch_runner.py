@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_mimo.checkpoint.saving import Generators, generators
 from lightning_mimo.generation import gather_indices, greedy_decode
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_optimizer import StepOutcome
@@ -16,6 +17,7 @@ from lightning_mimo.module import MimoModule
 from lightning_mimo.nonfinite import NonFiniteError, describe, find_nonfinite
 from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
 
@@ -30,6 +32,7 @@ class BatchRunner:
 
     Attributes:
         hold: whether more batches of the same accumulation window follow the next one.
+        must_stop: whether the run is to end after the step that was the last one; the same on every rank.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class BatchRunner:
         device: torch.device,
         check_samples: str,
         on_nonfinite: str,
+        signals: Signals,
     ) -> None:
         """Collective over the world: builds the bridges.
 
@@ -51,8 +55,11 @@ class BatchRunner:
             device: of this rank.
             check_samples: as for MimoStrategy.
             on_nonfinite: as for MimoStrategy.
+            signals: what this rank was told.
         """
         self.hold = False
+        self.must_stop = False
+        self._signals = signals
         self._module = module
         self._infra = infra
         self._global_batch_size = global_batch_size
@@ -60,7 +67,7 @@ class BatchRunner:
         self._check = check_samples
         self._on_nonfinite = on_nonfinite
         self._schedule = GlobalBatchSchedule(module.model, infra)
-        self._window_open = False
+        self._window: Generators | None = None
         self._last: tuple[Batch, int] | None = None
         self._losses: list[tuple[int, torch.Tensor]] = []  # of the window's batches
         self._step_started = 0.0
@@ -72,13 +79,17 @@ class BatchRunner:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
         self._check_samples(batch, batch_idx)
-        if not self._window_open:
+        if self._window is None:
             self._schedule.zero_grad()
-            self._window_open = True
+            self._window = generators()
         optimizer.outcome = None
         self._last = batch, batch_idx
         totals = self._schedule.train(
-            batch, self._training_step(batch_idx), self._module.loss, optimizer=None if self.hold else optimizer.mimo
+            batch,
+            self._training_step(batch_idx),
+            self._module.loss,
+            optimizer=None if self.hold else optimizer.mimo,
+            stop=self._signals.received is not None,
         )
         self._losses.append((batch_idx, totals.loss))
         now = time.perf_counter()
@@ -95,7 +106,8 @@ class BatchRunner:
             NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
                 merely too large or such steps are to be left out.
         """
-        self._window_open = False
+        self._window = None
+        self.must_stop = outcome.stop
         (batch, batch_idx), self._last = self._last, None
         losses, self._losses = self._losses, []
         if outcome.updated or outcome.overflow:
@@ -115,6 +127,11 @@ class BatchRunner:
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
             f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
         )
+
+    @property
+    def open_window(self) -> tuple[int, Generators | None]:
+        """How many batches of an accumulation window are held, and what the generators were before the first one."""
+        return (0, None) if self._window is None else (len(self._losses), self._window)
 
     def evaluate(
         self, stage: str, step: Callable[[Microbatch, int], Any], batch: Batch, batch_idx: int

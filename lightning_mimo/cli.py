@@ -18,6 +18,7 @@ from lightning_mimo.parallelism import LayoutError, ModuleParallelism
 from lightning_mimo.picture import draw_layout
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
+       lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
 
   fit        train
   validate   evaluate on the validation data        test      on the test data
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if arguments[0] == "layout":
             print(picture_of(arguments[1:]))
+        elif arguments[0] == "checkpoint":
+            print(checkpoint_tool(arguments[1:]))
         else:
             _run_lightning()
     except LayoutError as error:
@@ -74,6 +77,32 @@ def picture_of(arguments: Sequence[str]) -> str:
         global_batch_size=strategy.get("global_batch_size"),
         num_microbatches=strategy.get("num_microbatches", 1),
     )
+
+
+def checkpoint_tool(arguments: Sequence[str]) -> str:
+    """Run ``inspect``, ``export`` or ``import``, and say what was done.
+
+    Raises:
+        LayoutError: for anything that is wrong with the arguments or the files.
+    """
+    match list(arguments):
+        case ["inspect" | "export" | "import", *paths] if len(paths) == (1 if arguments[0] == "inspect" else 2):
+            from lightning_mimo.checkpoint import tools
+            from lightning_mimo.checkpoint.directory import CheckpointError
+        case _:
+            raise LayoutError(
+                "write: checkpoint inspect PATH, checkpoint export PATH OUT.safetensors, or checkpoint import "
+                "FILE.safetensors PATH.ckpt"
+            )
+    one, two = Path(paths[0]), Path(paths[-1])
+    try:
+        if arguments[0] == "inspect":
+            return tools.inspect(one)
+        if arguments[0] == "export":
+            return f"{tools.export(one, two)} parameters written to {two}"
+        return f"{tools.import_weights(one, two)} parameters written to {two}"
+    except CheckpointError as error:
+        raise LayoutError(str(error)) from error
 
 
 def _read_config(arguments: Sequence[str]) -> dict[str, Any]:

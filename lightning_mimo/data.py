@@ -11,6 +11,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,7 @@ class RankBatchSampler(BatchSampler):
 
     def __init__(self, order: GlobalOrder, plan: RankBatchPlan, *, drop_last: bool) -> None:
         self.sampler = order  # the name under which Lightning looks for set_epoch
+        self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
         self.batch_size = plan.global_batch_size
         self.drop_last = drop_last
         self._plan = plan
@@ -105,7 +107,8 @@ class RankBatchSampler(BatchSampler):
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:
         batch: list[int] = []
-        for index in self.sampler:
+        done, self.skip = self.skip * self.batch_size, 0
+        for index in islice(self.sampler, done, None):
             batch.append(index)
             if len(batch) == self.batch_size:
                 yield self._requests(batch)
@@ -228,6 +231,18 @@ class MicrobatchCollator:
         )
 
 
+class ResumableLoader(DataLoader):
+    """A DataLoader that can begin in the middle of an epoch. How far a run has come, the strategy knows."""
+
+    def state_dict(self) -> dict[str, int]:
+        """What the strategy fills in when it saves a checkpoint."""
+        return {"batches": 0}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Leave out the batches that are done, in the next epoch only."""
+        self.batch_sampler.skip = state_dict["batches"]
+
+
 def shard_dataloader(
     loader: DataLoader,
     plan: RankBatchPlan,
@@ -255,7 +270,7 @@ def shard_dataloader(
     _check_loader(loader, plan.global_batch_size)
     sampler = _batch_sampler_of(loader)
     order = GlobalOrder(sampler.sampler, seed=seed)
-    return DataLoader(
+    return ResumableLoader(
         RoleDataset(loader.dataset, seed=seed),
         batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
         collate_fn=MicrobatchCollator(plan, special_token_ids=special_token_ids, pad_token_id=pad_token_id),
@@ -266,6 +281,8 @@ def shard_dataloader(
         multiprocessing_context=loader.multiprocessing_context,
         prefetch_factor=loader.prefetch_factor,
         persistent_workers=loader.persistent_workers,
+        # Not the default generator, from which dropout draws on a CPU: a run that goes on iterates once more.
+        generator=torch.Generator().manual_seed(seed_for(seed, "loader")),
     )
 
 

@@ -57,7 +57,7 @@ class ForkLauncher(_Launcher):
         self._num_processes = num_processes
         self._num_nodes = num_nodes
         self._validate = validate
-        self._children: set[int] = set()
+        self._children: dict[int, int] = {}  # process -> rank on this node
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -96,11 +96,11 @@ class ForkLauncher(_Launcher):
                 child = os.fork()
             if child == 0:
                 os.environ["LOCAL_RANK"] = str(local_rank)
-                self._children = set()
+                self._children = {}
                 atexit.register(_leave_at_once)
                 threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
                 return
-            self._children.add(child)
+            self._children[child] = local_rank
         gc.unfreeze()
         threading.Thread(target=self._end_when_child_fails, daemon=True).start()
         atexit.register(self._wait_for_children)
@@ -112,10 +112,12 @@ class ForkLauncher(_Launcher):
                 pid, status = os.waitpid(child, os.WNOHANG)
                 if pid == 0:
                     continue
-                self._children.discard(child)
+                local_rank = self._children.pop(child)
                 if status != 0:
                     code = os.waitstatus_to_exitcode(status)
-                    print(f"A rank (process {child}) ended with exit code {code}; ending the others.", file=sys.stderr)
+                    ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                    rank = self._environment.node_rank() * self._num_processes + local_rank
+                    print(f"Rank {rank} (process {child}) {ended}; ending the others.", file=sys.stderr)
                     time.sleep(_GRACE_SECONDS)
                     self.kill(signal.SIGKILL)
                     os._exit(code if code > 0 else 1)

@@ -26,12 +26,14 @@ class StepOutcome:
         updated: whether the weights were changed.
         overflow: whether the step was skipped because the loss scale was too large, which is part of training in
             float16: the next step has a smaller one.
+        stop: whether any rank wants the run to end after this step.
         loss: sum of the losses of the window's batches.
         part_norms: part -> norm of its gradients before clipping, infinite or nan where one of them is.
     """
 
     updated: bool
     overflow: bool
+    stop: bool
     loss: float
     part_norms: Mapping[str, float]
 
@@ -91,8 +93,7 @@ class OneReadMimoOptimizer(MimoOptimizer):
         self.parts = list(parts)
         self.grad_scaler = _grad_scaler(config)
         self._clipping = [(limit, list(names)) for limit, names in clipping if limit > 0 and names]
-        self._squares: torch.Tensor | None = None
-        self._loss: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None  # ranks that want to stop, the loss, squared norms
         for _, optimizer in self._inner():
             optimizer.grad_scaler = None
 
@@ -123,32 +124,30 @@ class OneReadMimoOptimizer(MimoOptimizer):
                     squares[self.parts.index(group["part"])] += share * torch.stack(norms).double().square().sum()
         return squares
 
-    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor) -> None:
+    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor) -> None:
         """What all ranks together came to; the next :meth:`step` goes by it.
 
         Args:
             squares: float64 ``[parts]``, squared norms of the gradients as they now are.
             loss: float64 scalar, sum of the losses of the window's batches.
+            stops: float64 scalar, how many ranks want the run to end.
         """
-        self._squares, self._loss = squares, loss
+        self._found = torch.cat([torch.stack([stops, loss]), squares])
 
     @torch.no_grad()
     def step(self) -> StepOutcome:
         """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange."""
-        assert self._squares is not None, "step() comes after the schedule's last batch of a window"
-        found = torch.cat([self._loss.reshape(1), self._squares])
-        self._squares = self._loss = None
+        assert self._found is not None, "step() comes after the schedule's last batch of a window"
+        found, self._found = self._found, None
         is_finite = found.isfinite().all()
-        self._clip(found[1:])
+        self._clip(found[2:])
         inner = [optimizer.optimizer for _, optimizer in self._inner()]
         decides_on_device = all(_can_skip_on_device(optimizer) for optimizer in inner)
         if decides_on_device:
             for optimizer in inner:
                 optimizer.found_inf = (~is_finite).float()
             self.step_with_ready_grads()
-            loss, *squares = found.tolist()
-        else:
-            loss, *squares = found.tolist()
+        stops, loss, *squares = found.tolist()
         updated = all(map(math.isfinite, (loss, *squares)))
         if updated and not decides_on_device:
             self.step_with_ready_grads()
@@ -156,7 +155,7 @@ class OneReadMimoOptimizer(MimoOptimizer):
         if self.grad_scaler is not None:
             self.grad_scaler.update(not updated)
         norms = {part: square**0.5 for part, square in zip(self.parts, squares, strict=True)}
-        return StepOutcome(updated=updated, overflow=overflow, loss=loss, part_norms=norms)
+        return StepOutcome(updated=updated, overflow=overflow, stop=stops > 0, loss=loss, part_norms=norms)
 
     def state_dict(self) -> dict[str, Any]:
         """As upstream's, and the loss scale."""
@@ -168,6 +167,10 @@ class OneReadMimoOptimizer(MimoOptimizer):
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         super().load_state_dict(state_dict)
+
+    def inner(self, module: str) -> Iterator[MegatronOptimizer]:
+        """megatron-core's optimizers of one module on this rank."""
+        yield from (optimizer for name, optimizer in self._inner() if name == module)
 
     def _inner(self) -> Iterator[tuple[str, MegatronOptimizer]]:
         """Module and optimizer; there is one for experts apart from that for all other parameters."""

@@ -81,12 +81,32 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """State of this rank's shards by module."""
+        """State of this rank's shards by module. Checkpoints hold other things: ``lightning_mimo.checkpoint.state``."""
         return self.mimo.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned on the same rank of the same layout."""
         self.mimo.load_state_dict(state_dict)
+
+    def plain_state(self) -> dict[str, Any]:
+        """All but the tensors of parameters, in plain types: the same on every rank and in every layout."""
+        scaler = self.mimo.grad_scaler
+        return {
+            "param_groups": [
+                {key: value for key, value in group.items() if key != "params"} for group in self.param_groups
+            ],
+            "grad_scaler": None if scaler is None else scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
+        }
+
+    def load_plain_state(self, state: Mapping[str, Any]) -> None:
+        """Load what :meth:`plain_state` returned. Groups are found by their names; new ones stay as they are."""
+        saved = {group["name"]: group for group in state["param_groups"]}
+        for group in self.param_groups:
+            group.update(saved.get(group["name"], {}))
+        if self.mimo.grad_scaler is not None and state["grad_scaler"]:
+            self.mimo.grad_scaler.load_state_dict(state["grad_scaler"])
+        self.skipped_steps = state["skipped_steps"]
 
     def __repr__(self) -> str:
         rates = ", ".join(f"{group['name']} lr={group['lr']:g}" for group in self.param_groups)

@@ -103,6 +103,7 @@ class GlobalBatchSchedule:
         loss: LossFunction,
         *,
         optimizer: OneReadMimoOptimizer | None,
+        stop: bool = False,
     ) -> BatchTotals:
         """Forward and backward of all microbatches.
 
@@ -114,6 +115,7 @@ class GlobalBatchSchedule:
             optimizer: what steps on the gradients once this batch, the last one of its accumulation window, is done.
                 They are then reduced and divided by the loss tokens of the whole window, and the optimizer is told
                 their norms. ``None`` keeps them unreduced, because more batches of the same window follow.
+            stop: whether this rank wants the run to end after the window; the optimizer is told of it on every rank.
         """
         self._holding = hold = optimizer is None
         config = self._model.config
@@ -123,8 +125,8 @@ class GlobalBatchSchedule:
         with self._no_sync() if hold else contextlib.nullcontext():
             store = self._run(microbatches, forward, loss, forward_only=False)
         # The one collective of a step over all ranks brings what was lost and learned from together.
-        squares = None if hold else optimizer.gradient_squares()
-        totals, squares = self._total(store, training=True, and_also=squares)
+        also = None if hold else torch.nn.functional.pad(optimizer.gradient_squares(), (0, 1), value=float(stop))
+        totals, also = self._total(store, training=True, and_also=also)
         self._window_tokens += totals.tokens
         self._window_loss += totals.loss * totals.tokens
         if not hold:
@@ -132,7 +134,7 @@ class GlobalBatchSchedule:
             for module, _ in self._modules:
                 # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
                 module.scale_gradients(scale)
-            optimizer.receive(squares=squares * scale.square(), loss=self._window_loss)
+            optimizer.receive(squares=also[:-1] * scale.square(), loss=self._window_loss, stops=also[-1])
         return totals
 
     @torch.no_grad()

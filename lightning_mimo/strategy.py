@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, override
 
 import lightning.pytorch as pl
@@ -25,20 +26,30 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo.batch_runner import Batch, BatchRunner
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
-from lightning_mimo.checkpoint import load_weights, save_weights
+from lightning_mimo.checkpoint.saving import set_generators
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data import shard_dataloader
 from lightning_mimo.data_parallel import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.initialization import seed_for
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.module import MimoModule
+from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
+from lightning_mimo.preemption import Preemption, Signals
 from lightning_mimo.random_state import seed_megatron
+from lightning_mimo.run_checkpoints import Position, Resumed, RunCheckpoints, batches_done, rewind
 from lightning_mimo.world_strategy import WorldStrategy
+
+_CHOICES = {
+    "check_samples": ("first", "always", "never"),
+    "on_nonfinite": ("raise", "skip"),
+    "on_save_error": ("raise", "warn"),
+}
 
 
 class MimoStrategy(WorldStrategy):
@@ -65,6 +76,8 @@ class MimoStrategy(WorldStrategy):
         colocate: bool = False,
         check_samples: Literal["first", "always", "never"] = "first",
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        async_save: bool = False,
+        on_save_error: Literal["raise", "warn"] = "raise",
         ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -87,6 +100,8 @@ class MimoStrategy(WorldStrategy):
             on_nonfinite: what to do where a loss or a gradient is not finite: stop on all ranks, with the module, rank,
                 microbatch and samples in the message; or leave out the step, on all ranks alike. A loss scale that is
                 too large is no reason to stop: the step is left out and the scale halved.
+            async_save: go on training while a checkpoint is being written; at most one is at a time.
+            on_save_error: what to do where a checkpoint cannot be written: stop on all ranks, or warn and go on.
             ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
                 always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
                 the precision.
@@ -111,11 +126,17 @@ class MimoStrategy(WorldStrategy):
         self.colocate = colocate
         self.check_samples = check_samples
         self.on_nonfinite = on_nonfinite
+        self.async_save = async_save
+        self.on_save_error = on_save_error
         self.ddp = ddp
         self.infra: MimoModelInfra | None = None
         self.seed = 0
         self._backend = process_group_backend
         self._timeout = timeout
+        self._checkpoints: RunCheckpoints | None = None
+        self._resumed: Resumed | None = None
+        self._signals = Signals()
+        self._samples: int | None = None  # of the training dataset, while fitting
         self._runner: BatchRunner | None = None
         self._plan: RankBatchPlan | None = None
         self._open = contextlib.ExitStack()  # what teardown has to close
@@ -133,7 +154,7 @@ class MimoStrategy(WorldStrategy):
         )
         self._micro_batch_sizes(layout)
         check_options(self.ddp_by_module, self.precision_plugin.numerics)
-        for argument, choices in (("check_samples", ("first", "always", "never")), ("on_nonfinite", ("raise", "skip"))):
+        for argument, choices in _CHOICES.items():
             if (value := getattr(self, argument)) not in choices:
                 raise ValueError(f"MimoStrategy({argument}={value!r}): choose one of {choices}.")
         return layout
@@ -208,6 +229,11 @@ class MimoStrategy(WorldStrategy):
         module.model.to(self.root_device)
         if trainer.state.fn == TrainerFn.FITTING:
             wrap_with_ddp(module.model, self.infra, self.ddp_by_module, self.precision_plugin.numerics)
+        self._checkpoints = RunCheckpoints(
+            async_save=self.async_save, on_save_error=self.on_save_error, timeout=self._timeout
+        )
+        self._open.callback(self._checkpoints.close)
+        self._samples = None
         self._runner = BatchRunner(
             module,
             self.infra,
@@ -215,7 +241,10 @@ class MimoStrategy(WorldStrategy):
             device=self.root_device,
             check_samples=self.check_samples,
             on_nonfinite=self.on_nonfinite,
+            signals=self._signals,
         )
+        if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
+            trainer.callbacks.append(Preemption(lambda: self._runner.must_stop, self.cluster_environment))
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -260,6 +289,9 @@ class MimoStrategy(WorldStrategy):
             seed=self.seed,
         )
         self._check_same_length(len(dataloader.dataset))
+        if self.lightning_module.trainer.training:
+            self._samples = len(dataloader.dataset)
+            self._check_resumed()
         return sharded
 
     @property
@@ -276,6 +308,15 @@ class MimoStrategy(WorldStrategy):
             raise ValueError(
                 f"The dataset has a different length on different ranks: {dict(enumerate(lengths))}. Every rank must "
                 f"see the same samples under the same indices."
+            )
+
+    def _check_resumed(self) -> None:
+        position = None if self._resumed is None else self._resumed.position
+        if position is not None and position.batches and position.samples != self._samples:
+            raise ValueError(
+                f"The checkpoint was saved in the middle of an epoch of {position.samples} samples, but the training "
+                f"dataset has {self._samples} now, so the next sample cannot be told. Go on with the same dataset, or "
+                f"from a checkpoint of the end of an epoch."
             )
 
     # ------------------------------------------------------------------ steps
@@ -308,8 +349,18 @@ class MimoStrategy(WorldStrategy):
 
     @override
     def on_train_end(self) -> None:
-        """Weights are whole from here on. Not in ``teardown``, which must not wait for ranks that may have failed."""
+        """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
         complete_gathering(self._module.model)
+        self.finish_saving()
+        self._signals.remove()
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written. Collective over the world.
+
+        Raises:
+            CheckpointWriteError: on every rank, if it failed on any.
+        """
+        self._checkpoints.finish()
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
@@ -336,33 +387,74 @@ class MimoStrategy(WorldStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: weights go to the checkpoint directory shard by shard, see :meth:`save_checkpoint`."""
+        """Nothing: weights go to the checkpoint directory piece by piece, see :meth:`save_checkpoint`."""
         return {}
 
     @override
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Nothing: the optimizer's state is not saved yet."""
-        return {}
+    def optimizer_state(self, optimizer: MimoTorchOptimizer) -> dict[str, Any]:
+        """What is no tensor of a parameter; those go to the checkpoint directory piece by piece."""
+        return optimizer.plain_state()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write weights and Lightning's own state into a directory. Collective over the world."""
-        complete_gathering(self._module.model)
-        save_weights(self.broadcast(str(filepath)), self._module.model, self.infra, extra=checkpoint)
+        """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
+        held, window = self._runner.open_window
+        position = None
+        if held:
+            checkpoint = rewind(checkpoint, held)
+        if self._samples is not None:
+            position = Position(
+                seed=self.seed,
+                global_batch_size=self.global_batch_size,
+                samples=self._samples,
+                batches=batches_done(checkpoint["loops"]),
+            )
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": position.batches}]
+        self._checkpoints.save(
+            Path(self.broadcast(str(filepath))),
+            self._module.model,
+            self.infra,
+            self.optimizers[0] if "optimizer_states" in checkpoint and position is not None else None,
+            trainer=checkpoint,
+            position=position,
+            window=window,
+        )
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; with ``async_save`` not before the one that is being written is there."""
+        if self.is_global_zero:
+            self._checkpoints.remove(Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read weights, written in whatever layout, and Lightning's own state. Collective over the world."""
-        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
-            raise ValueError(
-                f"fit(ckpt_path={str(checkpoint_path)!r}): training cannot be continued from a checkpoint yet, because "
-                f"the optimizer's state is not saved. validate, test and predict can load it."
-            )
-        return load_weights(self.broadcast(str(checkpoint_path)), self._module.model, self.infra)
+        """Read what any layout wrote, and Lightning's own state. Collective over the world."""
+        is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        trainer, self._resumed = self._checkpoints.load(
+            Path(self.broadcast(str(checkpoint_path))),
+            self._module.model,
+            self.infra,
+            self.optimizers[0] if is_fitting else None,
+            global_batch_size=self.global_batch_size,
+        )
+        if self._resumed is not None:
+            self.seed = self._resumed.position.seed
+        return trainer
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: :meth:`load_checkpoint` has put the weights in place."""
+
+    @override
+    def on_train_start(self) -> None:
+        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
+        self._signals.install(self.cluster_environment)
+        if (resumed := self._resumed) is not None:
+            self._resumed = None
+            if resumed.states is not None:
+                set_generators(resumed.states)
+            else:
+                seed_megatron(self.infra.layout, self.global_rank, seed=seed_for(self.seed, f"step {resumed.step}"))
 
     @property
     @override
@@ -384,4 +476,5 @@ class MimoStrategy(WorldStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self._runner = None
+        self._signals.remove()
         self._open.close()

@@ -1,58 +1,347 @@
-"""Weights written in one layout are read back in any other, each parameter whole."""
+"""A run that was saved in one layout and goes on in another one ends with the weights of one that never stopped."""
 
 from __future__ import annotations
 
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.checkpoint import load_weights, save_weights
+from lightning_mimo.checkpoint.directory import describe_file, read_manifest
 from lightning_mimo.initialization import cut_shard
-from lightning_mimo.model import build_mimo_model
-from tests.multiprocess.parity.cases import apart, task, together
-from tests.multiprocess.parity.layouts import Layout, open_world, parameters
-from tests.multiprocess.parity.model import Model, ParityModule
-from tests.multiprocess.parity.oracle import SEED, Tensors, truth
-from tests.multiprocess.rank_pool import RankPool
+from tests.multiprocess.parity.cases import OVERLAP, apart, task, together
+from tests.multiprocess.parity.layouts import Layout, parameters, train, weights
+from tests.multiprocess.parity.model import Samples
+from tests.multiprocess.parity.oracle import Task, Tensors, truth
+from tests.multiprocess.rank_pool import RankFailure, RankPool
 
 LAYOUTS = {
-    "dense": (Model(), apart(Cut(dp=2), Cut(tp=2, pp=2)), together(Cut(tp=2), Cut(dp=2))),
-    "tied": (Model(tied=True), apart(Cut(pp=2), Cut(pp=2)), together(Cut(), Cut())),
-    "experts": (
-        Model(experts=4),
-        apart(Cut(dp=2), Cut(tp=2, dp=2, ep=2), sequence_parallel=True),
-        together(Cut(dp=2), Cut(dp=2, ep=2)),
-    ),
-    "shared_experts": (Model(experts=4), apart(Cut(), Cut(dp=4, ep=2, expt_tp=2)), together(Cut(), Cut())),
+    "images_dp2-language_tp2": apart(Cut(dp=2), Cut(tp=2)),
+    "images_tp2-language_pp2": apart(Cut(tp=2), Cut(pp=2)),
+    "images_pp2dp2-language_tp2pp2": apart(Cut(pp=2, dp=2), Cut(tp=2, pp=2)),
+    "images_dp1-language_dp4": apart(Cut(), Cut(dp=4), num_microbatches=3, ddp=OVERLAP),
+    "colocated-one_rank": together(Cut(), Cut()),
+    "colocated-images_tp2dp2-language_tp4": together(Cut(tp=2, dp=2), Cut(tp=4)),
 }
+# 36 samples in batches of 12: the checkpoint after two steps is in the middle of the first epoch.
+RUN = task(samples=Samples(number=36), steps=5)
+SAVED_AFTER = 2
+EXACT = 1e-10
+APART = LAYOUTS["images_dp2-language_tp2"]
 
 
-def save(model: Model, layout: Layout, path: str) -> None:
-    with open_world(layout) as infra:
-        module = ParityModule(model, sequence_parallel=layout.sequence_parallel)
-        save_weights(path, build_mimo_model(module.configure_mimo(infra), infra, seed=SEED), infra, extra={"step": 3})
+class SaveOnce(pl.Callback):
+    """Saves at the end of one batch, counted from the start of the run."""
+
+    def __init__(self, path: str, after: int) -> None:
+        self._path, self._after, self._batches = path, after, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self._batches += 1
+        if self._batches == self._after:
+            trainer.save_checkpoint(self._path)
 
 
-def differences(model: Model, layout: Layout, path: str, whole: Tensors) -> dict[str, float]:
-    """Load into a model that began with other weights, and compare with the oracle's, by name."""
-    with open_world(layout) as infra:
-        module = ParityModule(model, sequence_parallel=layout.sequence_parallel)
-        loaded = build_mimo_model(module.configure_mimo(infra), infra, seed=SEED + 1)
-        assert load_weights(path, loaded, infra) == {"step": 3}
-        return {
-            name: float((parameter - cut_shard(whole[name], parameter, groups)).abs().max())
-            for name, parameter, groups in parameters(loaded, infra)
-        }
+def save(run: Task, layout: Layout, path: str, after: int = SAVED_AFTER, **options: Any) -> tuple[list[float], Tensors]:
+    """Train to the end, with a checkpoint on the way: losses, and this rank's final weights."""
+    recorder, module, strategy = train(run, layout, callbacks=[SaveOnce(path, after)], **options)
+    result = recorder.losses, weights(module.model, strategy.infra)
+    strategy.infra.destroy()
+    return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_are_read_back_in_another_layout(rank_pool: RankPool, tmp_path: Path, name: str) -> None:
-    model, written, read = LAYOUTS[name]
-    whole = rank_pool.run(truth, task(steps=0, **vars(model)), world_size=1)[0].initial
+def resume(run: Task, layout: Layout, path: str, **options: Any) -> tuple[list[float], Tensors]:
+    """Go on from a checkpoint to the end: losses of what is left, and this rank's final weights."""
+    recorder, module, strategy = train(run, layout, ckpt_path=path, **options)
+    result = recorder.losses, weights(module.model, strategy.infra)
+    strategy.infra.destroy()
+    return result
+
+
+def distance_after_resuming(run: Task, layout: Layout, path: str, whole: Tensors) -> tuple[list[float], float]:
+    """Losses of what is left, and the largest relative difference of a final weight from the oracle's."""
+    recorder, module, strategy = train(run, layout, ckpt_path=path)
+    worst = 0.0
+    for name, parameter, groups in parameters(module.model, strategy.infra):
+        expected = cut_shard(whole[name], parameter, groups)
+        scale = float(whole[name].abs().max()) or 1.0
+        worst = max(worst, float((parameter.detach() - expected).abs().max()) / scale)
+    strategy.infra.destroy()
+    return recorder.losses, worst
+
+
+@pytest.fixture(scope="module")
+def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """A checkpoint of each layout."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    paths = {name: str(folder / name / "step=2.ckpt") for name in LAYOUTS}
+    for name, layout in LAYOUTS.items():
+        rank_pool.run(save, RUN, layout, paths[name], world_size=layout.ranks)
+    return paths
+
+
+def check(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+    whole = rank_pool.run(truth, RUN, world_size=1)[0]
+    layout = LAYOUTS[two]
+    found = rank_pool.run(distance_after_resuming, RUN, layout, saved[one], whole.final, world_size=layout.ranks)
+    for losses, worst in found:
+        assert worst < EXACT
+        assert losses == pytest.approx(whole.losses[SAVED_AFTER:], rel=1e-7)  # Lightning logs float32
+
+
+NAMES = list(LAYOUTS)
+USUAL = [(NAMES[0], NAMES[2]), (NAMES[2], NAMES[5]), (NAMES[4], NAMES[3])]
+
+
+@pytest.mark.parametrize(("one", "two"), USUAL)
+def test_run_goes_on_in_the_next_layout(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+    check(rank_pool, saved, one, two)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("one", "two"), sorted(set(product(NAMES, NAMES)) - set(USUAL)))
+def test_run_goes_on_in_any_layout(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+    check(rank_pool, saved, one, two)
+
+
+DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+EXPERTS = task(experts=4, samples=Samples(number=36), steps=5)
+
+
+@pytest.mark.parametrize(
+    ("run", "one", "two"),
+    [
+        (EXPERTS, apart(Cut(), Cut(dp=4, ep=2), num_microbatches=3), apart(Cut(), Cut(dp=2, pp=2, expt_tp=2))),
+        (task(tied=True, steps=4), apart(Cut(dp=2), Cut(tp=2, pp=2)), together(Cut(), Cut())),
+        (task(frozen=("images.encoders",), steps=4), apart(Cut(pp=2), Cut(pp=2)), together(Cut(dp=2), Cut(tp=2))),
+    ],
+    ids=["experts", "tied", "frozen_encoder"],
+)
+def test_run_of_another_kind_goes_on_in_another_layout(
+    rank_pool: RankPool, tmp_path: Path, run: Task, one: Layout, two: Layout
+) -> None:
     path = str(tmp_path / "some.ckpt")
-    rank_pool.run(save, model, written, path, world_size=written.ranks)
-    for layout in (written, read):
-        found = rank_pool.run(differences, model, layout, path, whole, world_size=layout.ranks)
-        assert set().union(*found) == whole.keys()
-        assert all(difference == 0 for each in found for difference in each.values())
+    rank_pool.run(save, run, one, path, world_size=one.ranks)
+    whole = rank_pool.run(truth, run, world_size=1)[0]
+    for layout in (one, two):
+        found = rank_pool.run(distance_after_resuming, run, layout, path, whole.final, world_size=layout.ranks)
+        assert max(worst for _, worst in found) < EXACT
+
+
+def test_state_that_is_shared_out_over_replicas_goes_on_in_another_layout(rank_pool: RankPool, tmp_path: Path) -> None:
+    run = task(precision="32-true", start=torch.float32, samples=Samples(number=36), steps=4, clip_grad=0.0)
+    path = str(tmp_path / "some.ckpt")
+    one = apart(Cut(dp=2), Cut(dp=2, pp=2), ddp=DISTRIBUTED)
+    never_stopped = rank_pool.run(save, run, one, path, world_size=one.ranks)
+    # Two replicas: whole or shared out, not even rounding may differ.
+    found = rank_pool.run(resume, run, replace(one, ddp={}), path, world_size=one.ranks)
+    for (_, tensors), (_, tensors_after) in zip(never_stopped, found, strict=True):
+        assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+    whole = rank_pool.run(truth, run, world_size=1)[0]
+    for layout in (apart(Cut(dp=3), Cut(tp=2), ddp=DISTRIBUTED), together(Cut(tp=2), Cut(dp=2))):
+        for losses, _ in rank_pool.run(resume, run, layout, path, world_size=layout.ranks):
+            assert losses == pytest.approx(whole.losses[SAVED_AFTER:], rel=2e-4)
+
+
+# ---- the same layout: bit for bit
+
+MIXED = {"precision": "bf16-mixed", "start": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("run", "layout", "after"),
+    [
+        (task(dropout=0.3, steps=5, **MIXED), apart(Cut(dp=2), Cut(tp=2, pp=2), ddp=DISTRIBUTED), 3),
+        (task(dropout=0.3, steps=5, precision="16-mixed", start=torch.float16), together(Cut(dp=2), Cut(dp=2)), 2),
+        # After 5 batches, the second one of the second window of three.
+        (task(dropout=0.3, accumulate=3, samples=Samples(number=96), steps=4, **MIXED), apart(Cut(), Cut(tp=2)), 5),
+    ],
+    ids=["distributed", "float16", "inside_an_accumulation_window"],
+)
+def test_run_goes_on_bit_for_bit(rank_pool: RankPool, tmp_path: Path, run: Task, layout: Layout, after: int) -> None:
+    path = str(tmp_path / "some.ckpt")
+    whole = rank_pool.run(save, run, layout, path, after, world_size=layout.ranks)
+    rest = rank_pool.run(resume, run, layout, path, world_size=layout.ranks)
+    for (losses, tensors), (losses_after, tensors_after) in zip(whole, rest, strict=True):
+        begun = after - after % run.accumulate
+        assert losses_after == losses[begun:]
+        assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+
+
+def test_saving_behind_the_training_changes_nothing(rank_pool: RankPool, tmp_path: Path) -> None:
+    layout = apart(Cut(dp=2), Cut(tp=2))
+    run = task(dropout=0.3, steps=5, **MIXED)
+    here, behind = str(tmp_path / "here.ckpt"), str(tmp_path / "behind.ckpt")
+    options = {"strategy_options": {"async_save": True}}
+    whole = rank_pool.run(save, run, layout, here, world_size=4)
+    assert str(rank_pool.run(save, run, layout, behind, world_size=4, **options)) == str(whole)
+    assert sorted(each.name for each in Path(behind).iterdir()) == sorted(each.name for each in Path(here).iterdir())
+    rest = rank_pool.run(resume, run, layout, behind, world_size=4)
+    for (_, tensors), (_, tensors_after) in zip(whole, rest, strict=True):
+        assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+
+
+# ---- what Lightning's own callbacks do
+
+
+def with_model_checkpoint(run: Task, folder: str, last: bool | str, **options: Any) -> list[str]:
+    """Names in the folder after a run with ModelCheckpoint."""
+    callback = ModelCheckpoint(folder, monitor="train/loss", save_top_k=2, every_n_train_steps=1, save_last=last)
+    *_, strategy = train(run, APART, callbacks=[callback], strategy_options=options, enable_checkpointing=True)
+    assert Path(callback.best_model_path).is_dir()
+    strategy.infra.destroy()
+    return sorted(each.name for each in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize(("last", "async_save"), [(True, True), ("link", False)], ids=["last-behind", "link-waits"])
+def test_model_checkpoint_keeps_the_best_and_the_last(
+    rank_pool: RankPool, tmp_path: Path, last: bool | str, async_save: bool
+) -> None:
+    folder = str(tmp_path)
+    names = rank_pool.run(with_model_checkpoint, RUN, folder, last, async_save=async_save, world_size=4)[0]
+    assert len(names) == 3 and names[-1] == "last.ckpt" and all(name.endswith(".ckpt") for name in names)
+    assert (tmp_path / "last.ckpt").is_symlink() == (last == "link")
+    more = replace(RUN, steps=7)
+    found = rank_pool.run(resume, more, APART, str(tmp_path / "last.ckpt"), world_size=4)
+    whole = rank_pool.run(truth, more, world_size=1)[0]
+    assert found[0][0] == pytest.approx(whole.losses[5:], rel=1e-7)
+
+
+# ---- what is refused, and what is damaged
+
+
+def refused(rank_pool: RankPool, message: str, run: Task, path: Path, layout: Layout | None = None) -> None:
+    layout = layout or APART
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(resume, run, layout, str(path), world_size=layout.ranks)
+
+
+@pytest.fixture(scope="module")
+def one_saved(saved: Mapping[str, str]) -> Path:
+    return Path(saved["images_dp2-language_tp2"])
+
+
+def test_what_training_cannot_go_on_from_is_refused(rank_pool: RankPool, one_saved: Path) -> None:
+    doubled = replace(RUN, batch=24)
+    refused(rank_pool, r"saved after 2 batches of 12 samples.*global_batch_size is 24 now", doubled, one_saved)
+    other = replace(RUN, samples=replace(RUN.samples, number=48))
+    refused(rank_pool, r"middle of an epoch of 36 samples, but the training dataset has 48 now", other, one_saved)
+    experts = replace(RUN, model=replace(RUN.model, experts=4))
+    dense = apart(Cut(dp=2), Cut(dp=2))
+    refused(rank_pool, r"does not hold 'language\.\S+', which this model has", experts, one_saved, dense)
+    audio = replace(RUN, model=replace(RUN.model, audio=True), samples=replace(RUN.samples, clips=(1,)))
+    refused(rank_pool, r"does not hold 'audio\.\S+'", audio, one_saved, apart(Cut(), Cut(), Cut()))
+
+
+def test_checkpoint_of_a_larger_model_is_refused(rank_pool: RankPool, tmp_path: Path) -> None:
+    run = replace(RUN, model=replace(RUN.model, audio=True), samples=replace(RUN.samples, clips=(1,)))
+    rank_pool.run(save, run, apart(Cut(), Cut(), Cut()), str(tmp_path / "audio.ckpt"), world_size=3)
+    refused(rank_pool, r"it holds 'audio\.\S+', which this model does not have", RUN, tmp_path / "audio.ckpt")
+
+
+@pytest.mark.parametrize("how", ["flipped", "short", "missing"])
+def test_damaged_file_is_named_before_anything_is_changed(
+    rank_pool: RankPool, one_saved: Path, tmp_path: Path, how: str
+) -> None:
+    path = tmp_path / "damaged.ckpt"
+    shutil.copytree(one_saved, path)
+    file = path / "language-rank00003.safetensors"
+    data = file.read_bytes()
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-8] if how == "short" else data[:-1] + bytes([data[-1] ^ 1]))
+    message = r"cannot be loaded: language-rank00003\.safetensors (has \d+ bytes with checksum|is missing).*Nothing was"
+    refused(rank_pool, message, RUN, path)
+
+
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("/tmp/lightning-mimo-bomb"),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(rank_pool: RankPool, one_saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.ckpt"
+    shutil.copytree(one_saved, path)
+    torch.save({"state_dict": {}, "bomb": Bomb()}, path / "trainer.pt")
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    manifest["files"]["trainer.pt"] = describe_file(path / "trainer.pt")
+    (path / "checkpoint.json").write_text(json.dumps(manifest))
+    refused(rank_pool, r"trainer\.pt holds objects that could only be read by executing code.*Nothing was", RUN, path)
+    assert not Path("/tmp/lightning-mimo-bomb").exists()
+
+
+class SavesAnObject(pl.Callback):
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint) -> None:
+        checkpoint["mine"] = Samples
+
+
+def test_object_that_could_not_be_read_safely_is_refused_when_it_is_saved(rank_pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(
+        RankFailure, match=r"'mine' of the checkpoint holds objects that could only be read by executing"
+    ):
+        rank_pool.run(save_object, str(tmp_path / "some.ckpt"), world_size=4)
+
+
+def save_object(path: str) -> None:
+    train(RUN, APART, callbacks=[SavesAnObject(), SaveOnce(path, 1)])
+
+
+# ---- what cannot be written
+
+
+class FullDisk(pl.Callback):
+    """From the second batch on, no file of rank 1 may grow beyond 20 kB."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == 1 and trainer.global_rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    def teardown(self, trainer, pl_module, stage) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+class SaveEveryBatch(pl.Callback):
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        trainer.save_checkpoint(self._path)
+
+
+def on_full_disk(path: str, **strategy_options: Any) -> list[float]:
+    callbacks = [FullDisk(), SaveEveryBatch(path)]
+    recorder, _, strategy = train(RUN, APART, callbacks=callbacks, strategy_options=strategy_options)
+    strategy.infra.destroy()
+    return recorder.losses
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["waits", "behind"])
+def test_full_disk_is_one_error_on_all_ranks_and_the_old_checkpoint_stays(
+    rank_pool: RankPool, tmp_path: Path, async_save: bool
+) -> None:
+    path = tmp_path / "some.ckpt"
+    with pytest.raises(RankFailure, match=r"some\.ckpt could not be written \(.*rank 1: .*File too large"):
+        rank_pool.run(on_full_disk, str(path), async_save=async_save, world_size=4)
+    assert read_manifest(path)["step"] == 1
+    losses = rank_pool.run(on_full_disk, str(path), on_save_error="warn", async_save=async_save, world_size=4)[0]
+    assert len(losses) == RUN.steps
+    assert read_manifest(path)["step"] == 1
+
+
+def test_directory_that_cannot_be_made_is_one_error(rank_pool: RankPool, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RankFailure, match=r"could not be written \(rank 0: NotADirectoryError|FileExistsError"):
+        rank_pool.run(save, RUN, APART, str(tmp_path / "file" / "some.ckpt"), world_size=4)

@@ -129,8 +129,8 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
-        if trainer.global_step > len(self.norms):
-            self.norms.append(trainer.optimizers[0].outcome.grad_norm)
+        if (outcome := trainer.optimizers[0].outcome) is not None:
+            self.norms.append(outcome.grad_norm)
 
 
 def train(
@@ -142,6 +142,7 @@ def train(
     callbacks: Sequence[pl.Callback] = (),
     strategy_options: Mapping[str, Any] | None = None,
     logger: Logger | bool = False,
+    ckpt_path: str | None = None,
     **trainer_options: Any,
 ) -> tuple[Recorder, ParityModule, MimoStrategy]:
     """Run a task in a layout on the ranks of the pool. Collective over the world.
@@ -154,6 +155,7 @@ def train(
         callbacks: of the Trainer, before the recorder.
         strategy_options: further arguments of MimoStrategy.
         logger: of the Trainer.
+        ckpt_path: to go on from.
         trainer_options: further arguments of the Trainer.
     """
     torch.manual_seed(SEED)
@@ -177,13 +179,13 @@ def train(
         max_steps=task.steps,
         callbacks=[*callbacks, recorder],
         logger=logger,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **trainer_options,
+        **{"enable_checkpointing": False, **trainer_options},
     )
     module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
-    trainer.fit(module, DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch))
+    loader = DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch)
+    trainer.fit(module, loader, ckpt_path=ckpt_path)
     return recorder, module, strategy
 
 

@@ -1,0 +1,154 @@
+"""The directory of a checkpoint: what is in it, when it counts as whole, and how it takes the place of another one.
+
+    step=600.ckpt/
+      checkpoint.json                       what this is, and size and checksum of every other file; written last
+      trainer.pt                            what Lightning keeps (loops, callbacks, schedulers); plain types only
+      images-rank00000.safetensors          this rank's pieces of its modules' weights and optimizer state
+      language-rank00002.safetensors
+
+While it is being written it is in the folder ``unfinished`` beside its final place, where nobody looks for checkpoints.
+Reading executes no code from any of the files: JSON, safetensors, and ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "checkpoint.json"
+TRAINER = "trainer.pt"
+FORMAT = 1
+_UNFINISHED = "unfinished"
+_BLOCK = 1 << 22
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or does not fit."""
+
+
+def unfinished(path: Path) -> Path:
+    """Where a checkpoint is written before it gets its place."""
+    return path.parent / _UNFINISHED / path.name
+
+
+def describe_file(path: Path) -> dict[str, int]:
+    """Size in bytes and CRC-32 of a file, for the manifest."""
+    checksum = size = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum, size = zlib.crc32(block, checksum), size + len(block)
+    return {"bytes": size, "crc32": checksum}
+
+
+def flush(path: Path) -> None:
+    """Bring a file's or a directory's contents to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that is there whole or not at all, to the eyes of other processes."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.rename(path)
+
+
+def publish(path: Path) -> None:
+    """Give a directory that is whole its name, in the place of an older one if there is one.
+
+    A process that is killed in between leaves the old one or the new one under the name.
+    """
+    new = unfinished(path)
+    flush(new / MANIFEST)
+    flush(new)
+    if not path.exists():
+        path.unlink(missing_ok=True)  # a link to what is gone
+        new.rename(path)
+    elif path.is_symlink() or path.is_file():
+        path.unlink()
+        new.rename(path)
+    else:
+        _exchange(new, path)
+        shutil.rmtree(new)
+    flush(path.parent)
+    _remove_if_empty(new.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint, or a link to one. Out of sight first: half a checkpoint must not be taken for one."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        aside = unfinished(path)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        path.rename(aside)
+        shutil.rmtree(aside)
+        _remove_if_empty(aside.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # fails where something else is being written
+
+
+def _exchange(one: Path, two: Path) -> None:
+    """Swap two directories, in one step where the system can do it (Linux, and most file systems there)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+        done = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0
+    except AttributeError:
+        done = False
+    if not done:
+        aside = two.with_name(two.name + ".replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        two.rename(aside)
+        one.rename(two)
+        aside.rename(one)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What is in a checkpoint.
+
+    Raises:
+        CheckpointError: if it is none, or unfinished, or of a newer format.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a checkpoint of lightning-mimo: there is no such directory.")
+    if not (path / MANIFEST).is_file():
+        hint = "its writing was not finished" if path.parent.name == _UNFINISHED else f"it has no {MANIFEST}"
+        raise CheckpointError(f"{path} is not a checkpoint of lightning-mimo: {hint}.")
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: {error}.") from error
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {manifest.get('format')!r}, but this version of lightning-mimo reads format {FORMAT}. "
+            f"It was written by version {manifest.get('lightning_mimo')}."
+        )
+    return manifest
+
+
+def damaged_files(path: Path, manifest: Mapping[str, Any], *, rank: int, ranks: int) -> Iterator[str]:
+    """Problems of this rank's share of the files; all ranks together look at each file once."""
+    for name, expected in sorted(manifest["files"].items())[rank::ranks]:
+        if not (path / name).is_file():
+            yield f"{name} is missing"
+        elif (found := describe_file(path / name)) != {"bytes": expected["bytes"], "crc32": expected["crc32"]}:
+            yield (
+                f"{name} has {found['bytes']} bytes with checksum {found['crc32']:08x}, but was written with "
+                f"{expected['bytes']} bytes and {expected['crc32']:08x}"
+            )

@@ -1,0 +1,229 @@
+"""One checkpoint from the training state, and the training state from one checkpoint."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from lightning_mimo.checkpoint.directory import TRAINER, CheckpointError, damaged_files, read_manifest
+from lightning_mimo.checkpoint.pieces import Place
+from lightning_mimo.checkpoint.reader import CheckpointReader
+from lightning_mimo.checkpoint.state import Piece, load_pieces, pieces_of
+from lightning_mimo.checkpoint.writer import Content
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
+from lightning_mimo.model import SampleAlignedMimoModel
+from lightning_mimo.parts import named_parameters_of
+
+_AXES = ("tp", "cp", "pp", "dp", "ep", "expt_tp")
+_GENERATOR = "generator"  # kind of the pieces that hold states of random generators
+Generators = Mapping[str, torch.Tensor]
+"""Name -> state of every random generator of a rank, uint8."""
+
+
+def generators() -> Generators:
+    """States of this rank's random generators: what dropout draws from."""
+    states = {"cpu": torch.get_rng_state(), "default": torch.cuda.get_rng_state()}
+    return {**states, **get_cuda_rng_tracker().get_states()}
+
+
+def set_generators(states: Generators) -> None:
+    """Put back what :func:`generators` returned."""
+    states = dict(states)
+    torch.set_rng_state(states.pop("cpu"))
+    torch.cuda.set_rng_state(states.pop("default"))
+    get_cuda_rng_tracker().set_states(states)
+
+
+def content_of(
+    model: SampleAlignedMimoModel,
+    infra: MimoModelInfra,
+    optimizer: OneReadMimoOptimizer | None,
+    *,
+    states: Generators,
+    trainer: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> Content:
+    """Copy everything that this rank writes to the CPU. Training may go on as soon as this returns.
+
+    Args:
+        model: weights whole.
+        infra: process groups.
+        optimizer: ``None`` for weights only.
+        states: of the random generators.
+        trainer: what Lightning keeps; plain types only. Rank 0's is written.
+        about: further entries of the manifest.
+
+    Raises:
+        CheckpointError: on rank 0, if ``trainer`` could not be read back without executing code.
+    """
+    rank = dist.get_rank()
+    pieces = {
+        module: [
+            replace(piece, tensor=piece.tensor.to("cpu", copy=True))
+            for piece in pieces_of(model, infra, module, optimizer)
+        ]
+        for module in infra.participating_modules
+    }
+    if optimizer is not None:
+        own = next(iter(pieces.values()))
+        own.extend(
+            Piece(
+                name=f"rank{rank}.{name}",
+                kind=_GENERATOR,
+                place=Place(shape=tuple(state.shape), stop=state.numel()),
+                tensor=state.clone(),
+            )
+            for name, state in states.items()
+        )
+    return Content(
+        pieces=pieces,
+        trainer=_plain_bytes(trainer) if rank == 0 else b"",
+        about={"lightning_mimo": _version(), "layout": _layout_as_dict(infra.layout), **about},
+    )
+
+
+def load(
+    path: Path, model: SampleAlignedMimoModel, infra: MimoModelInfra, optimizer: OneReadMimoOptimizer | None
+) -> dict[str, Any]:
+    """Fill the model, and the optimizer if one is given, from a checkpoint of any layout that was verified.
+
+    Returns:
+        What Lightning kept.
+
+    Raises:
+        CheckpointError: if the trainer's file holds what could only be read by executing code.
+    """
+    trainer = _plain_content(path / TRAINER)
+    with CheckpointReader(path, infra.participating_modules) as reader:
+        load_pieces(model, infra, reader, optimizer)
+    return trainer
+
+
+def load_generators(path: Path, infra: MimoModelInfra) -> Generators | None:
+    """States of this rank's random generators as they were written, if the layout is the same."""
+    if read_manifest(path)["layout"] != _layout_as_dict(infra.layout):
+        return None
+    prefix = f"rank{dist.get_rank()}."
+    with CheckpointReader(path, infra.participating_modules) as reader:
+        names = [name for name in reader.names() if name.startswith(prefix)]
+        return {name.removeprefix(prefix): reader.whole(name, _GENERATOR) for name in names} or None
+
+
+def verify(path: Path, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> None:
+    """Check that a checkpoint is whole and holds this very model. Collective over the world.
+
+    Raises:
+        CheckpointError: on every rank, naming the file or the parameter.
+    """
+    problems: list[str] = []
+    held: dict[str, list[int]] = {}
+    try:
+        manifest = read_manifest(path)
+        problems.extend(damaged_files(path, manifest, rank=dist.get_rank(), ranks=dist.get_world_size()))
+        held = _shapes(model, infra)
+        problems.extend(_mismatches(held, manifest["parameters"]))
+    except (CheckpointError, OSError) as error:
+        problems.append(str(error))
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (problems, list(held)))
+    said = [problem for each, _ in everywhere for problem in each]
+    if not said:
+        known = {name for _, names in everywhere for name in names}
+        extra = [name for name in manifest["parameters"] if name not in known]
+        said = [f"it holds {name!r}, which this model does not have" for name in extra]
+    if said:
+        more = f" (and {len(said) - 1} more like it)" if len(said) > 1 else ""
+        raise CheckpointError(f"The checkpoint {path} cannot be loaded: {said[0]}{more}. Nothing was changed.")
+
+
+def _shapes(model: SampleAlignedMimoModel, infra: MimoModelInfra) -> dict[str, list[int]]:
+    """Global name -> whole shape of all parameters of this rank."""
+    return {
+        name: list(Place.of(parameter, infra.pg_collections[module]).shape)
+        for module in infra.participating_modules
+        for name, parameter in named_parameters_of(model, infra, module)
+    }
+
+
+def _mismatches(held: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> list[str]:
+    missing = [f"it does not hold {name!r}, which this model has" for name in held if name not in saved]
+    return missing + [
+        f"{name!r} has the shape {tuple(saved[name])} there and {tuple(shape)} in this model"
+        for name, shape in held.items()
+        if name in saved and saved[name] != shape
+    ]
+
+
+def _plain_bytes(content: Mapping[str, Any]) -> bytes:
+    """``content`` in a form that can be read without executing code.
+
+    Raises:
+        CheckpointError: naming the entry that could not.
+    """
+    written = _saved(dict(content))
+    try:
+        torch.load(io.BytesIO(written), weights_only=True)
+    except Exception as error:
+        entry = next((key for key, value in content.items() if not _is_plain(value)), "?")
+        raise CheckpointError(
+            f"{entry!r} of the checkpoint holds objects that could only be read by executing code from the file. Keep "
+            f"numbers, strings, tensors, lists and dictionaries in on_save_checkpoint, state_dict() of callbacks and "
+            f"save_hyperparameters(). ({str(error).splitlines()[0]})"
+        ) from error
+    return written
+
+
+def _plain_content(file: Path) -> dict[str, Any]:
+    try:
+        return torch.load(file, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(
+            f"{file} holds objects that could only be read by executing code from it, so it was not written by "
+            f"lightning-mimo. Nothing was changed. ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        torch.load(io.BytesIO(_saved(value)), weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _saved(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _version() -> str:
+    try:
+        return version("lightning-mimo")
+    except PackageNotFoundError:
+        return "run from its sources"
+
+
+def _layout_as_dict(layout: MimoLayout) -> dict[str, Any]:
+    return {
+        "colocated": layout.colocated,
+        "modules": {
+            name: {"ranks": [sizes.ranks.start, sizes.ranks.stop], **{axis: getattr(sizes, axis) for axis in _AXES}}
+            for name, sizes in layout.modules.items()
+        },
+    }
+
+
+def modules_of(manifest: Mapping[str, Any]) -> Collection[str]:
+    """Names of the modules of a checkpoint."""
+    return manifest["layout"]["modules"]

@@ -1,0 +1,183 @@
+"""What a rank holds of the training state, as pieces, and back: weights, main parameters, optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
+
+from lightning_mimo.checkpoint.pieces import MAIN, WEIGHT, Place
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
+from lightning_mimo.model import SampleAlignedMimoModel
+from lightning_mimo.parts import named_parameters_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One entry of a checkpoint file.
+
+    Attributes:
+        name: global name of the parameter.
+        kind: which of its tensors.
+        place: where in the whole.
+        tensor: flat.
+    """
+
+    name: str
+    kind: str
+    place: Place
+    tensor: torch.Tensor
+
+
+class Reader(Protocol):
+    """Where pieces come from."""
+
+    def kinds(self, name: str) -> set[str]:
+        """Kinds that there are of a parameter; empty if there is no such parameter."""
+
+    def read(self, name: str, kind: str, place: Place) -> torch.Tensor:
+        """The elements of a tensor at a place, flat, on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Updated:
+    """What an optimizer holds of a parameter.
+
+    Attributes:
+        main: the tensor that it updates: the parameter, a float32 copy, or a run of either.
+        optimizer: torch's optimizer, whose state is kept under ``main``.
+        start: first element of the flattened parameter that ``main`` stands for.
+        stop: one after the last.
+        is_copy: whether ``main`` has more digits than the parameter.
+        is_shared_out: whether each replica holds another run of it.
+    """
+
+    main: torch.Tensor
+    optimizer: torch.optim.Optimizer
+    start: int
+    stop: int
+    is_copy: bool
+    is_shared_out: bool
+
+
+def pieces_of(
+    model: SampleAlignedMimoModel, infra: MimoModelInfra, module: str, optimizer: OneReadMimoOptimizer | None
+) -> Iterator[Piece]:
+    """What this rank writes of one of its modules, as views. All replicas together write everything once.
+
+    Args:
+        model: wrapped or not, weights whole.
+        infra: process groups.
+        module: one of this rank's.
+        optimizer: leave it out for weights only.
+    """
+    groups = infra.pg_collections[module]
+    updated = {} if optimizer is None else _updated(optimizer, module)
+    for i, (name, parameter) in enumerate(named_parameters_of(model, infra, module)):
+        if getattr(parameter, "shared", False):
+            continue  # the last pipeline stage's copy of tied embeddings
+        replicas = groups.dp if getattr(parameter, "allreduce", True) else groups.expt_dp
+        is_mine = replicas.rank() == i % replicas.size()
+        place = Place.of(parameter, groups)
+        if is_mine:
+            yield Piece(name=name, kind=WEIGHT, place=place, tensor=parameter.detach().reshape(-1))
+        held = updated.get(id(parameter))
+        if held is not None and (is_mine or held.is_shared_out):
+            run = replace(place, start=held.start, stop=held.stop)
+            if held.is_copy:
+                yield Piece(name=name, kind=MAIN, place=run, tensor=held.main.detach().reshape(-1))
+            for kind, value in held.optimizer.state.get(held.main, {}).items():
+                yield _state_piece(name, kind, value, run)
+
+
+def load_pieces(
+    model: SampleAlignedMimoModel, infra: MimoModelInfra, reader: Reader, optimizer: OneReadMimoOptimizer | None
+) -> None:
+    """Fill this rank's weights, and the optimizer's state if there is one, in whatever layout they were written."""
+    for module in infra.participating_modules:
+        groups = infra.pg_collections[module]
+        updated = {} if optimizer is None else _updated(optimizer, module)
+        for name, parameter in named_parameters_of(model, infra, module):
+            place = Place.of(parameter, groups)
+            parameter.data.copy_(_most_exact(reader, name, place, parameter).view(parameter.shape))
+            if (held := updated.get(id(parameter))) is not None:
+                _load_updated(reader, name, replace(place, start=held.start, stop=held.stop), held)
+
+
+def _load_updated(reader: Reader, name: str, place: Place, held: _Updated) -> None:
+    if held.is_copy:
+        held.main.data.copy_(_most_exact(reader, name, place, held.main).view(held.main.shape))
+    state: dict[str, Any] = {}
+    for kind in sorted(reader.kinds(name) - {WEIGHT, MAIN}):
+        scalar = Place(shape=(), stop=1)
+        if kind == "step":
+            is_fused = any(group.get("fused") or group.get("capturable") for group in held.optimizer.param_groups)
+            device = held.main.device if is_fused else torch.device("cpu")
+            state[kind] = reader.read(name, kind, scalar).reshape(()).to(device)
+        else:
+            values = reader.read(name, kind, place).view(held.main.shape)
+            state[kind] = values.to(device=held.main.device, dtype=held.main.dtype)
+    if state and place.stop > place.start:
+        held.optimizer.state[held.main] = state
+
+
+def _most_exact(reader: Reader, name: str, place: Place, target: torch.Tensor) -> torch.Tensor:
+    """A parameter's values: the main parameter's for what can hold them."""
+    kind = MAIN if MAIN in reader.kinds(name) and target.dtype.itemsize > 2 else WEIGHT
+    return reader.read(name, kind, place)
+
+
+def _state_piece(name: str, kind: str, value: Any, run: Place) -> Piece:
+    tensor = torch.as_tensor(value).detach()
+    place = Place(shape=(), stop=1) if tensor.ndim == 0 else run
+    return Piece(name=name, kind=kind, place=place, tensor=tensor.reshape(-1))
+
+
+def _updated(optimizer: OneReadMimoOptimizer, module: str) -> dict[int, _Updated]:
+    """Id of a parameter of the model -> what this rank's optimizer holds of it."""
+    return {id(parameter): held for each in optimizer.inner(module) for parameter, held in _updated_by(each)}
+
+
+def _updated_by(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, _Updated]]:
+    inner = optimizer.optimizer
+
+    def whole(parameter: torch.nn.Parameter, main: torch.Tensor) -> tuple[torch.nn.Parameter, _Updated]:
+        is_copy = main is not parameter
+        stop = parameter.numel()
+        return parameter, _Updated(main=main, optimizer=inner, start=0, stop=stop, is_copy=is_copy, is_shared_out=False)
+
+    if isinstance(optimizer, DistributedOptimizer):
+        for models, mains in (
+            (optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+            (optimizer.model_fp32_groups, optimizer.shard_fp32_groups),
+        ):
+            for model_group, main_group in zip(models, mains, strict=True):
+                for parameter, main in zip(model_group, main_group, strict=True):
+                    run = optimizer._get_model_param_range_map(parameter)["param"]
+                    yield (
+                        parameter,
+                        _Updated(
+                            main=main,
+                            optimizer=inner,
+                            start=run.start,
+                            stop=run.end,
+                            is_copy=main.dtype != parameter.dtype,
+                            is_shared_out=True,
+                        ),
+                    )
+    elif isinstance(optimizer, Float16OptimizerWithFloat16Params):
+        for model_group, main_group in zip(optimizer.float16_groups, optimizer.fp32_from_float16_groups, strict=True):
+            for parameter, main in zip(model_group, main_group, strict=True):
+                yield whole(parameter, main)
+        for group in optimizer.fp32_from_fp32_groups:
+            for parameter in group:
+                yield whole(parameter, parameter)
+    else:
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                yield whole(parameter, parameter)

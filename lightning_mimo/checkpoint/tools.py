@@ -1,0 +1,141 @@
+"""A checkpoint from outside: what is in it, and all its weights in one safetensors file, out and in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lightning_mimo.checkpoint.directory import (
+    FORMAT,
+    MANIFEST,
+    TRAINER,
+    CheckpointError,
+    damaged_files,
+    describe_file,
+    publish,
+    read_manifest,
+    unfinished,
+    write_json,
+)
+from lightning_mimo.checkpoint.pieces import MAIN, WEIGHT, Place
+from lightning_mimo.checkpoint.reader import CheckpointReader, file_name, write_pieces
+from lightning_mimo.checkpoint.state import Piece
+
+
+def inspect(path: Path) -> str:
+    """What a checkpoint holds, for people: layout, step, version, parameters and shapes; damaged files are named.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
+    manifest = read_manifest(path)
+    problems = list(damaged_files(path, manifest, rank=0, ranks=1))
+    size = sum(file["bytes"] for file in manifest["files"].values())
+    lines = [
+        f"{path}: {'DAMAGED' if problems else 'whole'}, {len(manifest['files'])} files, {size:,} bytes",
+        *(f"  {problem}" for problem in problems),
+        f"step {manifest['step']}, epoch {manifest['epoch']}, "
+        f"{'weights only' if manifest['weights_only'] else 'weights and optimizer state'}, "
+        f"lightning-mimo {manifest['lightning_mimo']}",
+    ]
+    if manifest["layout"] is not None:
+        placed = "sharing all ranks" if manifest["layout"]["colocated"] else "each on ranks of its own"
+        lines.append(f"written by {manifest['world_size']} ranks, modules {placed}:")
+        for name, sizes in manifest["layout"]["modules"].items():
+            first, stop = sizes["ranks"]
+            axes = " ".join(f"{axis}={size}" for axis, size in sizes.items() if axis != "ranks")
+            lines.append(f"  {name}: ranks {first}-{stop - 1}, {axes}")
+    parameters = manifest["parameters"]
+    total = sum(torch.Size(shape).numel() for shape in parameters.values())
+    lines.append(f"{len(parameters)} parameters, {total:,} numbers:")
+    width = max(map(len, parameters), default=0)
+    lines += [f"  {name:{width}}  {'x'.join(map(str, shape))}" for name, shape in sorted(parameters.items())]
+    return "\n".join(lines)
+
+
+def export(path: Path, out: Path) -> int:
+    """Write all weights into one safetensors file, under their global names.
+
+    Weights of mixed precision come out as the optimizer's float32 copies.
+
+    Returns:
+        How many parameters.
+
+    Raises:
+        CheckpointError: if the checkpoint is none, or damaged.
+    """
+    manifest = read_manifest(path)
+    if problems := list(damaged_files(path, manifest, rank=0, ranks=1)):
+        raise CheckpointError(f"{path} is damaged: {problems[0]}.")
+    with CheckpointReader(path, modules_in(manifest["parameters"])) as reader:
+        tensors = {
+            name: reader.whole(name, MAIN if MAIN in reader.kinds(name) else WEIGHT).contiguous()
+            for name in manifest["parameters"]
+        }
+    save_file(tensors, out, metadata={"format": "pt", "step": str(manifest["step"])})
+    return len(tensors)
+
+
+def import_weights(source: Path, path: Path) -> int:
+    """Make a checkpoint that holds weights only of a safetensors file that has them under their global names.
+
+    Returns:
+        How many parameters.
+
+    Raises:
+        CheckpointError: if the file is none, or the checkpoint exists.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; remove it first, or choose another name.")
+    directory = unfinished(path)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    pieces: dict[str, list[Piece]] = {}
+    try:
+        with safe_open(source, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                tensor = file.get_tensor(name)
+                place = Place(shape=tuple(tensor.shape), stop=tensor.numel())
+                piece = Piece(name=name, kind=WEIGHT, place=place, tensor=tensor.reshape(-1))
+                pieces.setdefault(name.partition(".")[0], []).append(piece)
+    except Exception as error:
+        raise CheckpointError(f"{source} is not a safetensors file: {error}.") from error
+    for module, own in pieces.items():
+        write_pieces(directory / file_name(module, 0), own)
+    # As much as Lightning wants to see before it validates.
+    trainer = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning"), "state_dict": {}}
+    torch.save({**trainer, "loops": None}, directory / TRAINER)
+    parameters = {piece.name: list(piece.place.shape) for own in pieces.values() for piece in own}
+    manifest: Mapping[str, Any] = {
+        "format": FORMAT,
+        "lightning_mimo": f"imported from {source.name}",
+        "layout": None,
+        "step": 0,
+        "epoch": 0,
+        "weights_only": True,
+        "position": None,
+        "world_size": 0,
+        "files": {file.name: describe_file(file) for file in sorted(directory.iterdir())},
+        "parameters": parameters,
+    }
+    write_json(directory / MANIFEST, manifest)
+    publish(path)
+    return len(parameters)
+
+
+def modules_in(parameters: Mapping[str, Any]) -> list[str]:
+    """Modules that some global names lie in."""
+    return sorted({name.partition(".")[0] for name in parameters})
+
+
+def as_json(path: Path) -> str:
+    """The manifest of a checkpoint."""
+    return json.dumps(read_manifest(path), indent=1)

@@ -1,0 +1,186 @@
+"""Writes a checkpoint on all ranks at once, in the foreground or behind the training, and gives it its name at the end.
+
+Every rank writes its files and a note that they are there; rank 0 waits for all notes, writes the manifest and renames
+the directory. Nothing in that is a collective, so it can go on while ranks train.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_mimo.checkpoint.directory import (
+    FORMAT,
+    MANIFEST,
+    TRAINER,
+    describe_file,
+    flush,
+    publish,
+    unfinished,
+    write_json,
+)
+from lightning_mimo.checkpoint.reader import file_name, parameters_in, write_pieces
+from lightning_mimo.checkpoint.state import Piece
+
+_WRITING, _WRITTEN, _FAILED = "writing", "written", "failed"
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written. What was there before is still there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What one rank writes. Its tensors are copies on the CPU.
+
+    Attributes:
+        pieces: module -> pieces.
+        trainer: bytes of the trainer's file; rank 0's only.
+        about: entries for the manifest; rank 0's only.
+    """
+
+    pieces: Mapping[str, Collection[Piece]]
+    trainer: bytes
+    about: Mapping[str, Any]
+
+
+class CheckpointWriter:
+    """One for a run. At most one checkpoint is being written at a time."""
+
+    def __init__(self, *, timeout: timedelta) -> None:
+        """
+        Args:
+            timeout: how long rank 0 waits for the files of the others.
+        """
+        self._timeout = timeout.total_seconds()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._future: Future[None] | None = None
+        self._path = Path()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a checkpoint has been begun and not been waited for."""
+        return self._future is not None
+
+    def begin(self, path: Path, content: Content) -> None:
+        """Start to write. Collective over the world; what was begun before must have been waited for.
+
+        Raises:
+            CheckpointWriteError: on every rank, if the directory cannot be made.
+        """
+        assert self._future is None
+        self._path = path
+
+        def make_directory() -> None:
+            if dist.get_rank() == 0:
+                shutil.rmtree(unfinished(path), ignore_errors=True)
+                unfinished(path).mkdir(parents=True)
+
+        together(make_directory, path)
+        # Already there to be renamed if it fails: on a full disk nothing could be written about it.
+        together(_note(path, dist.get_rank(), _WRITING).touch, path)
+        self._future = self._thread.submit(_write, path, content, dist.get_rank(), dist.get_world_size(), self._timeout)
+
+    def wait(self) -> None:
+        """Wait for what was begun. Collective over the world.
+
+        Raises:
+            CheckpointWriteError: on every rank, if it failed on any.
+        """
+        if (future := self._future) is not None:
+            self._future = None
+            together(future.result, self._path)
+
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something on this rank once what was begun is done, unless it fails; at once if there is nothing."""
+        if (future := self._future) is None:
+            action()
+            return
+
+        def after() -> None:
+            future.result()
+            action()
+
+        self._future = self._thread.submit(after)
+
+    def close(self) -> None:
+        """End the thread, after what it has begun; no collective."""
+        self._thread.shutdown(wait=True)
+
+
+def _note(path: Path, rank: int, state: str) -> Path:
+    """How far a rank has come; the last one is empty, or says what was written."""
+    return unfinished(path) / f"rank{rank:05d}.{state}"
+
+
+def _write(path: Path, content: Content, rank: int, ranks: int, timeout: float) -> None:
+    writing = _note(path, rank, _WRITING)
+    try:
+        files = _write_files(unfinished(path), content, rank)
+        write_json(_note(path, rank, _WRITTEN), {"files": files, "parameters": parameters_in(content.pieces)})
+    except Exception:
+        writing.rename(_note(path, rank, _FAILED))
+        raise
+    writing.unlink()
+    if rank == 0:
+        _finish(path, content, ranks, timeout)
+
+
+def _write_files(directory: Path, content: Content, rank: int) -> dict[str, dict[str, int]]:
+    written = []
+    for module, pieces in content.pieces.items():
+        if pieces:
+            written.append(directory / file_name(module, rank))
+            write_pieces(written[-1], pieces)
+    if rank == 0:
+        written.append(directory / TRAINER)
+        written[-1].write_bytes(content.trainer)
+    for file in written:
+        flush(file)
+    return {file.name: describe_file(file) for file in written}
+
+
+def _finish(path: Path, content: Content, ranks: int, timeout: float) -> None:
+    """Rank 0: wait for the notes of all ranks, write the manifest, rename."""
+    directory = unfinished(path)
+    files: dict[str, Any] = {}
+    parameters: dict[str, list[int]] = {}
+    deadline = time.monotonic() + timeout
+    for rank in range(ranks):
+        written = _note(path, rank, _WRITTEN)
+        while not written.is_file():
+            if _note(path, rank, _FAILED).exists():
+                raise OSError(f"rank {rank} failed")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {rank} has not written its files within {timeout:.0f} s")
+            time.sleep(0.005)
+        said = json.loads(written.read_text())
+        files |= said["files"]
+        parameters |= said["parameters"]
+        written.unlink()
+    manifest = {"format": FORMAT, **content.about, "world_size": ranks, "files": files, "parameters": parameters}
+    write_json(directory / MANIFEST, manifest)
+    publish(path)
+
+
+def together(step: Callable[[], Any], path: Path) -> None:
+    """Run a step on every rank; if it fails on one, raise on all. Collective over the world."""
+    error = None
+    try:
+        step()
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {exception}"
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if failed := {rank: text for rank, text in enumerate(errors) if text}:
+        told = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        raise CheckpointWriteError(f"The checkpoint {path} could not be written ({told}).")

@@ -1,0 +1,84 @@
+"""A run that is told to end saves where it is and ends, on all ranks after the same step.
+
+Signals are noted only, and no collective happens inside of a handler: what each rank has noted travels with the
+collective that every step has anyway, so all ranks learn of it together.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+_NAME = "last-preempted.ckpt"
+"""``fit(ckpt_path="last")`` finds it beside the checkpoints of ModelCheckpoint."""
+
+
+class Signals:
+    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while it is installed."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def install(self, environment: object) -> None:
+        """Take the place of Lightning's handlers, which save and broadcast from inside of the handler."""
+        requeue = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else signal.SIGUSR1
+        for each in (signal.SIGTERM, requeue):
+            if each is not None and each not in self._before:
+                self._before[each] = signal.signal(each, self._note)
+
+    def remove(self) -> None:
+        """Put back what was there before."""
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self._before.clear()
+        self.received = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+
+class Preemption(pl.Callback):
+    """Added by MimoStrategy. Saves and ends after the step in which the ranks agreed to."""
+
+    def __init__(self, must_stop: Callable[[], bool], environment: object) -> None:
+        """
+        Args:
+            must_stop: whether the step that just ended is the last one; the same on every rank.
+            environment: Lightning's ClusterEnvironment.
+        """
+        self._must_stop = must_stop
+        self._environment = environment
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._must_stop():
+            return
+        requeues = isinstance(self._environment, SLURMEnvironment) and self._environment.auto_requeue
+        path = _hpc_path(trainer) if requeues else _beside_checkpoints(trainer)
+        trainer.save_checkpoint(path)
+        trainer.strategy.finish_saving()
+        rank_zero_info(f"Told to end by a signal: saved {path} after step {trainer.global_step}.")
+        if requeues and trainer.is_global_zero:
+            job = str(self._environment.job_id())
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        trainer.strategy.barrier()
+        raise SIGTERMException
+
+
+def _hpc_path(trainer: pl.Trainer) -> str:
+    """Where Lightning looks when SLURM starts the job again."""
+    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+
+
+def _beside_checkpoints(trainer: pl.Trainer) -> str:
+    folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
+    return str(Path(folder) / _NAME)

@@ -1,0 +1,203 @@
+"""Checkpoints of a run as Lightning asks for them: when they are written, removed, read, and where a run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_mimo.checkpoint.directory import CheckpointError, discard, read_manifest
+from lightning_mimo.checkpoint.saving import Generators, content_of, generators, load, load_generators, verify
+from lightning_mimo.checkpoint.writer import CheckpointWriteError, CheckpointWriter
+from lightning_mimo.data_parallel import complete_gathering
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.model import SampleAlignedMimoModel
+from lightning_mimo.optimizer import MimoTorchOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in the data a run is: what has to agree for it to go on in the middle of an epoch.
+
+    Attributes:
+        seed: of the order of samples and their augmentation.
+        global_batch_size: samples of a batch.
+        samples: of the training dataset.
+        batches: of the current epoch that are done.
+    """
+
+    seed: int
+    global_batch_size: int
+    samples: int
+    batches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a checkpoint says of how to go on.
+
+    Attributes:
+        position: in the data.
+        states: of this rank's random generators; ``None`` if it was written in another layout.
+        step: optimizer steps that were done.
+    """
+
+    position: Position
+    states: Generators | None
+    step: int
+
+
+class RunCheckpoints:
+    """All methods but :meth:`remove` and :meth:`close` are collective over the world."""
+
+    def __init__(self, *, async_save: bool, on_save_error: str, timeout: timedelta) -> None:
+        """
+        Args:
+            async_save: return from :meth:`save` as soon as everything is copied, and write behind the training.
+            on_save_error: ``raise`` or ``warn``.
+            timeout: how long rank 0 waits for the files of the others.
+        """
+        self._async = async_save
+        self._on_error = on_save_error
+        self._writer = CheckpointWriter(timeout=timeout)
+
+    def save(
+        self,
+        path: Path,
+        model: SampleAlignedMimoModel,
+        infra: MimoModelInfra,
+        optimizer: MimoTorchOptimizer | None,
+        *,
+        trainer: Mapping[str, Any],
+        position: Position | None,
+        window: Generators | None,
+    ) -> None:
+        """Write a checkpoint, after one that is still being written.
+
+        Args:
+            path: the directory; replaced if it exists.
+            model: the model.
+            infra: process groups.
+            optimizer: ``None`` for weights only.
+            trainer: what Lightning keeps.
+            position: in the training data; ``None`` outside of training.
+            window: states of the generators when the accumulation window began, if one is open.
+
+        Raises:
+            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+        """
+        self.finish()
+        complete_gathering(model)
+        try:
+            content = content_of(
+                model,
+                infra,
+                None if optimizer is None else optimizer.mimo,
+                states=window or generators(),
+                trainer=trainer,
+                about={
+                    "step": trainer["global_step"],
+                    "epoch": trainer["epoch"],
+                    "weights_only": optimizer is None,
+                    "position": None if position is None else vars(position),
+                },
+            )
+            self._writer.begin(path, content)
+        except CheckpointWriteError as error:
+            self._complain(error)
+        if not self._async:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is being written.
+
+        Raises:
+            CheckpointWriteError: as :meth:`save`.
+        """
+        try:
+            self._writer.wait()
+        except CheckpointWriteError as error:
+            self._complain(error)
+
+    def remove(self, path: Path) -> None:
+        """Remove a checkpoint, not before what is being written takes its place. To be called on rank 0."""
+
+        self._writer.then(lambda: discard(path))
+
+    def load(
+        self,
+        path: Path,
+        model: SampleAlignedMimoModel,
+        infra: MimoModelInfra,
+        optimizer: MimoTorchOptimizer | None,
+        *,
+        global_batch_size: int,
+    ) -> tuple[dict[str, Any], Resumed | None]:
+        """Fill the model, and the optimizer if training goes on.
+
+        Returns:
+            What Lightning kept; and how to go on, if there is an optimizer.
+
+        Raises:
+            CheckpointError: if the checkpoint does not fit, or training cannot go on from it. Nothing is changed then.
+        """
+        self.finish()
+        complete_gathering(model)
+        if optimizer is not None:
+            _check_can_go_on(path, global_batch_size)
+        verify(path, model, infra)
+        if optimizer is None:
+            return load(path, model, infra, None), None
+        trainer = load(path, model, infra, optimizer.mimo)
+        optimizer.load_plain_state(trainer["optimizer_states"][0])
+        manifest = read_manifest(path)
+        position = Position(**manifest["position"])
+        return trainer, Resumed(position=position, states=load_generators(path, infra), step=manifest["step"])
+
+    def close(self) -> None:
+        """Let what is being written end, without a word to the other ranks."""
+        self._writer.close()
+
+    def _complain(self, error: CheckpointWriteError) -> None:
+        if self._on_error == "raise":
+            raise error
+        rank_zero_warn(f"{error} Training goes on.", category=RuntimeWarning)
+
+
+def _check_can_go_on(path: Path, global_batch_size: int) -> None:
+    manifest = read_manifest(path)
+    if manifest["weights_only"]:
+        raise CheckpointError(
+            f"fit(ckpt_path={str(path)!r}): it holds weights only, so training cannot go on from it. Save with "
+            f"ModelCheckpoint(save_weights_only=False), or use it with validate, test and predict."
+        )
+    position = Position(**manifest["position"])
+    if position.batches and position.global_batch_size != global_batch_size:
+        raise CheckpointError(
+            f"fit(ckpt_path={str(path)!r}): it was saved after {position.batches} batches of "
+            f"{position.global_batch_size} samples of an epoch, but global_batch_size is {global_batch_size} now, so "
+            f"the next sample cannot be told. Set global_batch_size={position.global_batch_size}, or go on from a "
+            f"checkpoint of the end of an epoch."
+        )
+
+
+def batches_done(loops: Mapping[str, Any]) -> int:
+    """Batches of the current epoch that are done, by what Lightning keeps of its fit loop."""
+    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
+    return 0 if progress["is_last_batch"] else progress["current"]["processed"]
+
+
+def rewind(checkpoint: dict[str, Any], batches: int) -> dict[str, Any]:
+    """A copy of what Lightning keeps, as it was some batches before: none of them has been learned from yet."""
+    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counters in (progress["current"], progress["total"]):
+        done = counters["processed"] - batches
+        counters.update(ready=done, started=done, processed=done, completed=done)
+    progress["is_last_batch"] = False
+    return checkpoint

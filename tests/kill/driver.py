@@ -1,0 +1,161 @@
+"""Starts a run, kills one of its processes at a random moment, and starts it again, until it has come to its end.
+
+``python -m tests.kill.driver FOLDER --kills 50`` prints a line for each kill and whether the final weights are those of
+a run that was left alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from lightning_mimo.checkpoint.directory import damaged_files, read_manifest
+
+RANKS = 4
+START_SECONDS, RUN_SECONDS = 180.0, 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kill:
+    """What came of one.
+
+    Attributes:
+        rank: of the process that was killed.
+        in_save: whether a checkpoint was being written.
+        step: of the checkpoint that was there afterwards; 0 for none.
+        seconds: until the last process of the run had ended.
+        told: whether a rank that is not the first one was named by the others.
+    """
+
+    rank: int
+    in_save: bool
+    step: int
+    seconds: float
+    told: bool
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    for pid in folder.glob("pid*"):
+        pid.unlink()
+    command = [sys.executable, "-m", "tests.kill.run_once", str(folder), *arguments]
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> dict[int, int]:
+    """Processes by rank, once all train; empty if the run ended before."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        pids = {rank: folder / f"pid{rank}" for rank in range(RANKS)}
+        if all(file.exists() and file.read_text() for file in pids.values()):
+            return {rank: int(file.read_text()) for rank, file in pids.items()}
+        if process.poll() is not None:
+            return {}
+        time.sleep(0.005)
+    raise TimeoutError(f"the run has not begun: {(folder / 'log').read_text()[-3000:]}")
+
+
+def strike(folder: Path, process: subprocess.Popen[str], draw: random.Random) -> Kill | None:
+    """Kill a random rank at a random moment, half of the time while a checkpoint is being written."""
+    pids = wait_for_ranks(folder, process)
+    rank = draw.randrange(RANKS)
+    time.sleep(draw.uniform(0.0, 0.6))
+    being_written = folder / "checkpoints" / "unfinished" / "last.ckpt"
+    if draw.random() < 0.6:
+        while not being_written.exists() and process.poll() is None:
+            pass
+        time.sleep(draw.uniform(0.0, 0.05))
+    if process.poll() is not None or not pids:
+        return None
+    in_save = being_written.exists()
+    try:
+        os.kill(pids[rank], signal.SIGKILL)
+    except ProcessLookupError:
+        return None
+    begun = time.monotonic()
+    process.wait(timeout=RUN_SECONDS)
+    for pid in pids.values():
+        while alive(pid) and time.monotonic() - begun < RUN_SECONDS:
+            time.sleep(0.02)
+    seconds = time.monotonic() - begun
+    log = (folder / "log").read_text()
+    told = f"Rank {rank} (process {pids[rank]}) was killed by signal 9" in log
+    return Kill(rank=rank, in_save=in_save, step=last_step(folder), seconds=seconds, told=told or rank == 0)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return "\nState:\tZ" not in status
+
+
+def last_step(folder: Path) -> int:
+    """Step of the checkpoint that is there, which must be whole; 0 for none."""
+    path = folder / "checkpoints" / "last.ckpt"
+    if not path.exists():
+        return 0
+    manifest = read_manifest(path)
+    assert not list(damaged_files(path, manifest, rank=0, ranks=1))
+    return manifest["step"]
+
+
+def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = False) -> list[Kill]:
+    """Start, kill and start again; a run that ends in time for less kills than asked for is begun anew.
+
+    Raises:
+        AssertionError: if the final weights are not those of a run that was left alone.
+    """
+    arguments = ["--async-save"] if async_save else []
+    alone = folder / "alone"
+    alone.mkdir(parents=True)
+    assert start(alone, *arguments).wait(timeout=RUN_SECONDS) == 0, (alone / "log").read_text()[-3000:]
+    expected = load_file(alone / "final.safetensors")
+    draw = random.Random(seed)
+    done: list[Kill] = []
+    while len(done) < kills:
+        struck = folder / "struck"
+        shutil.rmtree(struck, ignore_errors=True)
+        struck.mkdir()
+        while True:
+            process = start(struck, *arguments)
+            if len(done) < kills and (kill := strike(struck, process, draw)) is not None:
+                done.append(kill)
+                print(kill, flush=True)
+                continue
+            code = process.wait(timeout=RUN_SECONDS)
+            assert code == 0, (struck / "log").read_text()[-3000:]
+            break
+        found = load_file(struck / "final.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        print(f"after {len(done)} kills: the final weights are those of a run that was left alone", flush=True)
+    return done
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--async-save", action="store_true")
+    given = parser.parse_args()
+    results = run_with_kills(given.folder, kills=given.kills, seed=given.seed, async_save=given.async_save)
+    print(
+        f"{len(results)} kills, {sum(kill.in_save for kill in results)} inside of a save, "
+        f"at most {max(kill.seconds for kill in results):.1f} s until all ranks had ended, "
+        f"{sum(kill.told for kill in results)} named"
+    )
