@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,8 @@ class Signals:
     def install(self, environment: object) -> None:
         """Take the place of Lightning's handlers, which save and broadcast from inside of the handler."""
         requeue = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else signal.SIGUSR1
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other thread handle signals
         for each in (signal.SIGTERM, requeue):
             if each is not None and each not in self._before:
                 self._before[each] = signal.signal(each, self._note)

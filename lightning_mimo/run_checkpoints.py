@@ -126,7 +126,6 @@ class RunCheckpoints:
 
     def remove(self, path: Path) -> None:
         """Remove a checkpoint, not before what is being written takes its place. To be called on rank 0."""
-
         self._writer.then(lambda: discard(path))
 
     def load(
@@ -190,6 +189,19 @@ def batches_done(loops: Mapping[str, Any]) -> int:
     """Batches of the current epoch that are done, by what Lightning keeps of its fit loop."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     return 0 if progress["is_last_batch"] else progress["current"]["processed"]
+
+
+def between_epochs(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what Lightning keeps after training that ended with an epoch, so that the next one begins afresh.
+
+    Left as it is, a run with ``max_steps`` would go on with one batch only of the next epoch.
+    """
+    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["is_last_batch"]:
+        progress["current"].update(dict.fromkeys(progress["current"], 0))
+        progress["is_last_batch"] = False
+    return checkpoint
 
 
 def rewind(checkpoint: dict[str, Any], batches: int) -> dict[str, Any]:

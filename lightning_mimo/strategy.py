@@ -42,7 +42,7 @@ from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.preemption import Preemption, Signals
 from lightning_mimo.random_state import seed_megatron
-from lightning_mimo.run_checkpoints import Position, Resumed, RunCheckpoints, batches_done, rewind
+from lightning_mimo.run_checkpoints import Position, Resumed, RunCheckpoints, batches_done, between_epochs, rewind
 from lightning_mimo.world_strategy import WorldStrategy
 
 _CHOICES = {
@@ -193,11 +193,14 @@ class MimoStrategy(WorldStrategy):
         super().setup_environment()
         self._set_world_ranks()
         reset_seed()
-        if self.root_device.type == "cpu":
-            self._open.enter_context(megatron_on_cpu())
+        self._open.enter_context(self._megatron_on_device())
         if self.infra is None:
             self._build_infra(layout)
         seed_megatron(layout, self.global_rank, seed=self.seed)
+
+    def _megatron_on_device(self) -> contextlib.AbstractContextManager[None]:
+        """What megatron-core needs on this device. May be nested."""
+        return megatron_on_cpu() if self.root_device.type == "cpu" else contextlib.nullcontext()
 
     def _build_infra(self, layout: MimoLayout) -> None:
         """Process groups, and each rank's share of the data. They outlive ``fit``, so that ``test`` can follow it."""
@@ -398,9 +401,12 @@ class MimoStrategy(WorldStrategy):
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
-        held, window = self._runner.open_window
+        # Also after training, when nothing is running any more.
+        held, window = self._runner.open_window if self._runner is not None else (0, None)
         position = None
-        if held:
+        if self._runner is None:
+            checkpoint = between_epochs(checkpoint)
+        elif held:
             checkpoint = rewind(checkpoint, held)
         if self._samples is not None:
             position = Position(
@@ -410,15 +416,18 @@ class MimoStrategy(WorldStrategy):
                 batches=batches_done(checkpoint["loops"]),
             )
             checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": position.batches}]
-        self._checkpoints.save(
-            Path(self.broadcast(str(filepath))),
-            self._module.model,
-            self.infra,
-            self.optimizers[0] if "optimizer_states" in checkpoint and position is not None else None,
-            trainer=checkpoint,
-            position=position,
-            window=window,
-        )
+        with self._megatron_on_device():
+            self._checkpoints.save(
+                Path(self.broadcast(str(filepath))),
+                self._module.model,
+                self.infra,
+                self.optimizers[0] if "optimizer_states" in checkpoint and position is not None else None,
+                trainer=checkpoint,
+                position=position,
+                window=window,
+            )
+        if self._runner is None:
+            self.finish_saving()
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:

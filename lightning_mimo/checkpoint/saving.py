@@ -64,9 +64,11 @@ def content_of(
         about: further entries of the manifest.
 
     Raises:
-        CheckpointError: on rank 0, if ``trainer`` could not be read back without executing code.
+        CheckpointError: if ``trainer`` could not be read back without executing code.
     """
     rank = dist.get_rank()
+    # On every rank, although rank 0's is written, because all ranks have to fail then.
+    written = _plain_bytes(trainer)
     pieces = {
         module: [
             replace(piece, tensor=piece.tensor.to("cpu", copy=True))
@@ -87,7 +89,7 @@ def content_of(
         )
     return Content(
         pieces=pieces,
-        trainer=_plain_bytes(trainer) if rank == 0 else b"",
+        trainer=written if rank == 0 else b"",
         about={"lightning_mimo": _version(), "layout": _layout_as_dict(infra.layout), **about},
     )
 

@@ -62,7 +62,7 @@ class CheckpointWriter:
             timeout: how long rank 0 waits for the files of the others.
         """
         self._timeout = timeout.total_seconds()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread: ThreadPoolExecutor | None = None
         self._future: Future[None] | None = None
         self._path = Path()
 
@@ -88,6 +88,7 @@ class CheckpointWriter:
         together(make_directory, path)
         # Already there to be renamed if it fails: on a full disk nothing could be written about it.
         together(_note(path, dist.get_rank(), _WRITING).touch, path)
+        self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._future = self._thread.submit(_write, path, content, dist.get_rank(), dist.get_world_size(), self._timeout)
 
     def wait(self) -> None:
@@ -113,8 +114,10 @@ class CheckpointWriter:
         self._future = self._thread.submit(after)
 
     def close(self) -> None:
-        """End the thread, after what it has begun; no collective."""
-        self._thread.shutdown(wait=True)
+        """End the thread, after what it has begun; no collective. Another checkpoint may be begun nevertheless."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
 
 
 def _note(path: Path, rank: int, state: str) -> Path:

@@ -178,6 +178,34 @@ def test_run_goes_on_bit_for_bit(rank_pool: RankPool, tmp_path: Path, run: Task,
         assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
 
 
+def save_afterwards(run: Task, layout: Layout, path: str, **options: Any) -> tuple[list[float], Tensors]:
+    """Train to the end and save then, as scripts do."""
+    _, module, strategy = train(run, layout, **options)
+    module.trainer.save_checkpoint(path)
+    strategy.infra.destroy()
+    return [], {}
+
+
+def test_saving_after_fit_is_saving_at_its_last_step(rank_pool: RankPool, tmp_path: Path) -> None:
+    layout = apart(Cut(dp=2), Cut(tp=2))
+    run = task(dropout=0.3, steps=5, **MIXED)
+    path = str(tmp_path / "after.ckpt")
+    options = {"strategy_options": {"async_save": True}}
+    rank_pool.run(save_afterwards, replace(run, steps=2), layout, path, world_size=4, **options)
+    whole = rank_pool.run(trained, run, layout, world_size=4)
+    rest = rank_pool.run(resume, run, layout, path, world_size=4)
+    for (losses, tensors), (losses_after, tensors_after) in zip(whole, rest, strict=True):
+        assert losses_after == losses[2:]
+        assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+
+
+def trained(run: Task, layout: Layout) -> tuple[list[float], Tensors]:
+    recorder, module, strategy = train(run, layout)
+    result = recorder.losses, weights(module.model, strategy.infra)
+    strategy.infra.destroy()
+    return result
+
+
 def test_saving_behind_the_training_changes_nothing(rank_pool: RankPool, tmp_path: Path) -> None:
     layout = apart(Cut(dp=2), Cut(tp=2))
     run = task(dropout=0.3, steps=5, **MIXED)
