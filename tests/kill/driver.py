@@ -70,7 +70,7 @@ def strike(folder: Path, process: subprocess.Popen[str], draw: random.Random) ->
     """Kill a random rank at a random moment, half of the time while a checkpoint is being written."""
     pids = wait_for_ranks(folder, process)
     rank = draw.randrange(RANKS)
-    time.sleep(draw.uniform(0.0, 0.6))
+    time.sleep(draw.uniform(0.0, 3.0))
     being_written = folder / "checkpoints" / "unfinished" / "last.ckpt"
     if draw.random() < 0.6:
         while not being_written.exists() and process.poll() is None:
