@@ -81,7 +81,8 @@ class BatchRunner:
         self._check_samples(batch, batch_idx)
         if self._window is None:
             self._schedule.zero_grad()
-            self._window = generators()
+            # To go back to if a checkpoint is saved inside of the window, which takes more than one batch.
+            self._window = generators() if self.hold else {}
         optimizer.outcome = None
         self._last = batch, batch_idx
         totals = self._schedule.train(

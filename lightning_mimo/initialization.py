@@ -170,9 +170,27 @@ def cut_shard(master: torch.Tensor, parameter: torch.nn.Parameter, groups: Proce
     group = shard_group(parameter, groups)
     if group is None:
         return master
-    # A stride above 1 means that several matrices lie one after the other, each cut on its own (gated MLPs).
-    pieces = master.chunk(group.size() * parameter.partition_stride, dim=parameter.partition_dim)
-    return torch.cat(pieces[group.rank() :: group.size()], dim=parameter.partition_dim)
+    return cut_evenly(
+        master,
+        dim=parameter.partition_dim,
+        stride=parameter.partition_stride,
+        rank=group.rank(),
+        size=group.size(),
+    )
+
+
+def cut_evenly(whole: torch.Tensor, *, dim: int, stride: int, rank: int, size: int) -> torch.Tensor:
+    """One of ``size`` tensor-parallel shards.
+
+    Args:
+        whole: the whole tensor.
+        dim: along which it is cut.
+        stride: above 1, several matrices lie one after the other along ``dim``, each cut on its own (gated MLPs).
+        rank: which shard.
+        size: how many there are.
+    """
+    pieces = whole.chunk(size * stride, dim=dim)
+    return torch.cat(pieces[rank::size], dim=dim)
 
 
 def _shard_of_master(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.models.mimo.optimizer import MimoOptimizer, ModuleOptimizerInfo
@@ -156,17 +155,6 @@ class OneReadMimoOptimizer(MimoOptimizer):
             self.grad_scaler.update(not updated)
         norms = {part: square**0.5 for part, square in zip(self.parts, squares, strict=True)}
         return StepOutcome(updated=updated, overflow=overflow, stop=stops > 0, loss=loss, part_norms=norms)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As upstream's, and the loss scale."""
-        scale = {} if self.grad_scaler is None else {"grad_scaler": self.grad_scaler.state_dict()}
-        return {**super().state_dict(), **scale}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What :meth:`state_dict` returned."""
-        if self.grad_scaler is not None and "grad_scaler" in state_dict:
-            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        super().load_state_dict(state_dict)
 
     def inner(self, module: str) -> Iterator[MegatronOptimizer]:
         """megatron-core's optimizers of one module on this rank."""

@@ -6,7 +6,7 @@ from typing import Any, override
 
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 
 from lightning_mimo.numerics import Numerics
 
@@ -57,8 +57,9 @@ class MimoPrecision(Precision):
         """
         if isinstance(plugin, cls):
             return plugin
-        # Some of Lightning's plugins do not say what they are: to them, the class is the best name.
-        return cls(str(getattr(plugin, "precision", type(plugin).__name__)))
+        # Others (bitsandbytes, say) do not say what they are, and would be taken for the base class's 32-true.
+        known = type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
+        return cls(str(plugin.precision if known else type(plugin).__name__))
 
     @property
     def numerics(self) -> Numerics:

@@ -147,11 +147,11 @@ class RunCheckpoints:
         """
         self.finish()
         complete_gathering(model)
-        if optimizer is not None:
-            _check_can_go_on(path, global_batch_size)
+        # First, because it is the check that ends on all ranks alike, also where one of them cannot read the files.
         verify(path, model, infra)
         if optimizer is None:
             return load(path, model, infra, None), None
+        _check_can_go_on(path, global_batch_size)
         trainer = load(path, model, infra, optimizer.mimo)
         optimizer.load_plain_state(trainer["optimizer_states"][0])
         manifest = read_manifest(path)

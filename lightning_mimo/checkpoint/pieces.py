@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from lightning_mimo.initialization import shard_group
+from lightning_mimo.initialization import cut_evenly, shard_group
 
 WEIGHT, MAIN = "weight", "main"
 """Kinds of pieces: a parameter, and the optimizer's float32 copy of it. Others are names of the optimizer's state."""
@@ -84,8 +84,7 @@ class Place:
 def cut(whole: torch.Tensor, place: Place) -> torch.Tensor:
     """The elements of a whole tensor that lie at a place, flat."""
     if place.tp_size > 1:
-        parts = whole.chunk(place.tp_size * place.stride, dim=place.dim)
-        whole = torch.cat(parts[place.tp_rank :: place.tp_size], dim=place.dim)
+        whole = cut_evenly(whole, dim=place.dim, stride=place.stride, rank=place.tp_rank, size=place.tp_size)
     return whole.reshape(-1)[place.start : place.stop]
 
 

@@ -7,7 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.plugins.precision import (
+    BitsandbytesPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo import LayoutError, MimoStrategy
@@ -58,12 +63,12 @@ def test_other_precision_is_refused_with_what_is_supported() -> None:
         trainer(strategy(), precision="16-true")
 
 
-def test_other_plugin_is_refused_by_its_name() -> None:
-    class Int4Precision(Precision):
-        precision = "int4"
-
-    with pytest.raises(ValueError, match=r"precision='int4'\) is not supported"):
-        trainer(strategy(), plugins=Int4Precision())
+@pytest.mark.parametrize("plugin", [TransformerEnginePrecision, BitsandbytesPrecision])
+def test_other_plugin_is_refused_by_its_name(plugin: type[Precision]) -> None:
+    # Not initialized, because the libraries behind them are not here.
+    message = rf"precision='{plugin.__name__}'\) is not supported by MimoStrategy; supported: 32-true, "
+    with pytest.raises(ValueError, match=message):
+        MimoPrecision.convert(plugin.__new__(plugin))
 
 
 def test_wrong_number_of_devices_names_the_right_one() -> None:

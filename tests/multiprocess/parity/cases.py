@@ -208,6 +208,10 @@ CASES = {
     "own_rates_and_clipping-colocated": Case(
         task=task(overrides=OVERRIDES, steps=3), layout=together(Cut(dp=2), Cut(tp=2))
     ),
+    "own_rates_and_clipping-audio": Case(
+        task=task(audio=True, samples=CLIPS, overrides={"audio": OptimizerOverride(lr=3e-2, clip_grad=0.01)}),
+        layout=apart(Cut(dp=2), Cut(pp=2), Cut(tp=2)),
+    ),
     "own_rates_and_clipping-experts": Case(
         task=task(overrides=OVERRIDES, experts=4), layout=apart(Cut(), Cut(dp=2, ep=2))
     ),
