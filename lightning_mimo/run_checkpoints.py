@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,23 +17,7 @@ from lightning_mimo.data_parallel import complete_gathering
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.model import SampleAlignedMimoModel
 from lightning_mimo.optimizer import MimoTorchOptimizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where in the data a run is: what has to agree for it to go on in the middle of an epoch.
-
-    Attributes:
-        seed: of the order of samples and their augmentation.
-        global_batch_size: samples of a batch.
-        samples: of the training dataset.
-        batches: of the current epoch that are done.
-    """
-
-    seed: int
-    global_batch_size: int
-    samples: int
-    batches: int
+from lightning_mimo.position import Position
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,33 +166,3 @@ def _check_can_go_on(path: Path, global_batch_size: int) -> None:
             f"the next sample cannot be told. Set global_batch_size={position.global_batch_size}, or go on from a "
             f"checkpoint of the end of an epoch."
         )
-
-
-def batches_done(loops: Mapping[str, Any]) -> int:
-    """Batches of the current epoch that are done, by what Lightning keeps of its fit loop."""
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    return 0 if progress["is_last_batch"] else progress["current"]["processed"]
-
-
-def between_epochs(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what Lightning keeps after training that ended with an epoch, so that the next one begins afresh.
-
-    Left as it is, a run with ``max_steps`` would go on with one batch only of the next epoch.
-    """
-    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    if progress["is_last_batch"]:
-        progress["current"].update(dict.fromkeys(progress["current"], 0))
-        progress["is_last_batch"] = False
-    return checkpoint
-
-
-def rewind(checkpoint: dict[str, Any], batches: int) -> dict[str, Any]:
-    """A copy of what Lightning keeps, as it was some batches before: none of them has been learned from yet."""
-    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    for counters in (progress["current"], progress["total"]):
-        done = counters["processed"] - batches
-        counters.update(ready=done, started=done, processed=done, completed=done)
-    progress["is_last_batch"] = False
-    return checkpoint

@@ -10,7 +10,6 @@ from typing import Any, Literal, override
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
@@ -28,7 +27,6 @@ from lightning_mimo.batch_runner import Batch, BatchRunner
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint.saving import set_generators
 from lightning_mimo.cpu import megatron_on_cpu
-from lightning_mimo.data import shard_dataloader
 from lightning_mimo.data_parallel import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import seed_for
@@ -39,10 +37,12 @@ from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, va
 from lightning_mimo.module import MimoModule
 from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import ModuleParallelism
+from lightning_mimo.position import begin_where_learned
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.preemption import Preemption, Signals
 from lightning_mimo.random_state import seed_megatron
-from lightning_mimo.run_checkpoints import Position, Resumed, RunCheckpoints, batches_done, between_epochs, rewind
+from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
+from lightning_mimo.run_data import RunData
 from lightning_mimo.world_strategy import WorldStrategy
 
 _CHOICES = {
@@ -136,7 +136,7 @@ class MimoStrategy(WorldStrategy):
         self._checkpoints: RunCheckpoints | None = None
         self._resumed: Resumed | None = None
         self._signals = Signals()
-        self._samples: int | None = None  # of the training dataset, while fitting
+        self._data: RunData | None = None
         self._runner: BatchRunner | None = None
         self._plan: RankBatchPlan | None = None
         self._open = contextlib.ExitStack()  # what teardown has to close
@@ -236,7 +236,7 @@ class MimoStrategy(WorldStrategy):
             async_save=self.async_save, on_save_error=self.on_save_error, timeout=self._timeout
         )
         self._open.callback(self._checkpoints.close)
-        self._samples = None
+        self._data = RunData(self._plan)
         self._runner = BatchRunner(
             module,
             self.infra,
@@ -279,23 +279,8 @@ class MimoStrategy(WorldStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> DataLoader:
         """Rebuild a user's DataLoader for this rank."""
-        if not isinstance(dataloader, DataLoader):
-            raise ValueError(
-                f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(dataloader).__name__}. "
-                f"Return a DataLoader over a map-style dataset."
-            )
-        sharded = shard_dataloader(
-            dataloader,
-            self._plan,
-            special_token_ids=self._module.model.special_token_ids,
-            pad_token_id=self._module.pad_token_id,
-            seed=self.seed,
-        )
-        self._check_same_length(len(dataloader.dataset))
-        if self.lightning_module.trainer.training:
-            self._samples = len(dataloader.dataset)
-            self._check_resumed()
-        return sharded
+        training = self.lightning_module.trainer.training
+        return self._data.shard(dataloader, self._module, seed=self.seed, training=training)
 
     @property
     @override
@@ -303,24 +288,6 @@ class MimoStrategy(WorldStrategy):
         raise ValueError(
             "MimoStrategy divides samples itself, differently for each module; there is no DistributedSampler for it."
         )
-
-    def _check_same_length(self, length: int) -> None:
-        lengths: list[Any] = [None] * self.world_size
-        dist.all_gather_object(lengths, length)
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"The dataset has a different length on different ranks: {dict(enumerate(lengths))}. Every rank must "
-                f"see the same samples under the same indices."
-            )
-
-    def _check_resumed(self) -> None:
-        position = None if self._resumed is None else self._resumed.position
-        if position is not None and position.batches and position.samples != self._samples:
-            raise ValueError(
-                f"The checkpoint was saved in the middle of an epoch of {position.samples} samples, but the training "
-                f"dataset has {self._samples} now, so the next sample cannot be told. Go on with the same dataset, or "
-                f"from a checkpoint of the end of an epoch."
-            )
 
     # ------------------------------------------------------------------ steps
 
@@ -403,19 +370,10 @@ class MimoStrategy(WorldStrategy):
         """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
         # Also after training, when nothing is running any more.
         held, window = self._runner.open_window if self._runner is not None else (0, None)
-        position = None
-        if self._runner is None:
-            checkpoint = between_epochs(checkpoint)
-        elif held:
-            checkpoint = rewind(checkpoint, held)
-        if self._samples is not None:
-            position = Position(
-                seed=self.seed,
-                global_batch_size=self.global_batch_size,
-                samples=self._samples,
-                batches=batches_done(checkpoint["loops"]),
-            )
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": position.batches}]
+        checkpoint, batches = begin_where_learned(checkpoint, held=held, training=self._runner is not None)
+        position = self._data.position(seed=self.seed, batches=batches)
+        if position is not None:
+            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": batches}]
         with self._megatron_on_device():
             self._checkpoints.save(
                 Path(self.broadcast(str(filepath))),
@@ -448,6 +406,7 @@ class MimoStrategy(WorldStrategy):
         )
         if self._resumed is not None:
             self.seed = self._resumed.position.seed
+            self._data.go_on(self._resumed.position)
         return trainer
 
     @override
