@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mimo.checkpoint.saving import Generators, generators
@@ -32,7 +33,7 @@ class BatchRunner:
 
     Attributes:
         hold: whether more batches of the same accumulation window follow the next one.
-        must_stop: whether the run is to end after the step that was the last one; the same on every rank.
+        must_stop: whether the run is to end after the batch that was the last one; the same on every rank.
     """
 
     def __init__(
@@ -144,7 +145,12 @@ class BatchRunner:
         """
         self._check_samples(batch, batch_idx)
         self._step_started = 0.0  # or the next training step would be charged with the validation
-        totals = self._schedule.evaluate(batch, lambda microbatch: step(microbatch, batch_idx), self._module.loss)
+        totals, self.must_stop = self._schedule.evaluate(
+            batch,
+            lambda microbatch: step(microbatch, batch_idx),
+            self._module.loss,
+            stop=self._signals.received is not None,
+        )
         self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
         return totals.loss.float()
 
@@ -153,6 +159,7 @@ class BatchRunner:
         self._check_samples(batch, batch_idx)
         tokens = self.generate(batch, max_new_tokens=self._module.max_new_tokens)
         indices = gather_indices(batch, global_batch_size=self._global_batch_size, device=self._device)
+        self.must_stop = _on_any_rank(self._signals.received is not None, device=self._device)
         return [
             {"sample_index": index, "tokens": row}
             for index, row in zip(indices, tokens.tolist(), strict=True)
@@ -170,6 +177,7 @@ class BatchRunner:
             global_batch_size=self._global_batch_size,
             max_new_tokens=max_new_tokens,
             pad_token_id=module.pad_token_id,
+            placeholders=module.model.special_token_ids,
             group=groups.tp if groups else None,
         )
 
@@ -188,3 +196,10 @@ class BatchRunner:
             counted = int(count) if how["on_epoch"] else 1
             if counted:
                 self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
+
+
+def _on_any_rank(here: bool, *, device: torch.device) -> bool:
+    """Collective over the world."""
+    anywhere = torch.tensor(int(here), device=device)
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    return bool(anywhere)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ def greedy_decode(
     global_batch_size: int,
     max_new_tokens: int,
     pad_token_id: int,
+    placeholders: Mapping[str, int],
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
     """Write ``max_new_tokens`` tokens for every sample. Collective over the world.
@@ -49,11 +50,17 @@ def greedy_decode(
         global_batch_size: samples over all ranks.
         max_new_tokens: tokens to write.
         pad_token_id: stands where nothing is written yet; any text token does.
+        placeholders: encoder name -> the token that stands for its embeddings in a prompt. It is never written.
         group: the language module's tensor-parallel group; ``None`` on ranks without it.
 
     Returns:
         int64 ``[global_batch_size, max_new_tokens]`` by position in the global batch, on every rank.
+
+    Raises:
+        ValueError: if a placeholder comes after the prompt.
     """
+    for microbatch in microbatches:
+        _check_prompts(microbatch, placeholders)
     prompts = [_with_room(microbatch, max_new_tokens, pad_token_id) for microbatch in microbatches]
     lengths = [prompt_lengths(microbatch) for microbatch in microbatches]
     device = prompts[0]["input_ids"].device
@@ -62,7 +69,7 @@ def greedy_decode(
     def last_token(logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
         last = microbatch["prompt_lengths"] + step - 1
         rows = torch.arange(len(last), device=device)
-        return greedy_tokens(logits[rows, last], group)
+        return greedy_tokens(logits[rows, last], group, without=placeholders.values())
 
     for prompt, length in zip(prompts, lengths, strict=True):
         prompt["prompt_lengths"] = length
@@ -96,6 +103,19 @@ def gather_indices(microbatches: Sequence[Microbatch], *, global_batch_size: int
             indices[position] = -1 if filler else index
     dist.all_reduce(indices, op=dist.ReduceOp.MAX)
     return indices.tolist()
+
+
+def _check_prompts(microbatch: Microbatch, placeholders: Mapping[str, int]) -> None:
+    text = microbatch["input_ids"]
+    after = torch.arange(text.size(1), device=text.device) >= prompt_lengths(microbatch).unsqueeze(1)
+    for name, token in placeholders.items():
+        rows = ((text == token) & after).any(dim=1).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"Sample {microbatch['sample_indices'][rows[0]]}: a placeholder of {name!r} (token {token}) comes "
+                f"after the first token whose loss_mask is not 0. An answer is written after the tokens before that "
+                f"one, so they must hold all placeholders."
+            )
 
 
 def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int) -> Microbatch:

@@ -26,6 +26,8 @@ from lightning.pytorch.strategies.launchers.launcher import _Launcher
 # How long a rank that lost its fellows may take to report an error of its own.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
+# How long a rank that ends because of another one waits for that one to be named.
+_NAMING_SECONDS = 1.0
 # How long the others may take to clean up after all went well.
 _EXIT_SECONDS = 60.0
 
@@ -98,7 +100,8 @@ class ForkLauncher(_Launcher):
                 os.environ["LOCAL_RANK"] = str(local_rank)
                 self._children = {}
                 atexit.register(_leave_at_once)
-                threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+                first = self._environment.node_rank() * self._num_processes
+                threading.Thread(target=_end_with_parent, args=(parent, first), daemon=True).start()
                 return
             self._children[child] = local_rank
         gc.unfreeze()
@@ -108,24 +111,34 @@ class ForkLauncher(_Launcher):
     def _end_when_child_fails(self) -> None:
         """Watch the children; if one ends badly, give the others time to say why they stopped, then end all."""
         while self._children:
-            for child in tuple(self._children):
-                pid, status = os.waitpid(child, os.WNOHANG)
-                if pid == 0:
-                    continue
-                local_rank = self._children.pop(child)
-                if status != 0:
-                    code = os.waitstatus_to_exitcode(status)
-                    ended = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                    rank = self._environment.node_rank() * self._num_processes + local_rank
-                    print(f"Rank {rank} (process {child}) {ended}; ending the others.", file=sys.stderr)
-                    time.sleep(_GRACE_SECONDS)
-                    self.kill(signal.SIGKILL)
-                    os._exit(code if code > 0 else 1)
+            if ended := self._ended_badly():
+                # One that was killed may be seen to have ended after those that ended because of it.
+                time.sleep(_POLL_SECONDS)
+                ended |= self._ended_badly()
+                local_rank, child, code = min(ended, key=lambda each: (each[2] > 0, each[0]))
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+                rank = self._environment.node_rank() * self._num_processes + local_rank
+                print(f"Rank {rank} (process {child}) {how}; ending the others.", file=sys.stderr, flush=True)
+                time.sleep(_GRACE_SECONDS)
+                self.kill(signal.SIGKILL)
+                os._exit(code if code > 0 else 1)
             time.sleep(_POLL_SECONDS)
 
+    def _ended_badly(self) -> set[tuple[int, int, int]]:
+        """Take leave of the children that have ended: (local rank, process, exit code or minus the signal) if badly."""
+        ended = set()
+        for child in tuple(self._children):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                local_rank = self._children.pop(child)
+                if status != 0:
+                    ended.add((local_rank, child, os.waitstatus_to_exitcode(status)))
+        return ended
+
     def _wait_for_children(self) -> None:
-        # After an error here the others wait for this rank in some collective: they have nothing to add.
-        deadline = time.monotonic() + (0 if _failed() else _EXIT_SECONDS)
+        # After an error here the others wait for this rank in some collective: they have nothing to add. But the error
+        # may come of one that was killed, and that one is named by the thread that watches.
+        deadline = time.monotonic() + (_NAMING_SECONDS if _failed() else _EXIT_SECONDS)
         while self._children and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self.kill(signal.SIGKILL)
@@ -133,6 +146,8 @@ class ForkLauncher(_Launcher):
 
 def _leave_at_once() -> None:
     """In a forked rank, after its own clean-up: skip the interpreter's, which would copy and free every import."""
+    if _failed():
+        time.sleep(_NAMING_SECONDS)  # for the thread that watches the first rank
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if _failed() else 0)
@@ -143,10 +158,11 @@ def _failed() -> bool:
     return getattr(sys, "last_exc", None) is not None
 
 
-def _end_with_parent(parent: int) -> None:
-    """In a forked rank: end when the process that started it is gone."""
+def _end_with_parent(parent: int, rank: int) -> None:
+    """In a forked rank: end when the process that started it, the first rank of this node, is gone."""
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
+    print(f"Rank {rank} (process {parent}) is gone; ending.", file=sys.stderr, flush=True)
     time.sleep(_GRACE_SECONDS)
     os._exit(1)
 

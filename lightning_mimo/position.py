@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,38 +35,41 @@ def begin_where_learned(checkpoint: dict[str, Any], *, held: int, training: bool
     Returns:
         The changed copy, and the number of batches of the current epoch that are done.
     """
+    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
+    loop = checkpoint["loops"]["fit_loop"]
+    progress = loop["epoch_loop.batch_progress"]
     if not training:
-        checkpoint = _between_epochs(checkpoint)
+        _end_epoch(progress)
     elif held:
-        checkpoint = _rewind(checkpoint, held)
-    return checkpoint, _batches_done(checkpoint["loops"])
+        _rewind(progress, held)
+    _validate_again(loop["epoch_loop.val_loop.batch_progress"])
+    return checkpoint, 0 if progress["is_last_batch"] else progress["current"]["processed"]
 
 
-def _batches_done(loops: Mapping[str, Any]) -> int:
-    """Batches of the current epoch that are done, by what Lightning keeps of its fit loop."""
-    progress = loops["fit_loop"]["epoch_loop.batch_progress"]
-    return 0 if progress["is_last_batch"] else progress["current"]["processed"]
-
-
-def _between_epochs(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what Lightning keeps after training that ended with an epoch, so that the next one begins afresh.
+def _end_epoch(progress: dict[str, Any]) -> None:
+    """After training that ended with an epoch: the next one begins afresh.
 
     Left as it is, a run with ``max_steps`` would go on with one batch only of the next epoch.
     """
-    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if progress["is_last_batch"]:
         progress["current"].update(dict.fromkeys(progress["current"], 0))
         progress["is_last_batch"] = False
-    return checkpoint
 
 
-def _rewind(checkpoint: dict[str, Any], batches: int) -> dict[str, Any]:
-    """A copy of what Lightning keeps, as it was some batches before: none of them has been learned from yet."""
-    checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+def _rewind(progress: dict[str, Any], batches: int) -> None:
+    """As it was some batches before: none of them has been learned from yet."""
     for counters in (progress["current"], progress["total"]):
         done = counters["processed"] - batches
         counters.update(ready=done, started=done, processed=done, completed=done)
     progress["is_last_batch"] = False
-    return checkpoint
+
+
+def _validate_again(progress: dict[str, Any]) -> None:
+    """In the middle of a validation: its sums are not saved, so all of it is run again.
+
+    What is written is how Lightning recognizes a validation that was left during its first batch.
+    """
+    if progress["current"]["processed"] > progress["current"]["completed"]:
+        progress["current"].update(dict.fromkeys(progress["current"], 0))
+        progress["total"].update(ready=1, started=1, processed=0, completed=0)
+        progress["is_last_batch"] = False

@@ -1,7 +1,7 @@
 """A run that is told to end saves where it is and ends, on all ranks after the same step.
 
 Signals are noted only, and no collective happens inside of a handler: what each rank has noted travels with the
-collective that every step has anyway, so all ranks learn of it together.
+collective that every batch has anyway, so all ranks learn of it together.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -51,20 +52,40 @@ class Signals:
 
 
 class Preemption(pl.Callback):
-    """Added by MimoStrategy. Saves and ends after the step in which the ranks agreed to."""
+    """Added by MimoStrategy. Ends the run after the batch in which the ranks agreed to; training is saved before."""
 
     def __init__(self, must_stop: Callable[[], bool], environment: object) -> None:
         """
         Args:
-            must_stop: whether the step that just ended is the last one; the same on every rank.
+            must_stop: whether the batch that just ended is the last one; the same on every rank.
             environment: Lightning's ClusterEnvironment.
         """
         self._must_stop = must_stop
         self._environment = environment
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)
+
+    def on_predict_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._end_if_told(trainer)
+
+    def _end_if_told(self, trainer: pl.Trainer) -> None:
         if not self._must_stop():
             return
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._save(trainer)
+        else:
+            rank_zero_info("Told to end by a signal.")
+        trainer.strategy.barrier()
+        raise SIGTERMException
+
+    def _save(self, trainer: pl.Trainer) -> None:
         requeues = isinstance(self._environment, SLURMEnvironment) and self._environment.auto_requeue
         path = _hpc_path(trainer) if requeues else _beside_checkpoints(trainer)
         trainer.save_checkpoint(path)
@@ -73,8 +94,6 @@ class Preemption(pl.Callback):
         if requeues and trainer.is_global_zero:
             job = str(self._environment.job_id())
             subprocess.run(["scontrol", "requeue", job], check=False)
-        trainer.strategy.barrier()
-        raise SIGTERMException
 
 
 def _hpc_path(trainer: pl.Trainer) -> str:

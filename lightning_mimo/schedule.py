@@ -138,10 +138,18 @@ class GlobalBatchSchedule:
         return totals
 
     @torch.no_grad()
-    def evaluate(self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction) -> BatchTotals:
-        """Forward of all microbatches; arguments as for :meth:`train`."""
-        totals, _ = self._total(self._run(microbatches, forward, loss, forward_only=True), training=False)
-        return totals
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction, *, stop: bool = False
+    ) -> tuple[BatchTotals, bool]:
+        """Forward of all microbatches; arguments as for :meth:`train`.
+
+        Returns:
+            The totals, and whether any rank wants the run to end.
+        """
+        store = self._run(microbatches, forward, loss, forward_only=True)
+        stops = torch.full((1,), float(stop), dtype=torch.float64, device=torch.cuda.current_device())
+        totals, stops = self._total(store, training=False, and_also=stops)
+        return totals, bool(stops)
 
     @torch.no_grad()
     def predict(

@@ -333,6 +333,18 @@ class MimoStrategy(WorldStrategy):
         self._checkpoints.finish()
 
     @override
+    def on_validation_start(self) -> None:
+        self._signals.install(self.cluster_environment)
+
+    @override
+    def on_test_start(self) -> None:
+        self._signals.install(self.cluster_environment)
+
+    @override
+    def on_predict_start(self) -> None:
+        self._signals.install(self.cluster_environment)
+
+    @override
     def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         return self._runner.evaluate("val", self._module.validation_step, batch, batch_idx)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
@@ -39,18 +41,22 @@ def _token_losses_in_float64(logits: torch.Tensor, labels: torch.Tensor, group: 
 
 
 @torch.no_grad()
-def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup, *, without: Collection[int] = ()) -> torch.Tensor:
     """The most likely token everywhere, the lowest id where several are. Collective over the tensor-parallel group.
 
     Args:
         logits: ``[..., vocabulary / tp]``, this rank's part.
         group: the language module's tensor-parallel group.
+        without: tokens that are not to be chosen.
 
     Returns:
         int64 ``[...]``, the same on all ranks of the group.
     """
+    first = group.rank() * logits.size(-1)
+    if mine := [token - first for token in without if first <= token < first + logits.size(-1)]:
+        logits = logits.index_fill(-1, torch.tensor(mine, device=logits.device), -torch.inf)
     best, local = logits.max(dim=-1)
-    tokens = local + group.rank() * logits.size(-1)
+    tokens = local + first
     all_best, all_tokens = _gather(best, group), _gather(tokens, group)
     winner = all_best.argmax(dim=0, keepdim=True)
     return all_tokens.gather(0, winner).squeeze(0)

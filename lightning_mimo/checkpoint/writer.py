@@ -121,7 +121,7 @@ class CheckpointWriter:
 
 
 def _note(path: Path, rank: int, state: str) -> Path:
-    """How far a rank has come; the last one is empty, or says what was written."""
+    """How far a rank has come: empty until it says what was written."""
     return unfinished(path) / f"rank{rank:05d}.{state}"
 
 
@@ -129,11 +129,12 @@ def _write(path: Path, content: Content, rank: int, ranks: int, timeout: float) 
     writing = _note(path, rank, _WRITING)
     try:
         files = _write_files(unfinished(path), content, rank)
-        write_json(_note(path, rank, _WRITTEN), {"files": files, "parameters": parameters_in(content.pieces)})
+        write_json(writing, {"files": files, "parameters": parameters_in(content.pieces)})
     except Exception:
         writing.rename(_note(path, rank, _FAILED))
         raise
-    writing.unlink()
+    # The last that this rank does here: rank 0 may rename the directory from now on.
+    writing.rename(_note(path, rank, _WRITTEN))
     if rank == 0:
         _finish(path, content, ranks, timeout)
 

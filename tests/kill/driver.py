@@ -35,7 +35,7 @@ class Kill:
         in_save: whether a checkpoint was being written.
         step: of the checkpoint that was there afterwards; 0 for none.
         seconds: until the last process of the run had ended.
-        told: whether a rank that is not the first one was named by the others.
+        told: whether the others named it.
     """
 
     rank: int
@@ -90,8 +90,8 @@ def strike(folder: Path, process: subprocess.Popen[str], draw: random.Random) ->
             time.sleep(0.02)
     seconds = time.monotonic() - begun
     log = (folder / "log").read_text()
-    told = f"Rank {rank} (process {pids[rank]}) was killed by signal 9" in log
-    return Kill(rank=rank, in_save=in_save, step=last_step(folder), seconds=seconds, told=told or rank == 0)
+    told = f"Rank {rank} (process {pids[rank]}) {'was killed by signal 9' if rank else 'is gone'}" in log
+    return Kill(rank=rank, in_save=in_save, step=last_step(folder), seconds=seconds, told=told)
 
 
 def alive(pid: int) -> bool:

@@ -274,6 +274,8 @@ def _answer_plainly(model: Any, batch: dict[str, Any], group: Any, *, new_tokens
             logits = model.language_model(
                 input_ids=None, position_ids=None, attention_mask=None, decoder_input=combined
             )
-            tokens.append(int(logits[0, -1].argmax()))
+            last = logits[0, -1].clone()
+            last[IMAGE] = -torch.inf  # stands for an embedding, and none belongs to an answer
+            tokens.append(int(last.argmax()))
         answers.append(tokens[length:])
     return answers

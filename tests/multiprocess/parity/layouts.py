@@ -139,6 +139,7 @@ def train(
     *,
     module: ParityModule | None = None,
     dataset: Dataset | None = None,
+    validation: Dataset | None = None,
     callbacks: Sequence[pl.Callback] = (),
     strategy_options: Mapping[str, Any] | None = None,
     logger: Logger | bool = False,
@@ -152,6 +153,7 @@ def train(
         layout: on which ranks.
         module: in the place of a plain ParityModule.
         dataset: in the place of the task's samples.
+        validation: what is validated on, if anything.
         callbacks: of the Trainer, before the recorder.
         strategy_options: further arguments of MimoStrategy.
         logger: of the Trainer.
@@ -185,7 +187,8 @@ def train(
     )
     module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
     loader = DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch)
-    trainer.fit(module, loader, ckpt_path=ckpt_path)
+    held_out = None if validation is None else DataLoader(validation, batch_size=task.batch)
+    trainer.fit(module, loader, held_out, ckpt_path=ckpt_path)
     return recorder, module, strategy
 
 
