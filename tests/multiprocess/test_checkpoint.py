@@ -15,13 +15,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
+from lightning_mimo import MimoPrecision, MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.checkpoint.directory import describe_file, read_manifest
 from lightning_mimo.initialization import cut_shard
 from tests.multiprocess.parity.cases import OVERLAP, apart, task, together
-from tests.multiprocess.parity.layouts import Layout, parameters, train, weights
-from tests.multiprocess.parity.model import Samples
+from tests.multiprocess.parity.layouts import Layout, PoolEnvironment, parameters, train, weights
+from tests.multiprocess.parity.model import ParityModule, PicturesSoundsAndText, Samples
 from tests.multiprocess.parity.oracle import Task, Tensors, truth
 from tests.multiprocess.rank_pool import RankFailure, RankPool
 
@@ -37,6 +39,7 @@ LAYOUTS = {
 RUN = task(samples=Samples(number=36), steps=5)
 SAVED_AFTER = 2
 EXACT = 1e-10
+HELD_OUT = Samples(number=30)
 APART = LAYOUTS["images_dp2-language_tp2"]
 
 
@@ -217,6 +220,63 @@ def test_saving_behind_the_training_changes_nothing(rank_pool: RankPool, tmp_pat
     rest = rank_pool.run(resume, run, layout, behind, world_size=4)
     for (_, tensors), (_, tensors_after) in zip(whole, rest, strict=True):
         assert all(torch.equal(tensor, tensors_after[name]) for name, tensor in tensors.items())
+
+
+# ---- weights only, and evaluation from a checkpoint
+
+
+class SaveWeights(pl.Callback):
+    """Saves weights only, and all, after the last step."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        trainer.save_checkpoint(f"{self._folder}/weights.ckpt", weights_only=True)
+        trainer.save_checkpoint(f"{self._folder}/all.ckpt")
+
+
+def train_and_validate(layout: Layout, folder: str) -> float:
+    _, module, strategy = train(RUN, layout, callbacks=[SaveWeights(folder)])
+    loader = DataLoader(PicturesSoundsAndText(HELD_OUT), batch_size=RUN.batch)
+    metrics = module.trainer.validate(module, loader, verbose=False)
+    strategy.infra.destroy()
+    return metrics[0]["val/loss"]
+
+
+def validate_from(layout: Layout, *paths: str) -> list[float]:
+    """Validation losses of checkpoints, in a run that does nothing else."""
+    losses = []
+    for path in paths:
+        torch.manual_seed(1)  # other weights than those that were trained from
+        strategy = MimoStrategy(
+            dict(layout.modules),
+            RUN.batch,
+            colocate=layout.colocate,
+            precision_plugin=MimoPrecision(RUN.precision),
+            cluster_environment=PoolEnvironment(),
+        )
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=layout.ranks, strategy=strategy, logger=False, enable_progress_bar=False
+        )
+        loader = DataLoader(PicturesSoundsAndText(HELD_OUT), batch_size=RUN.batch)
+        losses.append(trainer.validate(ParityModule(RUN.model), loader, ckpt_path=path, verbose=False)[0]["val/loss"])
+        strategy.infra.destroy()
+    return losses
+
+
+def test_any_layout_validates_what_another_one_trained(rank_pool: RankPool, tmp_path: Path) -> None:
+    weights_only, everything = str(tmp_path / "weights.ckpt"), str(tmp_path / "all.ckpt")
+    expected = rank_pool.run(train_and_validate, APART, str(tmp_path), world_size=4)[0]
+    for layout in (together(Cut(dp=2), Cut(tp=2)), apart(Cut(tp=2), Cut(pp=2))):
+        found = rank_pool.run(validate_from, layout, weights_only, everything, world_size=layout.ranks)
+        assert all(losses == pytest.approx([expected, expected], rel=1e-6) for losses in found)
+    assert _size(tmp_path / "weights.ckpt") < _size(tmp_path / "all.ckpt") / 2
+    refused(rank_pool, r"it holds weights only, so training cannot go on from it", RUN, tmp_path / "weights.ckpt")
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 # ---- what Lightning's own callbacks do
