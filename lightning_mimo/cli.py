@@ -160,8 +160,10 @@ def _run_lightning() -> None:
     import lightning.pytorch as pl
     from lightning.pytorch.cli import LightningCLI
 
+    from lightning_mimo.cluster import check_slurm_tasks
     from lightning_mimo.module import MimoModule
 
+    check_slurm_tasks()
     LightningCLI(
         MimoModule,
         pl.LightningDataModule,

@@ -23,6 +23,9 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
 
+from lightning_mimo.cluster import check_ranks, first_rank_speaks, name_options
+from lightning_mimo.parallelism import LayoutError
+
 # How long a rank that lost its fellows may take to report an error of its own.
 _GRACE_SECONDS = 10.0
 _POLL_SECONDS = 0.2
@@ -67,8 +70,14 @@ class ForkLauncher(_Launcher):
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         """Start the other ranks of this node, unless something else does, and call ``function`` in each."""
-        self._validate()
-        self._environment.validate_settings(num_devices=self._num_processes, num_nodes=self._num_nodes)
+        environment = self._environment
+        with first_rank_speaks(environment):
+            check_ranks(environment, num_nodes=self._num_nodes, devices=self._num_processes)
+            try:
+                self._validate()
+            except LayoutError as error:
+                raise LayoutError(f"{error}{name_options(environment)}") from None
+        environment.validate_settings(num_devices=self._num_processes, num_nodes=self._num_nodes)
         if not self._environment.creates_processes_externally:
             self._fork()
         _set_num_threads_if_needed(num_processes=self._num_processes)

@@ -7,7 +7,6 @@ collective that every batch has anyway, so all ranks learn of it together.
 from __future__ import annotations
 
 import signal
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,26 @@ import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+
+from lightning_mimo.cluster import requeue_job
 
 _NAME = "last-preempted.ckpt"
 """``fit(ckpt_path="last")`` finds it beside the checkpoints of ModelCheckpoint."""
 
 
 class Signals:
-    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while it is installed."""
+    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while it is installed.
+
+    Attributes:
+        received: the last one.
+        requeue: whether the one before the time is up was among them. SIGTERM alone also comes with ``scancel``, and a
+            job that somebody has cancelled must not come back.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.requeue = False
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self, environment: object) -> None:
@@ -46,21 +54,25 @@ class Signals:
             signal.signal(each, handler)
         self._before.clear()
         self.received = None
+        self.requeue = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        self.requeue |= self.received != signal.SIGTERM
 
 
 class Preemption(pl.Callback):
     """Added by MimoStrategy. Ends the run after the batch in which the ranks agreed to; training is saved before."""
 
-    def __init__(self, must_stop: Callable[[], bool], environment: object) -> None:
+    def __init__(self, must_stop: Callable[[], bool], signals: Signals, environment: object) -> None:
         """
         Args:
             must_stop: whether the batch that just ended is the last one; the same on every rank.
+            signals: what this rank was told.
             environment: Lightning's ClusterEnvironment.
         """
         self._must_stop = must_stop
+        self._signals = signals
         self._environment = environment
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
@@ -78,22 +90,30 @@ class Preemption(pl.Callback):
     def _end_if_told(self, trainer: pl.Trainer) -> None:
         if not self._must_stop():
             return
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and not trainer.sanity_checking:
             self._save(trainer)
         else:
             rank_zero_info("Told to end by a signal.")
+        if fitting:
+            self._requeue(trainer)
         trainer.strategy.barrier()
         raise SIGTERMException
 
     def _save(self, trainer: pl.Trainer) -> None:
-        requeues = isinstance(self._environment, SLURMEnvironment) and self._environment.auto_requeue
-        path = _hpc_path(trainer) if requeues else _beside_checkpoints(trainer)
+        path = _hpc_path(trainer) if self._requeues else _beside_checkpoints(trainer)
         trainer.save_checkpoint(path)
         trainer.strategy.finish_saving()
         rank_zero_info(f"Told to end by a signal: saved {path} after step {trainer.global_step}.")
-        if requeues and trainer.is_global_zero:
-            job = str(self._environment.job_id())
-            subprocess.run(["scontrol", "requeue", job], check=False)
+
+    def _requeue(self, trainer: pl.Trainer) -> None:
+        asked = trainer.strategy.reduce_boolean_decision(self._signals.requeue, all=False)
+        if asked and self._requeues and trainer.is_global_zero and (problem := requeue_job()) is not None:
+            rank_zero_warn(f"The job will not go on by itself: {problem}. Submit it again to go on.")
+
+    @property
+    def _requeues(self) -> bool:
+        return isinstance(self._environment, SLURMEnvironment) and self._environment.auto_requeue
 
 
 def _hpc_path(trainer: pl.Trainer) -> str:

@@ -174,7 +174,7 @@ class MimoStrategy(WorldStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None
-        if can_fork(self.parallel_devices[0]):
+        if self.cluster_environment.creates_processes_externally or can_fork(self.parallel_devices[0]):
             self._launcher = ForkLauncher(
                 self.cluster_environment,
                 num_processes=self.num_processes,
@@ -247,7 +247,9 @@ class MimoStrategy(WorldStrategy):
             signals=self._signals,
         )
         if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
-            trainer.callbacks.append(Preemption(lambda: self._runner.must_stop, self.cluster_environment))
+            trainer.callbacks.append(
+                Preemption(lambda: self._runner.must_stop, self._signals, self.cluster_environment)
+            )
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
