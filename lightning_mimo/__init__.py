@@ -11,10 +11,10 @@ The package is built in rings; a file imports from its own ring or from one furt
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
             sample_check, cpu, checkpoint/, models/
-    ring 2  module, data, precision, launcher,         Lightning: what users subclass and what the Trainer calls
-            preemption, position, batch_runner,
-            run_checkpoints, run_data, world_strategy,
-            strategy
+    ring 2  cluster, module, data, precision,          Lightning: what users subclass and what the Trainer calls
+            launcher, preemption, position,
+            batch_runner, run_checkpoints, run_data,
+            world_strategy, strategy
     ring 3  cli                                        the command line
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.

@@ -126,8 +126,8 @@ def check_ranks(environment: ClusterEnvironment, *, num_nodes: int, devices: int
     """
     if isinstance(environment, LightningEnvironment) and num_nodes > 1 and (missing := _ByHand().missing):
         raise LayoutError(
-            f"trainer.num_nodes={num_nodes}, but nothing starts the command on the other nodes. Put srun or torchrun in "
-            f"front of it; to start it by hand on each node, set {', '.join(missing)} there."
+            f"trainer.num_nodes={num_nodes}, but nothing starts the command on the other nodes. Put srun or torchrun "
+            f"in front of it; to start it by hand on each node, set {', '.join(missing)} there."
         )
     started = _started(environment)
     if started is None or started.per_node == [devices] * num_nodes:
