@@ -76,6 +76,9 @@ class Preemption(pl.Callback):
         self._environment = environment
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if self._must_stop():
+            # What the step has logged: Lightning would write it down after this hook only.
+            trainer._logger_connector.update_train_step_metrics()
         self._end_if_told(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
