@@ -94,10 +94,13 @@ class Slurm:
         words = self.run("scontrol", "--oneliner", "show", "job", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, number: int, *, seconds: float = 300) -> dict[str, str]:
-        """Until a job has ended for good."""
-        ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        until(lambda: self.job(number)["JobState"] in ends, seconds, what=f"the end of job {number}")
+    def has_ended(self, number: int) -> bool:
+        """Whether a job has ended for good."""
+        return self.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+    def wait(self, number: int, *, seconds: float = 400) -> dict[str, str]:
+        """Until a job has ended for good; what Slurm says of it then."""
+        until(lambda: self.has_ended(number), seconds, what=f"the end of job {number}")
         return self.job(number)
 
     def stop(self) -> None:

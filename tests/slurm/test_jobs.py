@@ -28,9 +28,19 @@ def submit(cluster: Slurm, folder: Path, *, pause: float = 0.0) -> int:
     return cluster.submit(SCRIPT, CONFIG, *shortened(folder, pause=pause), options=options, **address)
 
 
-def wait_for_step(folder: Path, step: int) -> None:
-    reached = folder / "step"
-    until(lambda: reached.exists() and int(reached.read_text() or 0) >= step, 300, what=f"step {step}")
+def wait_for_step(cluster: Slurm, number: int, folder: Path, step: int) -> None:
+    """Until a job has come to a step.
+
+    Raises:
+        AssertionError: with its log, if it ends before.
+    """
+    file = folder / "step"
+
+    def reached() -> bool:
+        return file.exists() and int(file.read_text() or 0) >= step
+
+    until(lambda: reached() or cluster.has_ended(number), 400, what=f"step {step}")
+    assert reached(), (folder / "log").read_text()
 
 
 def test_two_nodes_train_what_one_does(cluster: Slurm, one_node: Path, tmp_path: Path) -> None:
@@ -43,7 +53,7 @@ def test_job_that_is_told_to_end_is_queued_again_and_ends_as_if_left_alone(
     cluster: Slurm, one_node: Path, tmp_path: Path
 ) -> None:
     number = submit(cluster, tmp_path, pause=0.3)
-    wait_for_step(tmp_path, 5)
+    wait_for_step(cluster, number, tmp_path, 5)
     cluster.run("scancel", "--signal=USR1", str(number))
     until(lambda: cluster.job(number)["Restarts"] == "1", 60, what="the requeue")
     job = cluster.wait(number)
@@ -61,7 +71,7 @@ def test_job_that_is_told_to_end_is_queued_again_and_ends_as_if_left_alone(
 
 def test_cancelled_job_saves_and_does_not_come_back(cluster: Slurm, tmp_path: Path) -> None:
     number = submit(cluster, tmp_path, pause=0.3)
-    wait_for_step(tmp_path, 2)
+    wait_for_step(cluster, number, tmp_path, 2)
     cluster.run("scancel", str(number))
     job = cluster.wait(number)
     saved = tmp_path / "root" / "hpc_ckpt_1.ckpt"
@@ -73,7 +83,7 @@ def test_cancelled_job_saves_and_does_not_come_back(cluster: Slurm, tmp_path: Pa
 
 def test_task_that_is_killed_ends_the_job_and_is_named(cluster: Slurm, tmp_path: Path) -> None:
     number = submit(cluster, tmp_path, pause=0.3)
-    wait_for_step(tmp_path, 2)
+    wait_for_step(cluster, number, tmp_path, 2)
     os.kill(int((tmp_path / "pid2").read_text()), signal.SIGKILL)
     job = cluster.wait(number, seconds=60)
     assert job["JobState"] == "FAILED"
