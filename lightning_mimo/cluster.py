@@ -94,8 +94,8 @@ def check_slurm_tasks() -> None:
         LayoutError: saying how to start it.
     """
     slurm = _Slurm()
-    if not slurm.detect():
-        return
+    if TorchElasticEnvironment.detect() or not slurm.detect():
+        return  # torchrun inside of a job starts its own ranks
     tasks, total = slurm.tasks_per_node, slurm.world_size()
     with first_rank_speaks(slurm):
         if not slurm.is_task and total > 1:

@@ -18,7 +18,7 @@ TASK = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_N
 
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "SLURM_JOB_NAME", *TASK):
+    for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "SLURM_JOB_NAME", *TASK):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -101,6 +101,8 @@ def test_job_script_without_srun_is_refused_in_place_of_waiting(monkeypatch: pyt
         check_slurm_tasks()
     with pytest.raises(LayoutError, match="srun started 1 node with 1 rank, but"):
         check_ranks(SLURMEnvironment(), num_nodes=2, devices=2)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")  # as torchrun sets it
+    check_slurm_tasks()
 
 
 def test_ntasks_alone_is_not_enough_for_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
