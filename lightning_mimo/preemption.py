@@ -49,9 +49,13 @@ class Signals:
                 self._before[each] = signal.signal(each, self._note)
 
     def remove(self) -> None:
-        """Put back what was there before."""
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        """Put back what was there before; not in a run that was told to end, which may be told once more.
+
+        Lightning's handler would broadcast then, to ranks that have ended. It puts back the process's handlers itself.
+        """
+        if self.received is None:
+            for each, handler in self._before.items():
+                signal.signal(each, handler)
         self._before.clear()
         self.received = None
         self.requeue = False
