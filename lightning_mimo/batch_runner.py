@@ -21,6 +21,8 @@ from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
+from lightning_mimo.spans import Span
+from lightning_mimo.telemetry import Telemetry
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""
@@ -34,6 +36,8 @@ class BatchRunner:
     Attributes:
         hold: whether more batches of the same accumulation window follow the next one.
         must_stop: whether the run is to end after the batch that was the last one; the same on every rank.
+        telemetry: what is to be logged of the modules after this step; the same on every rank.
+        listeners: are given the spans of every step when it is done.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class BatchRunner:
         check_samples: str,
         on_nonfinite: str,
         signals: Signals,
+        telemetry: bool,
     ) -> None:
         """Collective over the world: builds the bridges.
 
@@ -57,9 +62,14 @@ class BatchRunner:
             check_samples: as for MimoStrategy.
             on_nonfinite: as for MimoStrategy.
             signals: what this rank was told.
+            telemetry: whether to find out what each module does.
         """
         self.hold = False
         self.must_stop = False
+        self.telemetry: dict[str, float] = {}
+        self.listeners: list[Callable[[list[Span]], None]] = []
+        self._telemetry = Telemetry(infra, device) if telemetry else None
+        self._step_ended = 0.0
         self._signals = signals
         self._module = module
         self._infra = infra
@@ -86,12 +96,15 @@ class BatchRunner:
             self._window = generators() if self.hold else {}
         optimizer.outcome = None
         self._last = batch, batch_idx
+        self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
+        self._step_ended = self._step_ended or time.perf_counter()
         totals = self._schedule.train(
             batch,
             self._training_step(batch_idx),
             self._module.loss,
             optimizer=None if self.hold else optimizer.mimo,
             stop=self._signals.received is not None,
+            also=self._figures_to_share(batch),
         )
         self._losses.append((batch_idx, totals.loss))
         now = time.perf_counter()
@@ -110,6 +123,7 @@ class BatchRunner:
         """
         self._window = None
         self.must_stop = outcome.stop
+        self._account_for_step(outcome)
         (batch, batch_idx), self._last = self._last, None
         losses, self._losses = self._losses, []
         if outcome.updated or outcome.overflow:
@@ -130,6 +144,25 @@ class BatchRunner:
             f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
         )
 
+    def _figures_to_share(self, batch: Batch) -> torch.Tensor | None:
+        """What the other ranks are to learn of this one with the step, if it is one of those that are logged."""
+        if self._telemetry is None:
+            return None
+        self._telemetry.count(batch)
+        trainer = self._module.trainer
+        # By this count alone, not by trainer.should_stop, which may come to the ranks one after the other.
+        steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
+        return None if self.hold or not every or steps % every else self._telemetry.figures()
+
+    def _account_for_step(self, outcome: StepOutcome) -> None:
+        spans, now = self._infra.spans.take(), time.perf_counter()
+        if self._telemetry is not None:
+            self.telemetry = self._telemetry.describe(outcome.also) if outcome.also else {}
+            self._telemetry.add(spans, now - self._step_ended)
+        self._step_ended = now
+        for listener in tuple(self.listeners):
+            listener(spans)
+
     @property
     def open_window(self) -> tuple[int, Generators | None]:
         """How many batches of an accumulation window are held, and what the generators were before the first one."""
@@ -144,7 +177,8 @@ class BatchRunner:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
         self._check_samples(batch, batch_idx)
-        self._step_started = 0.0  # or the next training step would be charged with the validation
+        self._step_started = self._step_ended = 0.0  # or the next training step would be charged with the validation
+        self._infra.spans.keep = False
         totals, self.must_stop = self._schedule.evaluate(
             batch,
             lambda microbatch: step(microbatch, batch_idx),

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.comm.colocated_communicator import BridgeDirection, ColocatedBridgeCommunicator
-from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
+from megatron.core.pipeline_parallel.bridge_communicator import CommRole
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.spans import BACKWARD, FORWARD, Spans, Work
+from lightning_mimo.transfers import RecordedBridge, RecordedP2P
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class ModalityCounts:
             )
 
 
-class SampleAlignedBridge(BridgeCommunicator):
+class SampleAlignedBridge(RecordedBridge):
     """A bridge between disjoint ranks that returns each encoder replica the gradient of just its own rows.
 
     Upstream splits the gradient into equal parts on the way back. Here the receiver remembers how many rows came from
@@ -94,6 +95,7 @@ class SampleAlignedBridge(BridgeCommunicator):
 
     def reset(self) -> None:
         """Forget what was received: a forward-only pass sends nothing back."""
+        super().reset()
         self._received_rows.clear()
 
     # Upstream receives into tensors that autograd follows, so backward would run through torch's broadcast, which has
@@ -134,18 +136,29 @@ class SampleAlignedBridge(BridgeCommunicator):
         return super()._split_tensor_at_batch_dim(aggregated_tensor, num_splits)
 
 
-class OneWayP2P(P2PCommunicator):
+class OneWayP2P(RecordedP2P):
     """Between pipeline stages of one module, where gradients of frozen stages do not travel back."""
 
-    def __init__(self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, *, to_previous: bool, to_next: bool):
+    def __init__(
+        self,
+        pp_group: dist.ProcessGroup,
+        config: ModelParallelConfig,
+        *,
+        to_previous: bool,
+        to_next: bool,
+        spans: Spans,
+        module: str,
+    ):
         """
         Args:
             pp_group: the module's pipeline stages.
             config: as for upstream's.
             to_previous: whether gradients go to the stage before.
             to_next: whether gradients come from the stage after.
+            spans: where transfers are recorded.
+            module: its name.
         """
-        super().__init__(pp_group, config)
+        super().__init__(pp_group, config, spans=spans, module=module)
         self._to_previous = to_previous
         self._to_next = to_next
 
@@ -186,6 +199,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             config: the language module's config; ``pipeline_dtype`` is the dtype on the wire.
         """
         self._stages = {name: sizes.pp for name, sizes in infra.layout.modules.items()}
+        self._spans = infra.spans
         super().__init__(
             infra.module_to_grid_map,
             infra.topology,
@@ -220,6 +234,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
                 self.config,
                 to_previous=rank.pp_rank > 0 and needs_gradient(name, rank.pp_rank - 1),
                 to_next=needs_gradient(name, rank.pp_rank),
+                spans=self._spans,
+                module=name,
             )
 
     def _build_bridge_comms(self) -> None:
@@ -234,6 +250,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
                         src_module_name=source,
                         dest_module_name=destination,
                         tensor_ndim=self.module_output_ndim[source],
+                        spans=self._spans,
                     )
                 )
 
@@ -241,6 +258,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         """Forget what a forward-only pass left behind. Call it before every pass."""
         for bridge in self.bridge_comms:
             bridge.reset()
+        for rank in self.rank_module_map.values():
+            rank.p2p_communicator.reset()
 
 
 class SampleAlignedColocatedBridge(ColocatedBridgeCommunicator):
@@ -255,6 +274,18 @@ class SampleAlignedColocatedBridge(ColocatedBridgeCommunicator):
             dest_module_name=LANGUAGE,
             dim_mapping={"b": 0, "h": 1},
         )
+        self._spans = infra.spans
+        peers = () if self.gather_pg is None else tuple(dist.get_process_group_ranks(self.gather_pg))
+        self._works = {
+            direction: Work(
+                kind="bridge",
+                words=f"exchange {module} -> {LANGUAGE}, {direction}",
+                module=module,
+                edge=f"{module} -> {LANGUAGE}",
+                peers=tuple(peer for peer in peers if peer != self.current_rank),
+            )
+            for direction in (FORWARD, BACKWARD)
+        }
 
     def communicate(self, tensor: torch.Tensor, rows_per_sample: Sequence[int] | None = None) -> torch.Tensor:
         """Bring an encoder's rows to the ranks whose language replica holds their samples.
@@ -274,16 +305,24 @@ class SampleAlignedColocatedBridge(ColocatedBridgeCommunicator):
         mapping = self.rank_to_src_pos if self.is_fan_in() else self.rank_to_dest_pos
         slot = mapping[self.current_rank][0] % self.scale
         function = _GatherRows if self.is_fan_in() else _TakeRows
-        return function.apply(tensor, sizes, slot, self.gather_pg)
+        return function.apply(tensor, sizes, slot, self._gather)
+
+    def _gather(self, tensor: torch.Tensor, sizes: list[int], direction: str) -> torch.Tensor:
+        with self._spans.span(self._works[direction]):
+            return _all_gather_rows(tensor, sizes, self.gather_pg)
+
+
+Gather = Callable[[torch.Tensor, list[int], str], torch.Tensor]
+"""``(rows, rows of each member, direction)`` -> the rows of all members of a group."""
 
 
 class _GatherRows(torch.autograd.Function):
     """Rows of all members of a group, in group order; backward keeps this member's."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, gather: Gather) -> torch.Tensor:
         ctx.start, ctx.length = sum(sizes[:slot]), sizes[slot]
-        return _all_gather_rows(tensor, sizes, group)
+        return gather(tensor, sizes, FORWARD)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
@@ -294,13 +333,13 @@ class _TakeRows(torch.autograd.Function):
     """This member's rows; backward collects the gradients of the rows that the other members took."""
 
     @staticmethod
-    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.sizes, ctx.group = sizes, group
+    def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, gather: Gather) -> torch.Tensor:
+        ctx.sizes, ctx.gather = sizes, gather
         return tensor.narrow(0, sum(sizes[:slot]), sizes[slot]).contiguous()
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        return _all_gather_rows(gradient, ctx.sizes, ctx.group), None, None, None
+        return ctx.gather(gradient, ctx.sizes, BACKWARD), None, None, None
 
 
 def _all_gather_rows(tensor: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:

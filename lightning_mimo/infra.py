@@ -7,6 +7,7 @@ The only owner of process groups in this package. Everything below and beside it
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
@@ -16,6 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import DENSE_AXES, EXPERT_AXES, LANGUAGE, ModuleParallelism
+from lightning_mimo.spans import Spans
 
 EXPERT_VIEW = "expert"
 """Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""
@@ -51,6 +53,7 @@ class MimoModelInfra:
         topology: module name -> names of the modules it feeds: ``{"images": ["language"], "language": []}``.
         pg_collections: module name -> process groups, only for modules this rank takes part in.
         participating_modules: names of those modules.
+        spans: what this rank does is recorded here.
     """
 
     layout: MimoLayout
@@ -58,11 +61,12 @@ class MimoModelInfra:
     topology: dict[str, list[str]]
     pg_collections: dict[str, ProcessGroupCollection]
     participating_modules: list[str]
+    spans: Spans = field(default_factory=Spans, repr=False)
     _extra_groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
     _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
 
     @classmethod
-    def build(cls, layout: MimoLayout, *, backend: str | None = None) -> MimoModelInfra:
+    def build(cls, layout: MimoLayout, *, backend: str | None = None, spans: Spans | None = None) -> MimoModelInfra:
         """Create the grids and groups of a layout.
 
         Collective over the world: every rank must call it, with the same layout. torch.distributed must be
@@ -71,6 +75,7 @@ class MimoModelInfra:
         Args:
             layout: a resolved layout.
             backend: torch.distributed backend of the groups; ``None`` takes the default group's.
+            spans: where this rank records what it does; ``None`` makes one.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
         _forget_bridge_groups()
@@ -81,6 +86,7 @@ class MimoModelInfra:
             topology={name: [] if name == LANGUAGE else [LANGUAGE] for name in layout.modules},
             pg_collections={},
             participating_modules=list(layout.modules_on(dist.get_rank())),
+            spans=spans or Spans(),
         )
         for name, grid in grids.items():
             embedding_group = infra._build_embedding_group(name, grid)
@@ -95,6 +101,22 @@ class MimoModelInfra:
     def own(self, communicator: ColocatedBridgeCommunicator) -> None:
         """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
         self._communicators.append(communicator)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Let the groups of this rank, those of the bridges included, wait this long.
+
+        torch.distributed gives the timeout of the default group to no other, and megatron-core has none for bridges.
+        """
+        groups = {
+            *self._extra_groups,
+            *(group for each in self.pg_collections.values() for group in vars(each).values()),
+            *(each.gather_pg for each in self._communicators),
+            *BridgeCommunicator._broadcast_pg_cache.values(),
+            *BridgeCommunicator._bridge_pg_cache.values(),
+        }
+        for group in groups:
+            if isinstance(group, dist.ProcessGroup):
+                _set_timeout(timeout, group)
 
     def destroy(self) -> None:
         """Destroy every process group created here or handed over. Safe to call twice."""
@@ -121,6 +143,12 @@ class MimoModelInfra:
                 mine = group
                 self._extra_groups.append(group)
         return mine
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """By the name that it has in this version of torch."""
+    function = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    function(timeout, group)
 
 
 def _forget_bridge_groups() -> None:

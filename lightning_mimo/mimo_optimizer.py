@@ -28,6 +28,7 @@ class StepOutcome:
         stop: whether any rank wants the run to end after this step.
         loss: sum of the losses of the window's batches.
         part_norms: part -> norm of its gradients before clipping, infinite or nan where one of them is.
+        also: what else was added up over all ranks on the way.
     """
 
     updated: bool
@@ -35,6 +36,7 @@ class StepOutcome:
     stop: bool
     loss: float
     part_norms: Mapping[str, float]
+    also: Sequence[float] = ()
 
     @property
     def grad_norm(self) -> float:
@@ -93,6 +95,7 @@ class OneReadMimoOptimizer(MimoOptimizer):
         self.grad_scaler = _grad_scaler(config)
         self._clipping = [(limit, list(names)) for limit, names in clipping if limit > 0 and names]
         self._found: torch.Tensor | None = None  # ranks that want to stop, the loss, squared norms
+        self._also: torch.Tensor | None = None
         for _, optimizer in self._inner():
             optimizer.grad_scaler = None
 
@@ -123,15 +126,17 @@ class OneReadMimoOptimizer(MimoOptimizer):
                     squares[self.parts.index(group["part"])] += share * torch.stack(norms).double().square().sum()
         return squares
 
-    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor) -> None:
+    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor, also: torch.Tensor) -> None:
         """What all ranks together came to; the next :meth:`step` goes by it.
 
         Args:
             squares: float64 ``[parts]``, squared norms of the gradients as they now are.
             loss: float64 scalar, sum of the losses of the window's batches.
             stops: float64 scalar, how many ranks want the run to end.
+            also: float64 ``[n]``, figures to read to the host on the same occasion.
         """
         self._found = torch.cat([torch.stack([stops, loss]), squares])
+        self._also = also
 
     @torch.no_grad()
     def step(self) -> StepOutcome:
@@ -146,7 +151,8 @@ class OneReadMimoOptimizer(MimoOptimizer):
             for optimizer in inner:
                 optimizer.found_inf = (~is_finite).float()
             self.step_with_ready_grads()
-        stops, loss, *squares = found.tolist()
+        stops, loss, *rest = torch.cat([found, self._also]).tolist()
+        squares, also = rest[: len(self.parts)], rest[len(self.parts) :]
         updated = all(map(math.isfinite, (loss, *squares)))
         if updated and not decides_on_device:
             self.step_with_ready_grads()
@@ -154,7 +160,9 @@ class OneReadMimoOptimizer(MimoOptimizer):
         if self.grad_scaler is not None:
             self.grad_scaler.update(not updated)
         norms = {part: square**0.5 for part, square in zip(self.parts, squares, strict=True)}
-        return StepOutcome(updated=updated, overflow=overflow, stop=stops > 0, loss=loss, part_norms=norms)
+        return StepOutcome(
+            updated=updated, overflow=overflow, stop=stops > 0, loss=loss, part_norms=norms, also=tuple(also)
+        )
 
     def inner(self, module: str) -> Iterator[MegatronOptimizer]:
         """megatron-core's optimizers of one module on this rank."""

@@ -22,6 +22,7 @@ from megatron.core.utils import get_model_config
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.spans import Work
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +148,11 @@ def reduce_gradients(
 ) -> None:
     """The first half of :func:`finalize_model_grads_multimodule`: reduce over each module's own groups, unscaled."""
     for name, module in _by_name(infra, module_to_grid_tuple):
-        finalize_model_grads(
-            [module], None, pg_collection=infra.pg_collections[name], force_all_reduce=force_all_reduce
-        )
+        groups = infra.pg_collections[name]
+        replicas = tuple(rank for rank in dist.get_process_group_ranks(groups.dp_cp) if rank != dist.get_rank())
+        work = Work(kind="reduce", words=f"reduce the gradients of {name}", module=name, peers=replicas)
+        with infra.spans.span(work):
+            finalize_model_grads([module], None, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 
 def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> None:

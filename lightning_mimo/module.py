@@ -33,8 +33,8 @@ class MimoModule(pl.LightningModule):
     language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
 
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
-    so on for each module, ``train/skipped_steps``, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, and the metrics
-    of :meth:`loss`.
+    so on for each module, ``train/skipped_steps``, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, the metrics of
+    :meth:`loss`, and ``telemetry/images/compute_s`` and the like, see :class:`lightning_mimo.telemetry.Telemetry`.
     """
 
     def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:
@@ -200,6 +200,7 @@ class MimoModule(pl.LightningModule):
         if (outcome := optimizer.outcome) is None:
             return
         self.log("train/skipped_steps", float(optimizer.skipped_steps))
+        self.log_dict(self.trainer.strategy.telemetry)
         if outcome.updated:
             self.log("train/grad_norm", outcome.grad_norm)
             for name, norm in outcome.module_norms.items():

@@ -25,6 +25,9 @@ from lightning_mimo.param_groups import (
     megatron_overrides,
     pass_on,
 )
+from lightning_mimo.spans import Spans, Work
+
+_UPDATE = Work(kind="optimizer", words="update the weights")
 
 
 class MimoTorchOptimizer(torch.optim.Optimizer):
@@ -42,7 +45,12 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, mimo: OneReadMimoOptimizer, model: SampleAlignedMimoModel, param_groups: list[dict[str, Any]]
+        self,
+        mimo: OneReadMimoOptimizer,
+        model: SampleAlignedMimoModel,
+        param_groups: list[dict[str, Any]],
+        *,
+        spans: Spans,
     ) -> None:
         # __setstate__ sets up hooks and profiling as __init__ does, but leaves the groups as they are, and does not
         # refuse a rank whose parameters are all frozen.
@@ -52,6 +60,7 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         self.outcome: StepOutcome | None = None
         self.skipped_steps = 0
         self._model = model
+        self._spans = spans
         begin_gathering(model)
 
     @property
@@ -70,13 +79,14 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
             What the closure returned.
         """
         result = closure() if closure is not None else None
-        pass_on(self.param_groups, self.mimo.param_groups, self.config)
-        complete_gathering(self._model)
-        self.outcome = self.mimo.step()
-        # megatron-core has made param.grad an alias of DDP's gradient buffer. Left so, the next backward pass would add
-        # to the buffer twice: once through param.grad and once through DDP's hook.
-        self.mimo.zero_grad()
-        begin_gathering(self._model)
+        with self._spans.span(_UPDATE):
+            pass_on(self.param_groups, self.mimo.param_groups, self.config)
+            complete_gathering(self._model)
+            self.outcome = self.mimo.step()
+            # megatron-core has made param.grad an alias of DDP's gradient buffer. Left so, the next backward pass would
+            # add to the buffer twice: once through param.grad and once through DDP's hook.
+            self.mimo.zero_grad()
+            begin_gathering(self._model)
         self.skipped_steps += not self.outcome.updated
         return result
 
@@ -157,7 +167,7 @@ def build_optimizer(
         # optimizers, which megatron-core prefers where they are installed, have no such key.
         if "fused" in group:
             group["fused"] = True
-    return MimoTorchOptimizer(mimo, model, groups_for_schedulers(config, parts))
+    return MimoTorchOptimizer(mimo, model, groups_for_schedulers(config, parts), spans=infra.spans)
 
 
 def _clipping(config: OptimizerConfig, parts: Sequence[Part]) -> list[tuple[float, list[str]]]:

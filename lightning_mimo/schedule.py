@@ -14,6 +14,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from lightning_mimo.bridges import MimoPipelineCommunicator
+from lightning_mimo.compute_spans import ComputeSpans
 from lightning_mimo.gradient_flow import GradientFlow
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
@@ -26,12 +27,16 @@ from lightning_mimo.mimo_parallel_utils import (
 )
 from lightning_mimo.model import SampleAlignedMimoModel
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.spans import Work
 
 Microbatch = dict[str, Any]
 Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 """Metric name -> (sum, count), both scalars of one microbatch; the metric is sum / count over the global batch."""
 ForwardStep = Callable[[Microbatch], Any]
 LossFunction = Callable[[Any, Microbatch], tuple[torch.Tensor, torch.Tensor, Metrics]]
+
+_SUM = Work(kind="sum", words="add up losses and norms of all ranks")
+_NORMS = Work(kind="optimizer", words="take the norms of the gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class GlobalBatchSchedule:
         self._model = model
         self._infra = infra
         self._modules = get_module_to_grid_tuple(model, infra)
+        self._computing = ComputeSpans(model, infra)
         self._no_sync = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
         self._holding = False
         self._window_tokens: torch.Tensor | float = 0.0
@@ -104,6 +110,7 @@ class GlobalBatchSchedule:
         *,
         optimizer: OneReadMimoOptimizer | None,
         stop: bool = False,
+        also: torch.Tensor | None = None,
     ) -> BatchTotals:
         """Forward and backward of all microbatches.
 
@@ -116,6 +123,8 @@ class GlobalBatchSchedule:
                 They are then reduced and divided by the loss tokens of the whole window, and the optimizer is told
                 their norms. ``None`` keeps them unreduced, because more batches of the same window follow.
             stop: whether this rank wants the run to end after the window; the optimizer is told of it on every rank.
+            also: float64 ``[n]``, the same n on every rank: added up over all ranks on the way, and handed to the
+                optimizer, which reads it with everything else. Only with an optimizer.
         """
         self._holding = hold = optimizer is None
         config = self._model.config
@@ -125,8 +134,8 @@ class GlobalBatchSchedule:
         with self._no_sync() if hold else contextlib.nullcontext():
             store = self._run(microbatches, forward, loss, forward_only=False)
         # The one collective of a step over all ranks brings what was lost and learned from together.
-        also = None if hold else torch.nn.functional.pad(optimizer.gradient_squares(), (0, 1), value=float(stop))
-        totals, also = self._total(store, training=True, and_also=also)
+        own = None if hold else self._found_by_this_rank(optimizer, stop, also)
+        totals, found = self._total(store, training=True, and_also=own)
         self._window_tokens += totals.tokens
         self._window_loss += totals.loss * totals.tokens
         if not hold:
@@ -134,8 +143,18 @@ class GlobalBatchSchedule:
             for module, _ in self._modules:
                 # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
                 module.scale_gradients(scale)
-            optimizer.receive(squares=also[:-1] * scale.square(), loss=self._window_loss, stops=also[-1])
+            stops, squares, also = found.split([1, len(optimizer.parts), len(found) - 1 - len(optimizer.parts)])
+            optimizer.receive(squares=squares * scale.square(), loss=self._window_loss, stops=stops[0], also=also)
         return totals
+
+    def _found_by_this_rank(
+        self, optimizer: OneReadMimoOptimizer, stop: bool, also: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What is added up over all ranks beside the loss: whether to stop, squared norms, and what else there is."""
+        with self._infra.spans.span(_NORMS):
+            squares = optimizer.gradient_squares()
+            stops = squares.new_full((1,), float(stop))
+            return torch.cat([stops, squares] if also is None else [stops, squares, also.to(squares.device)])
 
     @torch.no_grad()
     def evaluate(
@@ -180,8 +199,12 @@ class GlobalBatchSchedule:
         def step(iterator, model):
             microbatch = next(iterator)
             self._cut_frozen_inputs()
-            return forward(microbatch), partial(_apply_loss, loss, microbatch)
+            with self._computing.forward():
+                output = forward(microbatch)
+            after = self._computing.around_loss(partial(_apply_loss, loss, microbatch))
+            return self._computing.output(output), after
 
+        self._computing.begin()
         groups = build_pg_collection_for_schedule(self._infra)
         arguments: dict[str, Any] = {"pg_collection": groups, "p2p_communicator": self._communicator}
         if self._communicator is None:
@@ -248,7 +271,8 @@ class GlobalBatchSchedule:
                 flat = [loss, tokens, *(value for name in names for value in metrics[name])]
                 totals += torch.stack([torch.as_tensor(v, device=device).detach().double().reshape(()) for v in flat])
         everything = totals if and_also is None else torch.cat([totals, and_also])
-        dist.all_reduce(everything)
+        with self._infra.spans.span(_SUM):
+            dist.all_reduce(everything)
         loss, tokens, *pairs = everything[: len(totals)].unbind()
         metrics = dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
         batch = BatchTotals(loss=loss / tokens.clamp(min=1), tokens=tokens, metrics=metrics)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, override
 
@@ -43,6 +45,8 @@ from lightning_mimo.preemption import Preemption, Signals
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
 from lightning_mimo.run_data import RunData
+from lightning_mimo.spans import clock_of
+from lightning_mimo.watchdog import Watchdog
 from lightning_mimo.world_strategy import WorldStrategy
 
 _CHOICES = {
@@ -78,6 +82,7 @@ class MimoStrategy(WorldStrategy):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         async_save: bool = False,
         on_save_error: Literal["raise", "warn"] = "raise",
+        telemetry: bool = True,
         ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -102,11 +107,13 @@ class MimoStrategy(WorldStrategy):
                 too large is no reason to stop: the step is left out and the scale halved.
             async_save: go on training while a checkpoint is being written; at most one is at a time.
             on_save_error: what to do where a checkpoint cannot be written: stop on all ranks, or warn and go on.
+            telemetry: log what each module does, see :class:`lightning_mimo.telemetry.Telemetry`.
             ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
                 always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
                 the precision.
             process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
-            timeout: how long a collective may wait for a rank.
+            timeout: how long a rank may wait for another, in a collective or a transfer. After it, every rank says
+                what it does and waits for, and the run ends with exit code 1.
             accelerator: as for every ParallelStrategy; set by the Trainer.
             parallel_devices: as for every ParallelStrategy; set by the Trainer.
             cluster_environment: as for every ParallelStrategy; set by the Trainer.
@@ -128,6 +135,7 @@ class MimoStrategy(WorldStrategy):
         self.on_nonfinite = on_nonfinite
         self.async_save = async_save
         self.on_save_error = on_save_error
+        self.log_telemetry = telemetry
         self.ddp = ddp
         self.infra: MimoModelInfra | None = None
         self.seed = 0
@@ -195,6 +203,7 @@ class MimoStrategy(WorldStrategy):
         reset_seed()
         self._open.enter_context(self._megatron_on_device())
         if self.infra is None:
+            self.spans.clock = clock_of(self.root_device)
             self._build_infra(layout)
         seed_megatron(layout, self.global_rank, seed=self.seed)
 
@@ -205,9 +214,10 @@ class MimoStrategy(WorldStrategy):
     def _build_infra(self, layout: MimoLayout) -> None:
         """Process groups, and each rank's share of the data. They outlive ``fit``, so that ``test`` can follow it."""
         backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout)
+        patience = Watchdog.patience_after(self._timeout)
+        _init_dist_connection(self.cluster_environment, backend, timeout=patience)
         self.seed = self.broadcast(torch.initial_seed() % 2**63)
-        self.infra = MimoModelInfra.build(layout)
+        self.infra = MimoModelInfra.build(layout, spans=self.spans)
         self._plan = RankBatchPlan.build(
             layout,
             self.global_rank,
@@ -245,7 +255,9 @@ class MimoStrategy(WorldStrategy):
             check_samples=self.check_samples,
             on_nonfinite=self.on_nonfinite,
             signals=self._signals,
+            telemetry=self.log_telemetry and trainer.state.fn == TrainerFn.FITTING,
         )
+        self._watch()
         if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
             trainer.callbacks.append(
                 Preemption(lambda: self._runner.must_stop, self._signals, self.cluster_environment)
@@ -253,6 +265,19 @@ class MimoStrategy(WorldStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+
+    def _watch(self) -> None:
+        """Watch over the waiting of this rank, now that all of its process groups exist."""
+        self.infra.set_timeout(Watchdog.patience_after(self._timeout))
+        kill = partial(self._launcher.kill, signal.SIGKILL)
+        watchdog = Watchdog(self.spans, self.infra.layout, timeout=self._timeout, end_children=kill)
+        watchdog.start()
+        self._open.callback(watchdog.stop)
+
+    @property
+    def telemetry(self) -> dict[str, float]:
+        """What is to be logged of the modules after this step, the same on every rank; empty where it is not."""
+        return self._runner.telemetry
 
     @override
     def model_to_device(self) -> None:

@@ -11,11 +11,26 @@ from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import ReduceOp
 
+from lightning_mimo.spans import Spans, Work
+
+_REDUCE = Work(kind="world", words="reduce a number over ranks, between steps")
+_BARRIER = Work(kind="world", words="pass a barrier of all ranks, between steps")
+_BROADCAST = Work(kind="world", words="receive what another rank tells all, between steps")
+
 
 class WorldStrategy(ParallelStrategy):
     """One process for each device of each node, and reductions over them; nothing about models."""
 
     num_nodes = 1  # set by the Trainer
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Args:
+            args: of ParallelStrategy.
+            kwargs: of ParallelStrategy.
+        """
+        super().__init__(*args, **kwargs)
+        self.spans = Spans()
 
     @property
     @override
@@ -43,7 +58,8 @@ class WorldStrategy(ParallelStrategy):
             return tensor
         mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
         op = reduce_op if isinstance(reduce_op, ReduceOp.RedOpType) and not mean else ReduceOp.SUM
-        dist.all_reduce(tensor, op=op, group=group)
+        with self.spans.span(_REDUCE):
+            dist.all_reduce(tensor, op=op, group=group)
         if mean:
             tensor = tensor / dist.get_world_size(group)
         return tensor
@@ -51,12 +67,14 @@ class WorldStrategy(ParallelStrategy):
     @override
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
-            dist.barrier()
+            with self.spans.span(_BARRIER):
+                dist.barrier()
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
         if not dist.is_initialized():
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src)
+        with self.spans.span(_BROADCAST):
+            dist.broadcast_object_list(box, src)
         return box[0]

@@ -1,0 +1,103 @@
+"""Spans around what a rank computes: forward and backward of each microbatch, by module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import Variable
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
+from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.spans import BACKWARD, FORWARD, Span, Work
+
+
+class ComputeSpans:
+    """Opens and closes them from inside of Megatron's schedule, which knows when it runs what, but does not tell.
+
+    A backward pass begins when the gradient of a module's output arrives, and ends with autograd's pass.
+    """
+
+    def __init__(self, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> None:
+        """
+        Args:
+            model: its encoders are watched for the rest of its life where they share ranks with the language module.
+            infra: has the recorder.
+        """
+        self._spans = infra.spans
+        names = infra.participating_modules
+        self._works = {
+            (kind, name): Work(kind=kind, words=f"{kind} of {name}", module=name)
+            for name in names
+            for kind in (FORWARD, BACKWARD)
+        }
+        self._loss = Work(kind=FORWARD, words="loss", module=LANGUAGE)
+        # Where modules share the ranks, what the language module and the bridges do not compute is theirs.
+        self._main = LANGUAGE if LANGUAGE in names else names[0]
+        self._microbatch = -1
+        self._backward: Span | None = None
+        self._forward: list[Span] = []
+        for name in names:
+            if name != self._main:
+                module, _ = module_and_name(model, name)
+                module.register_forward_pre_hook(partial(self._before_encoder, name))
+                module.register_forward_hook(partial(self._after_encoder, name))
+
+    def begin(self) -> None:
+        """The next microbatch is the first of a pass."""
+        self._microbatch = -1
+        self._backward = None
+        self._forward.clear()
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the forward pass of one microbatch."""
+        self._microbatch += 1
+        with self._spans.span(self._works[FORWARD, self._main], self._microbatch):
+            yield
+
+    def output(self, output: Any) -> Any:
+        """Watch the backward pass through what the forward pass returned, which is handed back."""
+        for name, tensor in output.items() if isinstance(output, dict) else ():
+            self._watch(name, tensor)
+        return output
+
+    def around_loss(self, loss: Callable[..., Any]) -> Callable[..., Any]:
+        """The loss function of the microbatch that was last run forward, recorded."""
+        microbatch = self._microbatch
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._spans.span(self._loss, microbatch):
+                result = loss(*args, **kwargs)
+            if isinstance(result, tuple):
+                self._watch(LANGUAGE, result[0])
+            return result
+
+        return call
+
+    def _watch(self, name: str, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(partial(self._begin_backward, self._works[BACKWARD, name], self._microbatch))
+
+    def _begin_backward(self, work: Work, microbatch: int, gradient: torch.Tensor) -> None:
+        if self._backward is None:
+            # The loss scale is part of the pass, but comes before; it is a multiplication.
+            Variable._execution_engine.queue_callback(self._end_backward)
+        else:
+            self._spans.end(self._backward)
+        self._backward = self._spans.begin(work, microbatch)
+
+    def _end_backward(self) -> None:
+        self._spans.end(self._backward)
+        self._backward = None
+
+    def _before_encoder(self, name: str, *args: Any) -> None:
+        self._forward.append(self._spans.begin(self._works[FORWARD, name], self._microbatch))
+
+    def _after_encoder(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
+        self._spans.end(self._forward.pop())
+        self._watch(name, output[0] if isinstance(output, tuple) else output)

@@ -1,0 +1,130 @@
+"""What each module does per step, from what every rank recorded: no collective, no barrier, no read of its own.
+
+A rank's figures of the steps since the last report travel with the one collective of the step that is logged, each in
+a place of its own, so that every rank knows those of all ranks.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.spans import COMPUTING, Span
+
+_KINDS = {"compute_s": COMPUTING, "bridge_s": ("bridge",), "pipeline_s": ("pipeline",), "reduce_s": ("reduce",)}
+_FIGURES = (*_KINDS, "memory", "samples", "tokens", "seconds", "steps")
+_MIB = 2**20
+
+
+class Telemetry:
+    """Adds up what this rank does, and says what all ranks together came to.
+
+    The figures, each for every module, under ``telemetry/<module>/``:
+
+    ``compute_s``: seconds per step in forward (with the loss) and backward, mean of the module's ranks; on CPUs
+    tensor-parallel and expert exchanges inside of them count as computing. ``bridge_s``, ``pipeline_s``, ``reduce_s``:
+    seconds per step in transfers to other modules, in transfers between stages, and in what is left of reducing
+    gradients when backward has ended, mean of the ranks that have any. Waiting and moving data are one here: neither
+    gloo nor NCCL tells when the other side came. ``samples_per_s``: samples with something for this module.
+    ``tokens_per_s``: for the language module, positions that it reads, padding included; for an encoder, embeddings
+    that it makes. ``peak_memory_mib``: largest of the module's ranks since the start; allocated by torch on a GPU,
+    resident (what it shares with other processes included) on a CPU.
+    """
+
+    def __init__(self, infra: MimoModelInfra, device: torch.device) -> None:
+        """
+        Args:
+            infra: layout and recorder.
+            device: of this rank.
+        """
+        self._layout = infra.layout
+        self._spans = infra.spans
+        self._device = device
+        self._places = [
+            (rank, name) for rank in range(infra.layout.world_size) for name in infra.layout.modules_on(rank)
+        ]
+        self._sums: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
+        self._in_window: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
+
+    def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
+        """A batch of the window that is running. Reads sizes only, no tensors."""
+        for name, sums in self._in_window.items():
+            place = self._layout.modules[name].coordinates(dist.get_rank())
+            if place["tp"] or place["pp"]:
+                continue  # each replica counts once
+            for microbatch in microbatches:
+                if name == LANGUAGE:
+                    sums["samples"] += microbatch["input_ids"].size(0)
+                    sums["tokens"] += microbatch["input_ids"].numel()
+                else:
+                    counts = microbatch["modality_counts"][name]
+                    sums["samples"] += sum(items > 0 for items in counts.items)
+                    sums["tokens"] += sum(counts.own_placeholders)
+
+    def add(self, spans: list[Span], seconds: float) -> None:
+        """A step is done.
+
+        Args:
+            spans: of the whole accumulation window.
+            seconds: since the step before.
+        """
+        own = self._spans.own_seconds(spans)
+        for name, sums in self._sums.items():
+            for figure, kinds in _KINDS.items():
+                sums[figure] += sum(own.get((kind, name), 0.0) for kind in kinds)
+            sums.update(self._in_window[name])
+            sums.update({"seconds": seconds, "steps": 1})
+            self._in_window[name].clear()
+
+    def figures(self) -> torch.Tensor:
+        """This rank's figures since the last call: float64 ``[ranks and their modules * figures]``, for a sum."""
+        numbers = torch.zeros(len(self._places), len(_FIGURES), dtype=torch.float64)
+        for place, (rank, name) in enumerate(self._places):
+            if rank == dist.get_rank():
+                sums = self._sums[name]
+                sums["memory"] = peak_memory(self._device)
+                numbers[place] = torch.tensor([sums[figure] for figure in _FIGURES], dtype=torch.float64)
+                sums.clear()
+        return numbers.flatten()
+
+    def describe(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Names and values to log, from the sum of :meth:`figures` over all ranks; nothing if no step was done."""
+        rows: dict[str, list[dict[str, float]]] = {}
+        for place, (_, name) in enumerate(self._places):
+            of_rank = numbers[place * len(_FIGURES) : (place + 1) * len(_FIGURES)]
+            rows.setdefault(name, []).append(dict(zip(_FIGURES, of_rank, strict=True)))
+        described = {}
+        for name, ranks in rows.items():
+            steps, seconds = ranks[0]["steps"], max(row["seconds"] for row in ranks)
+            if steps:
+                for figure, value in _of_module(ranks, steps, seconds).items():
+                    described[f"telemetry/{name}/{figure}"] = value
+        return described
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes, see :class:`Telemetry`."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    # Linux counts in KiB, macOS in bytes.
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _of_module(ranks: list[dict[str, float]], steps: float, seconds: float) -> dict[str, float]:
+    values = {}
+    for figure in _KINDS:
+        having = [row[figure] for row in ranks if row[figure] or figure == "compute_s"]
+        if having:
+            values[figure] = sum(having) / len(having) / steps
+    values["samples_per_s"] = sum(row["samples"] for row in ranks) / seconds
+    values["tokens_per_s"] = sum(row["tokens"] for row in ranks) / seconds
+    values["peak_memory_mib"] = max(row["memory"] for row in ranks) / _MIB
+    return values

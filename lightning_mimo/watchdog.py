@@ -1,0 +1,185 @@
+"""Says what every rank waits for when a run hangs, and ends it.
+
+One thread in each rank looks at what the rank has open, and nobody else is asked while all goes well. When a rank has
+waited for as long as the timeout, it says so under a key of torch.distributed's store; there, and not through process
+groups, which hang, the others find it, and one of them finds out which rank the others wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import PurePath
+from types import FrameType
+
+import torch.distributed as dist
+
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.spans import COMPUTING, Spans
+
+_FRAMES = 4
+_COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank says of itself.
+
+    Attributes:
+        waits: whether it waits for another rank.
+        words: what it does: ``has waited 30 s to ...`` or ``has been in ...``.
+    """
+
+    waits: bool
+    words: str
+
+
+class Watchdog:
+    """Watches one rank from a thread of its own, from :meth:`start` to :meth:`stop`."""
+
+    def __init__(
+        self, spans: Spans, layout: MimoLayout, *, timeout: timedelta, end_children: Callable[[], None]
+    ) -> None:
+        """
+        Args:
+            spans: what this rank records.
+            layout: which modules are on which ranks.
+            timeout: how long a rank may wait for another.
+            end_children: ends the ranks that this process started.
+        """
+        self._spans = spans
+        self._layout = layout
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._timeout = timeout.total_seconds()
+        self._end_children = end_children
+        # A clone has a connection of its own: the store's may be taken by a call that waits.
+        self._store = dist.PrefixStore("lightning_mimo/hang", dist.distributed_c10d._get_default_store().clone())
+        self._poll = min(1.0, self._timeout / 20)
+        self._quiet = min(10.0, self._timeout / 2)
+        self._stopped = threading.Event()
+        self._main = threading.get_ident()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="lightning-mimo-watchdog")
+
+    @staticmethod
+    def patience_after(timeout: timedelta) -> timedelta:
+        """How long process groups are to wait: so much longer that the watchdogs come first."""
+        return timeout + timedelta(seconds=60)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer. Needs no other rank."""
+        self._stopped.set()
+
+    def _watch(self) -> None:
+        changes, silent = -1, 0.0
+        before = time.monotonic()
+        while not self._stopped.wait(self._poll):
+            now = time.monotonic()
+            # A process that was stopped and goes on, or a machine that slept, has not waited for anybody.
+            passed, before = min(now - before, 2 * self._poll), now
+            silent = silent + passed if changes == self._spans.changes else 0.0
+            changes = self._spans.changes
+            waits = silent >= self._timeout and self._look(silent).waits
+            if waits or (silent >= self._quiet and self._others_report()):
+                self._end_run(silent)
+
+    def _others_report(self) -> bool:
+        try:
+            return self._store.check(["first"])
+        except RuntimeError:  # the process that keeps the store is gone, and the end of this one is on its way
+            return False
+
+    def _look(self, silent: float) -> Report:
+        """What this rank does at this moment."""
+        frame = sys._current_frames().get(self._main)
+        in_collective = _innermost_file(frame).endswith(_COLLECTIVE)
+        span = self._spans.current()
+        if span is None:
+            last = "nothing" if self._spans.last is None else str(self._spans.last)
+            verb = "waited" if in_collective else "not gone on"
+            return Report(waits=in_collective, words=f"has {verb} for {silent:.0f} s after: {last}; {_place(frame)}")
+        peers = f", {_preposition(span.work.words)} {_ranks(span.work.peers)}" if span.work.peers else ""
+        if span.work.kind not in COMPUTING:
+            return Report(waits=True, words=f"has waited {silent:.0f} s to {span}{peers}")
+        if in_collective:
+            return Report(waits=True, words=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
+        return Report(
+            waits=False, words=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
+        )
+
+    def _end_run(self, silent: float) -> None:
+        """Report, let one rank conclude, and leave. Does not return."""
+        report = self._look(silent)
+        self._say(f"{self._name(self._rank)} {report.words}.")
+        try:
+            self._store.set(str(self._rank), json.dumps([report.waits, report.words]))
+            if int(self._store.compare_set("first", "", str(self._rank))) == self._rank:
+                self._say(self._conclude())
+                self._store.set("concluded", "yes")
+            else:
+                self._wait_for(["concluded"])
+        except RuntimeError:
+            self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 is gone.")
+        # The process that started others first, or it would report that they ended.
+        time.sleep(0.5 if os.environ.get("LOCAL_RANK", "0") == "0" else 3.0)
+        self._end_children()
+        os._exit(1)
+
+    def _wait_for(self, keys: list[str]) -> None:
+        deadline = time.monotonic() + self._quiet + 2 * self._poll + 2
+        while time.monotonic() < deadline and not self._store.check(keys):
+            time.sleep(self._poll / 2)
+
+    def _conclude(self) -> str:
+        """Which ranks the others wait for, as far as it can be told."""
+        ranks = range(self._world_size)
+        self._wait_for([str(rank) for rank in ranks])
+        reports = {
+            rank: Report(waits=waits, words=words)
+            for rank in ranks
+            if self._store.check([str(rank)])
+            for waits, words in [json.loads(self._store.get(str(rank)))]
+        }
+        missing = [f"{self._name(rank)} does not answer" for rank in ranks if rank not in reports]
+        missing += [f"{self._name(rank)} {each.words}" for rank, each in reports.items() if not each.waits]
+        limit = f"MimoStrategy(timeout={self._timeout:g} s)"
+        if not missing:
+            return f"{limit}: all ranks wait for one another, so they do not run the same steps. Ending all ranks."
+        return f"{limit}: the others wait for {'; and for '.join(missing)}. Ending all ranks."
+
+    def _name(self, rank: int) -> str:
+        modules = self._layout.modules_on(rank)
+        stages = sorted({self._layout.modules[name].coordinates(rank)["pp"] for name in modules})
+        return f"rank {rank} ({' and '.join(modules)}, stage {' and '.join(map(str, stages))})"
+
+    @staticmethod
+    def _say(line: str) -> None:
+        # One call, so that the lines of several processes do not mix.
+        os.write(2, f"\n{line}".encode() + b"\n")
+
+
+def _preposition(words: str) -> str:
+    return {"receive": "from", "send": "to"}.get(words.partition(" ")[0], "with")
+
+
+def _ranks(ranks: tuple[int, ...]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _innermost_file(frame: FrameType | None) -> str:
+    return "" if frame is None else PurePath(frame.f_code.co_filename).as_posix()
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where a thread is, the innermost call first."""
+    calls = reversed(traceback.extract_stack(frame)[-_FRAMES:]) if frame is not None else ()
+    return "at " + " < ".join(f"{PurePath(call.filename).name}:{call.lineno} {call.name}" for call in calls)
