@@ -29,6 +29,9 @@ Batch = list[Microbatch]
 Step = Callable[[Microbatch, int], Any]
 """One of the user's steps: ``(microbatch, batch_idx)`` -> the model's output."""
 
+StepListener = Callable[[list[Span]], None]
+"""Is given what this rank recorded of an optimizer step."""
+
 
 class BatchRunner:
     """Runs global batches of one ``fit``, ``validate``, ``test`` or ``predict``. All methods are collective.
@@ -67,7 +70,7 @@ class BatchRunner:
         self.hold = False
         self.must_stop = False
         self.telemetry: dict[str, float] = {}
-        self.listeners: list[Callable[[list[Span]], None]] = []
+        self.listeners: list[StepListener] = []
         self._telemetry = Telemetry(infra, device) if telemetry else None
         self._step_ended = 0.0
         self._signals = signals

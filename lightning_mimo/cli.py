@@ -20,7 +20,7 @@ from lightning_mimo.picture import draw_layout
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
 
-  fit        train
+  fit        train; with --trace DIR also record one step over all ranks, as a picture and for Perfetto
   validate   evaluate on the validation data        test      on the test data
   predict    write the model's answers              layout    print which module sits on which ranks; starts nothing
 
@@ -158,13 +158,13 @@ def _number_of_devices(devices: object) -> int:
 def _run_lightning() -> None:
     hush_known_warnings()
     import lightning.pytorch as pl
-    from lightning.pytorch.cli import LightningCLI
 
     from lightning_mimo.cluster import check_slurm_tasks
+    from lightning_mimo.fit_options import MimoCLI
     from lightning_mimo.module import MimoModule
 
     check_slurm_tasks()
-    LightningCLI(
+    MimoCLI(
         MimoModule,
         pl.LightningDataModule,
         subclass_mode_model=True,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 from torch.autograd import Variable
 
 from lightning_mimo.infra import MimoModelInfra
@@ -43,7 +44,8 @@ class ComputeSpans:
         self._forward: list[Span] = []
         for name in names:
             if name != self._main:
-                module, _ = module_and_name(model, name)
+                # megatron-core calls forward() of what is outermost itself, past its hooks.
+                module = unwrap_model(module_and_name(model, name)[0])
                 module.register_forward_pre_hook(partial(self._before_encoder, name))
                 module.register_forward_hook(partial(self._after_encoder, name))
 

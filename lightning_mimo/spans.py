@@ -79,6 +79,9 @@ class Clock(Protocol):
     def is_past(self, mark: Any) -> bool:
         """Whether the device has come to a mark. Does not wait."""
 
+    def anchor(self) -> tuple[Any, float]:
+        """A mark of this moment, and ``perf_counter``. Waits for the device."""
+
 
 class HostClock:
     """Of a CPU, where work is done when the call returns. ``perf_counter``: monotonic, common to a machine."""
@@ -91,6 +94,10 @@ class HostClock:
 
     def is_past(self, mark: float) -> bool:
         return True
+
+    def anchor(self) -> tuple[float, float]:
+        now = self.mark()
+        return now, now
 
 
 class CudaClock:
@@ -107,6 +114,11 @@ class CudaClock:
 
     def is_past(self, mark: torch.cuda.Event) -> bool:
         return mark.query()
+
+    def anchor(self) -> tuple[torch.cuda.Event, float]:
+        mark = self.mark()
+        mark.synchronize()
+        return mark, time.perf_counter()
 
 
 def clock_of(device: torch.device) -> Clock:

@@ -25,7 +25,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader
 
-from lightning_mimo.batch_runner import Batch, BatchRunner
+from lightning_mimo.batch_runner import Batch, BatchRunner, StepListener
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.checkpoint.saving import set_generators
 from lightning_mimo.cpu import megatron_on_cpu
@@ -278,6 +278,11 @@ class MimoStrategy(WorldStrategy):
     def telemetry(self) -> dict[str, float]:
         """What is to be logged of the modules after this step, the same on every rank; empty where it is not."""
         return self._runner.telemetry
+
+    @property
+    def step_listeners(self) -> list[StepListener]:
+        """Are called with the spans of this rank whenever an optimizer step is done."""
+        return self._runner.listeners
 
     @override
     def model_to_device(self) -> None:

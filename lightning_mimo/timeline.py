@@ -1,0 +1,109 @@
+"""A traced step as a picture: ranks down, time across."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_mimo.trace import KINDS, RankTrace, idle_share, shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Distinguishable with any kind of colour vision, after Okabe and Ito.
+_COLOURS = {
+    "forward": "#56b4e9",
+    "backward": "#0072b2",
+    "bridge": "#e69f00",
+    "pipeline": "#f0e442",
+    "reduce": "#cc79a7",
+    "optimizer": "#009e73",
+    "sum": "#c9c9c9",
+    "idle": "#f4f4f4",
+}
+_GAP = 0.6  # between modules, in rows
+_NARROWEST = 0.018  # of the width, for a microbatch's number
+
+
+def require_matplotlib() -> None:
+    """
+    Raises:
+        ModuleNotFoundError: saying how to install it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "Drawing a step needs matplotlib, which is not installed: pip install 'lightning-mimo[trace]'."
+        )
+
+
+def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None:
+    """Write a PNG.
+
+    Args:
+        ranks: of one step.
+        path: of the file.
+        title: above the picture.
+    """
+    from matplotlib.figure import Figure
+
+    rows = _rows(ranks)
+    start = min(each.begin for each in ranks)
+    width = (max(each.end for each in ranks) - start) * 1000
+    height = max(rows.values()) + 1
+    figure = Figure(figsize=(11, 1.5 + 0.42 * height), layout="constrained")
+    axes = figure.add_subplot()
+    for each in ranks:
+        _draw_rank(axes, each, rows[each.rank], start=start, width=width)
+    _name_modules(axes, ranks, rows, width=width)
+    axes.set_yticks(list(rows.values()), [f"rank {each.rank}  {_short(each)}" for each in ranks], fontsize=9)
+    axes.set_ylim(height - 0.35, -0.95)
+    axes.set_xlim(0, width)
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    seen = {span.work.kind for each in ranks for span in each.spans} | {"idle"}
+    handles = [axes.bar(0, 0, color=_COLOURS[kind], label=name) for kind, name in KINDS.items() if kind in seen]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _rows(ranks: Sequence[RankTrace]) -> dict[int, float]:
+    """Rank -> its height in the picture, with a gap between modules."""
+    rows: dict[int, float] = {}
+    height, before = -1.0, None
+    for each in ranks:
+        height += 1 if before in (None, each.modules) else 1 + _GAP
+        rows[each.rank], before = height, each.modules
+    return rows
+
+
+def _draw_rank(axes: Axes, each: RankTrace, row: float, *, start: float, width: float) -> None:
+    axes.broken_barh([(0, width)], (row - 0.4, 0.8), facecolor=_COLOURS["idle"])
+    for span in each.spans:
+        begin, length = (span.begin - start) * 1000, (span.end - span.begin) * 1000
+        colour = _COLOURS.get(span.work.kind, _COLOURS["sum"])
+        axes.broken_barh([(begin, length)], (row - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.4)
+        is_pass = span.work.kind in ("forward", "backward") and span.microbatch is not None
+        if is_pass and length > _NARROWEST * width:
+            colour = "white" if span.work.kind == "backward" else "black"
+            middle = begin + length / 2
+            axes.text(middle, row, str(span.microbatch), ha="center", va="center", fontsize=8, color=colour)
+
+
+def _name_modules(axes: Axes, ranks: Sequence[RankTrace], rows: dict[int, float], *, width: float) -> None:
+    first: dict[tuple[str, ...], int] = {}
+    for each in ranks:
+        first.setdefault(each.modules, each.rank)
+    found = shares(ranks)
+    for modules, rank in first.items():
+        name = " and ".join(modules)
+        words = f"{name}: {idle_share(found[name]):.0%} of the step not computing"
+        axes.text(0, rows[rank] - 0.48, words, ha="left", va="bottom", fontsize=9, fontweight="bold")
+
+
+def _short(each: RankTrace) -> str:
+    return each.label if each.stage == 0 and len(each.modules) > 1 else f"{each.label} pp{each.stage}"
