@@ -10,12 +10,15 @@ The package is built in rings; a file imports from its own ring or from one furt
             param_groups, lr_schedulers, nonfinite,
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
-            sample_check, cpu, checkpoint/, models/
+            sample_check, cpu, checkpoint/, models/,
+            spans, transfers, compute_spans,           what a rank does: recorded, watched, added up, drawn
+            watchdog, telemetry, clocks, trace,
+            timeline
     ring 2  cluster, module, data, precision,          Lightning: what users subclass and what the Trainer calls
             launcher, preemption, position,
             batch_runner, run_checkpoints, run_data,
-            world_strategy, strategy
-    ring 3  cli                                        the command line
+            world_strategy, strategy, step_trace
+    ring 3  cli, fit_options                           the command line
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.
 """
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from lightning_mimo.parallelism import LayoutError, ModuleParallelism
     from lightning_mimo.param_groups import OptimizerOverride
     from lightning_mimo.precision import MimoPrecision
+    from lightning_mimo.step_trace import StepTrace
     from lightning_mimo.strategy import MimoStrategy
 
 _HOME = {
@@ -58,6 +62,7 @@ _HOME = {
     "NonFiniteError": "nonfinite",
     "OptimizerOverride": "param_groups",
     "PerModuleLR": "lr_schedulers",
+    "StepTrace": "step_trace",
     "build_pg_collection_for_schedule": "mimo_parallel_utils",
     "finalize_model_grads_multimodule": "mimo_parallel_utils",
     "get_module_to_grid_tuple": "mimo_parallel_utils",
@@ -80,6 +85,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",
+    "StepTrace",
     "build_pg_collection_for_schedule",
     "finalize_model_grads_multimodule",
     "get_module_to_grid_tuple",

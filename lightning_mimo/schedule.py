@@ -36,6 +36,7 @@ ForwardStep = Callable[[Microbatch], Any]
 LossFunction = Callable[[Any, Microbatch], tuple[torch.Tensor, torch.Tensor, Metrics]]
 
 _SUM = Work(kind="sum", words="add up losses and norms of all ranks")
+_NAMES = Work(kind="sum", words="receive the names of the metrics")
 _NORMS = Work(kind="optimizer", words="take the norms of the gradients")
 
 
@@ -282,7 +283,8 @@ class GlobalBatchSchedule:
         """Metric names; known where the loss is computed, told to the other ranks once."""
         if training not in self._metric_names:
             box = [sorted(store[0][2]) if self.computes_loss else None]
-            dist.broadcast_object_list(box, src=self._last_stage.start)
+            with self._infra.spans.span(_NAMES):
+                dist.broadcast_object_list(box, src=self._last_stage.start)
             self._metric_names[training] = box[0]
         return self._metric_names[training]
 

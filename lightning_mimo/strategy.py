@@ -270,7 +270,13 @@ class MimoStrategy(WorldStrategy):
         """Watch over the waiting of this rank, now that all of its process groups exist."""
         self.infra.set_timeout(Watchdog.patience_after(self._timeout))
         kill = partial(self._launcher.kill, signal.SIGKILL)
-        watchdog = Watchdog(self.spans, self.infra.layout, timeout=self._timeout, end_children=kill)
+        watchdog = Watchdog(
+            self.spans,
+            self.infra.layout,
+            timeout=self._timeout,
+            end_children=kill,
+            leaves_first=self.local_rank == 0,
+        )
         watchdog.start()
         self._open.callback(watchdog.stop)
 

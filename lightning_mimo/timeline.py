@@ -21,7 +21,7 @@ _COLOURS = {
     "reduce": "#cc79a7",
     "optimizer": "#009e73",
     "sum": "#c9c9c9",
-    "idle": "#f4f4f4",
+    "other": "#f4f4f4",
 }
 _GAP = 0.6  # between modules, in rows
 _NARROWEST = 0.018  # of the width, for a microbatch's number
@@ -65,7 +65,7 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    seen = {span.work.kind for each in ranks for span in each.spans} | {"idle"}
+    seen = {span.work.kind for each in ranks for span in each.spans} | {"other"}
     handles = [axes.bar(0, 0, color=_COLOURS[kind], label=name) for kind, name in KINDS.items() if kind in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
@@ -82,13 +82,12 @@ def _rows(ranks: Sequence[RankTrace]) -> dict[int, float]:
 
 
 def _draw_rank(axes: Axes, each: RankTrace, row: float, *, start: float, width: float) -> None:
-    axes.broken_barh([(0, width)], (row - 0.4, 0.8), facecolor=_COLOURS["idle"])
+    axes.broken_barh([(0, width)], (row - 0.4, 0.8), facecolor=_COLOURS["other"])
     for span in each.spans:
         begin, length = (span.begin - start) * 1000, (span.end - span.begin) * 1000
         colour = _COLOURS.get(span.work.kind, _COLOURS["sum"])
         axes.broken_barh([(begin, length)], (row - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.4)
-        is_pass = span.work.kind in ("forward", "backward") and span.microbatch is not None
-        if is_pass and length > _NARROWEST * width:
+        if span.work.kind in ("forward", "backward") and length > _NARROWEST * width and span.work.words != "loss":
             colour = "white" if span.work.kind == "backward" else "black"
             middle = begin + length / 2
             axes.text(middle, row, str(span.microbatch), ha="center", va="center", fontsize=8, color=colour)
@@ -101,7 +100,7 @@ def _name_modules(axes: Axes, ranks: Sequence[RankTrace], rows: dict[int, float]
     found = shares(ranks)
     for modules, rank in first.items():
         name = " and ".join(modules)
-        words = f"{name}: {idle_share(found[name]):.0%} of the step not computing"
+        words = f"{name}: idle {idle_share(found[name]):.0%} of the step"
         axes.text(0, rows[rank] - 0.48, words, ha="left", va="bottom", fontsize=9, fontweight="bold")
 
 

@@ -14,13 +14,13 @@ KINDS = {
     "forward": "forward and loss",
     "backward": "backward",
     "bridge": "bridge: wait, transfer",
-    "pipeline": "between stages: wait, transfer",
+    "pipeline": "pipeline: wait, transfer",
     "reduce": "gradient reduction",
     "optimizer": "norms, update",
-    "sum": "wait for all ranks",
-    "idle": "idle",
+    "sum": "all ranks: wait, add up",
+    "other": "nothing recorded",
 }
-"""Kind of work -> its name for a reader, in the order of a step. ``idle`` is what nothing was recorded in."""
+"""Kind of work -> its name for a reader, in the order of a step."""
 WORKING = ("forward", "backward", "optimizer")
 
 
@@ -63,7 +63,7 @@ class RankTrace:
         return f"rank {self.rank}: {' and '.join(self.modules)}, stage {self.stage}, {self.label}"
 
     def seconds(self) -> dict[str, float]:
-        """Kind -> seconds, those of a span inside of another counted for the inner one only; the rest is ``idle``."""
+        """Kind -> seconds, those of a span inside of another counted for the inner one only; the rest is ``other``."""
         sums = dict.fromkeys(KINDS, 0.0)
         outer: list[TracedSpan] = []
         for span in self.spans:
@@ -72,7 +72,7 @@ class RankTrace:
                 sums[outer[-1].work.kind] -= span.end - span.begin
             outer.append(span)
             sums[span.work.kind] = sums.get(span.work.kind, 0.0) + span.end - span.begin
-        sums["idle"] = self.end - self.begin - sum(sums.values())
+        sums["other"] = self.end - self.begin - sum(sums.values())
         return sums
 
 
@@ -136,12 +136,12 @@ def shares(ranks: Sequence[RankTrace]) -> dict[str, dict[str, float]]:
     found = {}
     for module, seconds in by_module.items():
         found[module] = {kind: sum(each[kind] for each in seconds) / len(seconds) / step for kind in KINDS}
-        found[module]["idle"] = 1 - sum(share for kind, share in found[module].items() if kind != "idle")
+        found[module]["other"] = 1 - sum(share for kind, share in found[module].items() if kind != "other")
     return found
 
 
 def idle_share(of_module: dict[str, float]) -> float:
-    """The share in which nothing was computed: waiting and transfers, which cannot be told apart, belong to it."""
+    """The share in which nothing was computed. Transfers belong to it: waiting cannot be told apart from them."""
     return 1 - sum(of_module[kind] for kind in WORKING)
 
 
@@ -149,10 +149,12 @@ def describe_shares(ranks: Sequence[RankTrace]) -> str:
     """One line for each module."""
     lines = []
     for module, of_module in shares(ranks).items():
-        rest = ", ".join(
-            f"{KINDS[kind]} {of_module[kind]:.0%}" for kind in KINDS if kind not in WORKING and of_module[kind] >= 0.005
-        )
-        lines.append(f"{module}: {idle_share(of_module):.0%} of the step not computing ({rest})")
+        parts = [
+            f"{name.partition(':')[0]} {of_module[kind]:.0%}"
+            for kind, name in KINDS.items()
+            if kind not in WORKING and of_module[kind] >= 0.005
+        ]
+        lines.append(f"{module}: idle {idle_share(of_module):.0%} of the step ({', '.join(parts)})")
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ groups, which hang, the others find it, and one of them finds out which rank the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -45,7 +46,13 @@ class Watchdog:
     """Watches one rank from a thread of its own, from :meth:`start` to :meth:`stop`."""
 
     def __init__(
-        self, spans: Spans, layout: MimoLayout, *, timeout: timedelta, end_children: Callable[[], None]
+        self,
+        spans: Spans,
+        layout: MimoLayout,
+        *,
+        timeout: timedelta,
+        end_children: Callable[[], None],
+        leaves_first: bool,
     ) -> None:
         """
         Args:
@@ -53,19 +60,23 @@ class Watchdog:
             layout: which modules are on which ranks.
             timeout: how long a rank may wait for another.
             end_children: ends the ranks that this process started.
+            leaves_first: whether this rank started others, which are to be gone before it would report their end.
         """
         self._spans = spans
         self._layout = layout
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._timeout = timeout.total_seconds()
         self._end_children = end_children
+        self._leaves_first = leaves_first
         # A clone has a connection of its own: the store's may be taken by a call that waits.
         self._store = dist.PrefixStore("lightning_mimo/hang", dist.distributed_c10d._get_default_store().clone())
         self._poll = min(1.0, self._timeout / 20)
         self._quiet = min(10.0, self._timeout / 2)
+        self._longest_wait = self._quiet + 2 * self._poll + 2  # until all ranks that can have reported
         self._stopped = threading.Event()
         self._main = threading.get_ident()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="lightning-mimo-watchdog")
+        self._silent = 0.0  # seconds since this rank began or ended something
+        self._called = threading.Event()  # another rank has reported
 
     @staticmethod
     def patience_after(timeout: timedelta) -> timedelta:
@@ -73,33 +84,34 @@ class Watchdog:
         return timeout + timedelta(seconds=60)
 
     def start(self) -> None:
-        self._thread.start()
+        for task in (self._watch, self._listen):
+            threading.Thread(target=task, daemon=True, name="lightning-mimo-watchdog").start()
 
     def stop(self) -> None:
         """Watch no longer. Needs no other rank."""
         self._stopped.set()
 
     def _watch(self) -> None:
-        changes, silent = -1, 0.0
-        before = time.monotonic()
+        changes, before = -1, time.monotonic()
         while not self._stopped.wait(self._poll):
             now = time.monotonic()
             # A process that was stopped and goes on, or a machine that slept, has not waited for anybody.
             passed, before = min(now - before, 2 * self._poll), now
-            silent = silent + passed if changes == self._spans.changes else 0.0
+            self._silent = self._silent + passed if changes == self._spans.changes else 0.0
             changes = self._spans.changes
-            waits = silent >= self._timeout and self._look(silent).waits
-            if waits or (silent >= self._quiet and self._others_report()):
-                self._end_run(silent)
+            if self._called.is_set() or (self._silent >= self._timeout and self._look().waits):
+                self._end_run()
 
-    def _others_report(self) -> bool:
-        try:
-            return self._store.check(["first"])
-        except RuntimeError:  # the process that keeps the store is gone, and the end of this one is on its way
-            return False
+    def _listen(self) -> None:
+        # Apart from the other thread: where rank 0's process stands still, the store answers nobody.
+        with contextlib.suppress(RuntimeError):  # or it is gone, and the end of this one is on its way
+            while not self._stopped.wait(self._poll) and not self._called.is_set():
+                if self._silent >= self._quiet and self._store.check(["first"]):
+                    self._called.set()
 
-    def _look(self, silent: float) -> Report:
+    def _look(self) -> Report:
         """What this rank does at this moment."""
+        silent = self._silent
         frame = sys._current_frames().get(self._main)
         in_collective = _innermost_file(frame).endswith(_COLLECTIVE)
         span = self._spans.current()
@@ -116,10 +128,21 @@ class Watchdog:
             waits=False, words=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
         )
 
-    def _end_run(self, silent: float) -> None:
+    def _end_run(self) -> None:
         """Report, let one rank conclude, and leave. Does not return."""
-        report = self._look(silent)
+        report = self._look()
         self._say(f"{self._name(self._rank)} {report.words}.")
+        talk = threading.Thread(target=self._confer, args=(report,), daemon=True)
+        talk.start()
+        talk.join(2 * self._longest_wait)
+        if talk.is_alive():
+            self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 does not answer.")
+        time.sleep(0.5 if self._leaves_first else 3.0)
+        self._end_children()
+        os._exit(1)
+
+    def _confer(self, report: Report) -> None:
+        """Tell the others; the first one concludes, and the others wait until it has."""
         try:
             self._store.set(str(self._rank), json.dumps([report.waits, report.words]))
             if int(self._store.compare_set("first", "", str(self._rank))) == self._rank:
@@ -129,13 +152,9 @@ class Watchdog:
                 self._wait_for(["concluded"])
         except RuntimeError:
             self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 is gone.")
-        # The process that started others first, or it would report that they ended.
-        time.sleep(0.5 if os.environ.get("LOCAL_RANK", "0") == "0" else 3.0)
-        self._end_children()
-        os._exit(1)
 
     def _wait_for(self, keys: list[str]) -> None:
-        deadline = time.monotonic() + self._quiet + 2 * self._poll + 2
+        deadline = time.monotonic() + self._longest_wait
         while time.monotonic() < deadline and not self._store.check(keys):
             time.sleep(self._poll / 2)
 
@@ -149,8 +168,9 @@ class Watchdog:
             if self._store.check([str(rank)])
             for waits, words in [json.loads(self._store.get(str(rank)))]
         }
-        missing = [f"{self._name(rank)} does not answer" for rank in ranks if rank not in reports]
-        missing += [f"{self._name(rank)} {each.words}" for rank, each in reports.items() if not each.waits]
+        silent = "which does not answer: its process is gone, or stands still"
+        missing = [f"{self._name(rank)}, {silent}" for rank in ranks if rank not in reports]
+        missing += [f"{self._name(rank)}, which {each.words}" for rank, each in reports.items() if not each.waits]
         limit = f"MimoStrategy(timeout={self._timeout:g} s)"
         if not missing:
             return f"{limit}: all ranks wait for one another, so they do not run the same steps. Ending all ranks."

@@ -20,6 +20,7 @@ PUBLIC_NAMES = [
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",
+    "StepTrace",
     "build_pg_collection_for_schedule",
     "finalize_model_grads_multimodule",
     "get_module_to_grid_tuple",

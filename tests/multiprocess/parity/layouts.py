@@ -113,13 +113,15 @@ class PoolEnvironment(LightningEnvironment):
 
 
 class Recorder(pl.Callback):
-    """Keeps initial weights, every batch's loss, and gradients and norms of every optimizer step."""
+    """Keeps initial weights, every batch's loss, and gradients and norms of every optimizer step,
+    and what was last said of the modules."""
 
     def __init__(self) -> None:
         self.initial: Tensors = {}
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.gradients: list[Tensors] = []
+        self.telemetry: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: ParityModule) -> None:
         self.initial = weights(pl_module.model, trainer.strategy.infra)
@@ -131,6 +133,7 @@ class Recorder(pl.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
         if (outcome := trainer.optimizers[0].outcome) is not None:
             self.norms.append(outcome.grad_norm)
+            self.telemetry = trainer.strategy.telemetry or self.telemetry
 
 
 def train(
