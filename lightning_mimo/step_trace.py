@@ -64,6 +64,7 @@ class StepTrace(pl.Callback):
         offset = offset_to_rank_0(strategy.root_device)
         strategy.step_listeners.append(self._receive)
         strategy.barrier()
+        strategy.spans.take()  # what was done between steps
         mark, now = strategy.spans.clock.anchor()
         self._anchor = mark, now + offset
 

@@ -53,6 +53,7 @@ class Telemetry:
         ]
         self._sums: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
         self._in_window: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
+        self._unread: list[Span] = []
 
     def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
         """A batch of the window that is running. Reads sizes only, no tensors."""
@@ -76,16 +77,17 @@ class Telemetry:
             spans: of the whole accumulation window.
             seconds: since the step before.
         """
-        own = self._spans.own_seconds(spans)
+        # Times are read a step later, when a GPU has long done the work: nobody has to wait for it.
+        self._read()
+        self._unread = spans
         for name, sums in self._sums.items():
-            for figure, kinds in _KINDS.items():
-                sums[figure] += sum(own.get((kind, name), 0.0) for kind in kinds)
             sums.update(self._in_window[name])
             sums.update({"seconds": seconds, "steps": 1})
             self._in_window[name].clear()
 
     def figures(self) -> torch.Tensor:
         """This rank's figures since the last call: float64 ``[ranks and their modules * figures]``, for a sum."""
+        self._read()
         numbers = torch.zeros(len(self._places), len(_FIGURES), dtype=torch.float64)
         for place, (rank, name) in enumerate(self._places):
             if rank == dist.get_rank():
@@ -94,6 +96,13 @@ class Telemetry:
                 numbers[place] = torch.tensor([sums[figure] for figure in _FIGURES], dtype=torch.float64)
                 sums.clear()
         return numbers.flatten()
+
+    def _read(self) -> None:
+        own = self._spans.own_seconds(self._unread)
+        self._unread = []
+        for name, sums in self._sums.items():
+            for figure, kinds in _KINDS.items():
+                sums[figure] += sum(own.get((kind, name), 0.0) for kind in kinds)
 
     def describe(self, numbers: Sequence[float]) -> dict[str, float]:
         """Names and values to log, from the sum of :meth:`figures` over all ranks; nothing if no step was done."""

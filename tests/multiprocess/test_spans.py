@@ -23,7 +23,7 @@ from tests.multiprocess.parity.cases import apart, task, together
 from tests.multiprocess.parity.layouts import Layout, train
 from tests.multiprocess.parity.model import Samples
 from tests.multiprocess.parity.oracle import Task
-from tests.multiprocess.rank_pool import RankPool
+from tests.multiprocess.rank_pool import RankFailure, RankPool
 
 Trace = dict[str, Any]
 
@@ -135,6 +135,13 @@ def test_trace_of_modules_that_share_their_ranks_tells_them_apart(rank_pool: Ran
             assert (names[f"forward of {module}"], names[f"backward of {module}"]) == (4, 4)
             assert names[f"reduce the gradients of {module}"] == 1
         assert names["exchange images -> language, forward"] == 4
+
+
+def test_step_that_never_comes_is_refused_before_training(rank_pool: RankPool, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is in the dev dependency group")
+    message = r"StepTrace\(step=1\) lets 1 steps pass and records the next, but this run has 1 \(max_steps=1\)"
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(traced, task(steps=1), together(Cut(), Cut()), tmp_path, world_size=1)
 
 
 def estimate(ahead: float) -> float:
