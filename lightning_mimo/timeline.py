@@ -12,12 +12,12 @@ from lightning_mimo.trace import KINDS, RankTrace, idle_share, shares
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Distinguishable with any kind of colour vision, after Okabe and Ito.
+# Distinguishable with any kind of colour vision, after Okabe and Ito; pale where nothing is computed.
 _COLOURS = {
     "forward": "#56b4e9",
     "backward": "#0072b2",
-    "bridge": "#e69f00",
-    "pipeline": "#f0e442",
+    "bridge": "#f0bc5e",
+    "pipeline": "#f6ec8f",
     "reduce": "#cc79a7",
     "optimizer": "#009e73",
     "sum": "#c9c9c9",
