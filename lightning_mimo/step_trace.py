@@ -98,6 +98,5 @@ class StepTrace(pl.Callback):
         seconds = max(each.end for each in ranks) - min(each.begin for each in ranks)
         title = f"step {self._step}: {seconds * 1000:.0f} ms on {len(ranks)} ranks"
         draw_timeline(ranks, picture, title=title)
-        print(
-            f"\n{title}\n{describe_shares(ranks)}\n{trace} (open it in https://ui.perfetto.dev) and {picture} written"
-        )
+        written = f"Written: {picture}, and {trace} for https://ui.perfetto.dev"
+        print(f"\n{title}\n{describe_shares(ranks)}\n{written}")
