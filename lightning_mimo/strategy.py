@@ -45,7 +45,7 @@ from lightning_mimo.preemption import Preemption, Signals
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
 from lightning_mimo.run_data import RunData
-from lightning_mimo.spans import clock_of
+from lightning_mimo.spans import Spans, clock_of
 from lightning_mimo.watchdog import Watchdog
 from lightning_mimo.world_strategy import WorldStrategy
 
@@ -138,6 +138,7 @@ class MimoStrategy(WorldStrategy):
         self.log_telemetry = telemetry
         self.ddp = ddp
         self.infra: MimoModelInfra | None = None
+        self.spans = Spans()
         self.seed = 0
         self._backend = process_group_backend
         self._timeout = timeout

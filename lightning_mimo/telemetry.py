@@ -29,14 +29,16 @@ class Telemetry:
 
     The figures, each for every module, under ``telemetry/<module>/``:
 
-    ``compute_s``: seconds per step in forward (with the loss) and backward, mean of the module's ranks; on CPUs
-    tensor-parallel and expert exchanges inside of them count as computing. ``bridge_s``, ``pipeline_s``, ``reduce_s``:
-    seconds per step in transfers to other modules, in transfers between stages, and in what is left of reducing
-    gradients when backward has ended, mean of the ranks that have any. Waiting and moving data are one here: neither
-    gloo nor NCCL tells when the other side came. ``samples_per_s``: samples with something for this module.
-    ``tokens_per_s``: for the language module, positions that it reads, padding included; for an encoder, embeddings
-    that it makes. ``peak_memory_mib``: largest of the module's ranks since the start; allocated by torch on a GPU,
-    resident (what it shares with other processes included) on a CPU.
+    - ``compute_s``: seconds per step in forward (with the loss) and backward, mean of the module's ranks; exchanges
+      between tensor-parallel or expert ranks inside of them count as computing.
+    - ``bridge_s``, ``pipeline_s``, ``reduce_s``: seconds per step in transfers to other modules, in transfers between
+      stages, and in what is left of reducing gradients when backward has ended, mean of the ranks that have any.
+      Waiting and moving data are one here: neither gloo nor NCCL tells when the other side came.
+    - ``samples_per_s``: samples with something for this module.
+    - ``tokens_per_s``: for the language module, positions that it reads, padding included; for an encoder, embeddings
+      that it makes.
+    - ``peak_memory_mib``: largest of the module's ranks since the start; allocated by torch on a GPU, resident (what it
+      shares with other processes included) on a CPU.
     """
 
     def __init__(self, infra: MimoModelInfra, device: torch.device) -> None:

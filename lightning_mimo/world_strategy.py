@@ -19,18 +19,14 @@ _BROADCAST = Work(kind="world", words="receive what another rank tells all, betw
 
 
 class WorldStrategy(ParallelStrategy):
-    """One process for each device of each node, and reductions over them; nothing about models."""
+    """One process for each device of each node, and reductions over them; nothing about models.
+
+    Attributes:
+        spans: what this rank does is recorded here; set by the subclass.
+    """
 
     num_nodes = 1  # set by the Trainer
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """
-        Args:
-            args: of ParallelStrategy.
-            kwargs: of ParallelStrategy.
-        """
-        super().__init__(*args, **kwargs)
-        self.spans = Spans()
+    spans: Spans
 
     @property
     @override
