@@ -63,6 +63,7 @@ class ForkLauncher(_Launcher):
         self._num_nodes = num_nodes
         self._validate = validate
         self._children: dict[int, int] = {}  # process -> rank on this node
+        self._parent: int | None = None  # in a forked rank
 
     @property
     def is_interactive_compatible(self) -> bool:
@@ -88,6 +89,12 @@ class ForkLauncher(_Launcher):
         for child in self._children:
             _signal(child, signum)
 
+    def kill_node(self) -> None:
+        """Kill all of this node's ranks that this one started or was started by: also one that stands still."""
+        self.kill(signal.SIGKILL)
+        if self._parent is not None and os.getppid() == self._parent:
+            _signal(self._parent, signal.SIGKILL)
+
     def _fork(self) -> None:
         os.environ["MASTER_ADDR"] = self._environment.main_address
         os.environ["MASTER_PORT"] = str(self._environment.main_port)
@@ -108,6 +115,7 @@ class ForkLauncher(_Launcher):
             if child == 0:
                 os.environ["LOCAL_RANK"] = str(local_rank)
                 self._children = {}
+                self._parent = parent
                 atexit.register(_leave_at_once)
                 first = self._environment.node_rank() * self._num_processes
                 threading.Thread(target=_end_with_parent, args=(parent, first), daemon=True).start()

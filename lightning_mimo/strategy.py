@@ -270,12 +270,13 @@ class MimoStrategy(WorldStrategy):
     def _watch(self) -> None:
         """Watch over the waiting of this rank, now that all of its process groups exist."""
         self.infra.set_timeout(Watchdog.patience_after(self._timeout))
-        kill = partial(self._launcher.kill, signal.SIGKILL)
+        launcher = self._launcher
+        forked = isinstance(launcher, ForkLauncher)
         watchdog = Watchdog(
             self.spans,
             self.infra.layout,
             timeout=self._timeout,
-            end_children=kill,
+            end_node=launcher.kill_node if forked else partial(launcher.kill, signal.SIGKILL),
             leaves_first=self.local_rank == 0,
         )
         watchdog.start()

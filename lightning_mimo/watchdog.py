@@ -51,7 +51,7 @@ class Watchdog:
         layout: MimoLayout,
         *,
         timeout: timedelta,
-        end_children: Callable[[], None],
+        end_node: Callable[[], None],
         leaves_first: bool,
     ) -> None:
         """
@@ -59,14 +59,14 @@ class Watchdog:
             spans: what this rank records.
             layout: which modules are on which ranks.
             timeout: how long a rank may wait for another.
-            end_children: ends the ranks that this process started.
+            end_node: ends the other ranks of this machine that this process knows of.
             leaves_first: whether this rank started others, which are to be gone before it would report their end.
         """
         self._spans = spans
         self._layout = layout
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._timeout = timeout.total_seconds()
-        self._end_children = end_children
+        self._end_node = end_node
         self._leaves_first = leaves_first
         # A clone has a connection of its own: the store's may be taken by a call that waits.
         self._store = dist.PrefixStore("lightning_mimo/hang", dist.distributed_c10d._get_default_store().clone())
@@ -138,7 +138,7 @@ class Watchdog:
         if talk.is_alive():
             self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 does not answer.")
         time.sleep(0.5 if self._leaves_first else 3.0)
-        self._end_children()
+        self._end_node()
         os._exit(1)
 
     def _confer(self, report: Report) -> None:
