@@ -91,14 +91,14 @@ class ComputeSpans:
             Variable._execution_engine.queue_callback(self._end_backward)
         else:
             self._spans.end(self._backward)
-        self._backward = self._spans.begin(work, microbatch)
+        self._backward = self._spans.span(work, microbatch)
 
     def _end_backward(self) -> None:
         self._spans.end(self._backward)
         self._backward = None
 
     def _before_encoder(self, name: str, *args: Any) -> None:
-        self._forward.append(self._spans.begin(self._works[FORWARD, name], self._microbatch))
+        self._forward.append(self._spans.span(self._works[FORWARD, name], self._microbatch))
 
     def _after_encoder(self, name: str, module: torch.nn.Module, args: Any, output: Any) -> None:
         self._spans.end(self._forward.pop())

@@ -6,10 +6,8 @@ entry and a counter.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -48,6 +46,7 @@ class Span:
     """A piece of work on this rank.
 
     Attributes:
+        recorder: whose it is.
         work: what.
         depth: how many other spans it lies in.
         microbatch: which one is computed or sent; of a pure receive, which one is received.
@@ -56,12 +55,19 @@ class Span:
         end: ``None`` while it is open.
     """
 
+    recorder: Spans = field(repr=False)
     work: Work
     depth: int
     microbatch: int | None
     received: int | None
     begin: Any = None
     end: Any = None
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.recorder.end(self)
 
     def __str__(self) -> str:
         return self.work.words if self.microbatch is None else f"{self.work.words}, microbatch {self.microbatch}"
@@ -145,9 +151,9 @@ class Spans:
         self._open: list[Span] = []
         self._kept: list[Span] = []
 
-    def begin(self, work: Work, microbatch: int | None = None, *, received: int | None = None) -> Span:
-        """Open a span inside of the one that is open; prefer :meth:`span`."""
-        span = Span(work, len(self._open), microbatch, received)
+    def span(self, work: Work, microbatch: int | None = None, *, received: int | None = None) -> Span:
+        """Open a span inside of the one that is open, until the end of the ``with`` block, or :meth:`end`."""
+        span = Span(self, work, len(self._open), microbatch, received)
         if self.keep:
             span.begin = self.clock.mark()
             self._kept.append(span)
@@ -162,15 +168,6 @@ class Spans:
         del self._open[span.depth :]
         self.last = span
         self.changes += 1
-
-    @contextlib.contextmanager
-    def span(self, work: Work, microbatch: int | None = None, *, received: int | None = None) -> Iterator[Span]:
-        """A span around a ``with`` block."""
-        span = self.begin(work, microbatch, received=received)
-        try:
-            yield span
-        finally:
-            self.end(span)
 
     def take(self) -> list[Span]:
         """The spans that have been kept and are closed, in the order of their begin; they are kept no longer."""

@@ -10,6 +10,7 @@ import pytest
 
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo import StepTrace
+from lightning_mimo.cli import main
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.spans import Spans, Work
 from lightning_mimo.trace import RankTrace, chrome_trace, describe_shares, shares, trace_of_rank
@@ -66,7 +67,7 @@ def test_an_exception_closes_all_spans_inside():
     spans = Spans(CountingClock())
     spans.keep = True
     with pytest.raises(ZeroDivisionError, match="division"), spans.span(FORWARD):
-        spans.begin(BRIDGE)
+        spans.span(BRIDGE)
         _ = 1 / 0
     assert spans.current() is None
     assert [span.work for span in spans.take()] == [FORWARD]
@@ -151,3 +152,18 @@ def test_missing_matplotlib_is_named_before_anything_starts(tmp_path: Path):
     message = r"needs matplotlib, which is not installed: pip install 'lightning-mimo\[trace\]'"
     with mock.patch.dict(sys.modules, matplotlib=None), pytest.raises(ModuleNotFoundError, match=message):
         StepTrace(tmp_path)
+
+
+def test_trace_goes_with_fit_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["validate", "--config", "configs/digits_vlm.yaml", "--trace", "traces"])
+    assert "--trace records a step of training: it goes with fit, not with validate." in capsys.readouterr().err
+
+
+def test_command_line_names_missing_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "configs/digits_vlm.yaml", "--trace", "traces"])
+    assert "lightning-mimo: error: Drawing a step needs matplotlib" in capsys.readouterr().err
