@@ -92,6 +92,11 @@ class BatchRunner:
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
+        if not isinstance(batch, list):
+            raise ValueError(
+                f"train_dataloader() returned several DataLoaders, so a batch is a {type(batch).__name__} of batches. "
+                f"MimoStrategy trains on one: concatenate the datasets (torch.utils.data.ConcatDataset)."
+            )
         self._check_samples(batch, batch_idx)
         if self._window is None:
             self._schedule.zero_grad()
@@ -101,18 +106,20 @@ class BatchRunner:
         self._last = batch, batch_idx
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
-        totals = self._schedule.train(
-            batch,
-            self._training_step(batch_idx),
-            self._module.loss,
-            optimizer=None if self.hold else optimizer.mimo,
-            stop=self._signals.received is not None,
-            also=self._figures_to_share(batch),
-        )
+        with self._module.microbatches():
+            totals = self._schedule.train(
+                batch,
+                self._training_step(batch_idx),
+                self._module.loss,
+                optimizer=None if self.hold else optimizer.mimo,
+                stop=self._signals.received is not None,
+                also=self._figures_to_share(batch),
+            )
         self._losses.append((batch_idx, totals.loss))
         now = time.perf_counter()
         if self._step_started:
-            self._module.log("train/tokens_per_s", totals.tokens.float() / (now - self._step_started))
+            rate = totals.tokens.float() / (now - self._step_started)
+            self._module.log("train/tokens_per_s", rate, prog_bar=True)
         self._step_started = now
         self._log("train", totals, prog_bar=True, on_step=True, on_epoch=False)
         return totals.loss.float()
@@ -135,13 +142,14 @@ class BatchRunner:
         if self._on_nonfinite == "skip":
             rank_zero_warn(f"{outcome.problem} {where}: the weights were not updated.", category=RuntimeWarning)
             return
-        self._module._current_fx_name = "training_step"  # or what the user's training_step logs would be refused
         step, model = self._training_step(batch_idx), self._module.model
         earlier = [index for index, loss in losses[:-1] if not loss.isfinite()]
         if earlier:
             reason = f"The first that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
         else:
-            reason = describe(find_nonfinite(self._schedule, model, self._infra, batch, step, self._module.loss))
+            with self._module.microbatches():
+                found = find_nonfinite(self._schedule, model, self._infra, batch, step, self._module.loss)
+            reason = describe(found)
         raise NonFiniteError(
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
             f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
@@ -182,12 +190,13 @@ class BatchRunner:
         self._check_samples(batch, batch_idx)
         self._step_started = self._step_ended = 0.0  # or the next training step would be charged with the validation
         self._infra.spans.keep = False
-        totals, self.must_stop = self._schedule.evaluate(
-            batch,
-            lambda microbatch: step(microbatch, batch_idx),
-            self._module.loss,
-            stop=self._signals.received is not None,
-        )
+        with self._module.microbatches():
+            totals, self.must_stop = self._schedule.evaluate(
+                batch,
+                lambda microbatch: step(microbatch, batch_idx, *dataloader_idx),
+                self._module.loss,
+                stop=self._signals.received is not None,
+            )
         self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
         return totals.loss.float()
 
@@ -207,16 +216,17 @@ class BatchRunner:
         """Write tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
         module = self._module
         groups = self._infra.pg_collections.get(LANGUAGE)
-        return greedy_decode(
-            self._schedule,
-            batch,
-            lambda microbatch: module.predict_step(microbatch, 0),
-            global_batch_size=self._global_batch_size,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=module.pad_token_id,
-            placeholders=module.model.special_token_ids,
-            group=groups.tp if groups else None,
-        )
+        with module.microbatches():
+            return greedy_decode(
+                self._schedule,
+                batch,
+                lambda microbatch: module.predict_step(microbatch, 0),
+                global_batch_size=self._global_batch_size,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=module.pad_token_id,
+                placeholders=module.model.special_token_ids,
+                group=groups.tp if groups else None,
+            )
 
     def _training_step(self, batch_idx: int) -> Callable[[Microbatch], Any]:
         return lambda microbatch: self._module.training_step(microbatch, batch_idx)

@@ -49,14 +49,14 @@ class ForkLauncher(_Launcher):
         *,
         num_processes: int,
         num_nodes: int,
-        validate: Callable[[], object],
+        validate: Callable[[Any], object],
     ) -> None:
         """
         Args:
             cluster_environment: tells rank and address; told the local rank through ``LOCAL_RANK``, as by Lightning.
             num_processes: ranks on this node.
             num_nodes: nodes.
-            validate: called before any process is started; raises if the run cannot work.
+            validate: called with the Trainer before any process is started; raises if the run cannot work.
         """
         self._environment = cluster_environment
         self._num_processes = num_processes
@@ -75,7 +75,7 @@ class ForkLauncher(_Launcher):
         with first_rank_speaks(environment):
             check_ranks(environment, num_nodes=self._num_nodes, devices=self._num_processes)
             try:
-                self._validate()
+                self._validate(trainer)
             except LayoutError as error:
                 raise LayoutError(f"{error}{name_options(environment)}") from None
         environment.validate_settings(num_devices=self._num_processes, num_nodes=self._num_nodes)

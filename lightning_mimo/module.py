@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
@@ -50,6 +50,7 @@ class MimoModule(pl.LightningModule):
         self.max_new_tokens = max_new_tokens
         self.frozen = tuple(frozen)
         self.model: SampleAlignedMimoModel | None = None
+        self._sees_microbatches = False
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         """Describe the model. Called on every rank, once, after the process groups exist.
@@ -85,14 +86,8 @@ class MimoModule(pl.LightningModule):
                 ``"images.input_projections"``).
 
         Raises:
-            ValueError: if ``lr`` is not set, everything is frozen, an override fits nothing, or the Trainer is to clip
-                by value.
+            ValueError: if ``lr`` is not set, everything is frozen, or an override fits nothing.
         """
-        if self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
-            raise ValueError(
-                "Trainer(gradient_clip_algorithm='value') is not supported by MimoStrategy: Megatron clips by the norm "
-                "over all modules. Leave it out, or set it to 'norm'."
-            )
         clip = self.trainer.gradient_clip_val
         return build_optimizer(
             self.model,
@@ -170,6 +165,30 @@ class MimoModule(pl.LightningModule):
     def predict_step(self, batch: Microbatch, batch_idx: int) -> Any:
         """Forward of one microbatch; the strategy takes the next token from it."""
         return self(batch)
+
+    @contextlib.contextmanager
+    def microbatches(self) -> Iterator[None]:
+        """Around the steps and the loss of a global batch. The strategy opens it; nothing can be logged inside."""
+        self._sees_microbatches = True
+        try:
+            yield
+        finally:
+            self._sees_microbatches = False
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, in every hook that runs once for a global batch or more.
+
+        Raises:
+            ValueError: inside of a step or of :meth:`loss`.
+        """
+        if self._sees_microbatches:
+            raise ValueError(
+                f"self.log({name!r}, ...) inside of a step or of loss(): they run once for each microbatch, and what "
+                f"they see differs from rank to rank, so other layouts would log other numbers. Return it from loss() "
+                f"as a metric, {{{name!r}: (sum, count)}}, or log it in a hook such as on_train_batch_end."
+            )
+        if self._trainer is None or not self._trainer.barebones:  # where Lightning warns of every name
+            super().log(name, value, *args, **kwargs)
 
     @property
     def infra(self) -> MimoModelInfra:

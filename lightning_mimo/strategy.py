@@ -36,6 +36,7 @@ from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
+from lightning_mimo.model_summary import take_the_place
 from lightning_mimo.module import MimoModule
 from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import ModuleParallelism
@@ -46,6 +47,7 @@ from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
 from lightning_mimo.run_data import RunData
 from lightning_mimo.spans import Spans, clock_of
+from lightning_mimo.trainer_check import check_trainer
 from lightning_mimo.watchdog import Watchdog
 from lightning_mimo.world_strategy import WorldStrategy
 
@@ -152,12 +154,18 @@ class MimoStrategy(WorldStrategy):
 
     # ------------------------------------------------------- before a process
 
-    def validate(self) -> MimoLayout:
+    def validate(self, trainer: pl.Trainer | None = None) -> MimoLayout:
         """Check layout and batch sizes against the Trainer's devices and nodes. Needs no process and no device.
+
+        Args:
+            trainer: whose callbacks and options are checked, too.
 
         Raises:
             LayoutError: naming the module, the arithmetic and the remedy.
+            ValueError: the same for an option that cannot be.
         """
+        if trainer is not None:
+            check_trainer(trainer, self._lightning_module)
         layout = MimoLayout.resolve(
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
@@ -198,7 +206,7 @@ class MimoStrategy(WorldStrategy):
     @override
     def setup_environment(self) -> None:
         hush_known_warnings()
-        layout = self.validate()
+        layout = self.validate(self.lightning_module.trainer)
         super().setup_environment()
         self._set_world_ranks()
         reset_seed()
@@ -235,6 +243,9 @@ class MimoStrategy(WorldStrategy):
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module = self._module
+        # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
+        trainer._accelerator_connector.use_distributed_sampler = False
+        take_the_place(trainer.callbacks)
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

@@ -26,6 +26,7 @@ class WorldStrategy(ParallelStrategy):
     """
 
     num_nodes = 1  # set by the Trainer
+    is_distributed = True  # or log(sync_dist=True) would do nothing
     spans: Spans
 
     @property
@@ -49,11 +50,19 @@ class WorldStrategy(ParallelStrategy):
     def reduce(
         self, tensor: torch.Tensor | Any, group: Any = None, reduce_op: ReduceOp | str | None = "mean"
     ) -> torch.Tensor | Any:
-        """Reduce a tensor over the world (or a group): "mean", "sum" or a ReduceOp. Other objects come back as is."""
+        """Reduce a tensor over the world (or a group). Other objects come back as is.
+
+        Args:
+            tensor: changed in place, but for the mean's division.
+            group: in the place of the world.
+            reduce_op: "mean", the name of a ReduceOp in any case, or a ReduceOp; ``None`` is the sum.
+        """
         if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
             return tensor
-        mean = reduce_op in ("mean", "avg", ReduceOp.AVG)
-        op = reduce_op if isinstance(reduce_op, ReduceOp.RedOpType) and not mean else ReduceOp.SUM
+        if isinstance(reduce_op, str):
+            reduce_op = getattr(ReduceOp, {"MEAN": "AVG"}.get(reduce_op.upper(), reduce_op.upper()))
+        mean = reduce_op == ReduceOp.AVG  # not every backend has it
+        op = ReduceOp.SUM if mean or reduce_op is None else reduce_op
         with self.spans.span(_REDUCE):
             dist.all_reduce(tensor, op=op, group=group)
         if mean:
