@@ -180,9 +180,16 @@ class BatchRunner:
         return (0, None) if self._window is None else (len(self._losses), self._window)
 
     def evaluate(
-        self, stage: str, step: Callable[[Microbatch, int], Any], batch: Batch, batch_idx: int
+        self, stage: str, step: Callable[..., Any], batch: Batch, batch_idx: int, *dataloader_idx: int
     ) -> torch.Tensor:
         """Forward only; logs under ``stage/``, weighted by tokens.
+
+        Args:
+            stage: "val" or "test".
+            step: one of the user's steps.
+            batch: a global batch.
+            batch_idx: its number.
+            dataloader_idx: which DataLoader it comes from, where there are several.
 
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.

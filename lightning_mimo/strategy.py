@@ -397,11 +397,11 @@ class MimoStrategy(WorldStrategy):
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._runner.evaluate("val", self._module.validation_step, batch, batch_idx)
+        return self._runner.evaluate("val", self._module.validation_step, batch, batch_idx, *args)
 
     @override
     def test_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._runner.evaluate("test", self._module.test_step, batch, batch_idx)
+        return self._runner.evaluate("test", self._module.test_step, batch, batch_idx, *args)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
