@@ -57,8 +57,12 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     Raises:
         ValueError: naming the callback or option, the reason and the remedy.
     """
-    for callback in trainer.callbacks:
-        _check_callback(callback)
+    for callback in tuple(trainer.callbacks):
+        try:
+            _check_callback(callback)
+        except ValueError:
+            trainer.callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
+            raise
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:
         raise ValueError(
