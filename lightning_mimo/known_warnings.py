@@ -15,6 +15,8 @@ KNOWN_WARNINGS = {
     r"The following imports from `dynamic_context.py` will be removed": DeprecationWarning,
     # Lightning: what the strategy logs is the same on every rank already
     r"It is recommended to use `self.log\(.*sync_dist=True": UserWarning,
+    # Lightning: MimoModule has all steps, so that users need not write them
+    r"You defined a `validation_step` but have no `val_dataloader`": UserWarning,
     # Lightning, behind torch and jsonargparse
     r"\s*By default only one JsonargparseDeprecationWarning": DeprecationWarning,
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": Warning,

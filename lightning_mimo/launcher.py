@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.cluster import check_ranks, first_rank_speaks, name_options
 from lightning_mimo.parallelism import LayoutError
@@ -118,6 +119,7 @@ class ForkLauncher(_Launcher):
                 self._parent = parent
                 atexit.register(_leave_at_once)
                 first = self._environment.node_rank() * self._num_processes
+                rank_zero_only.rank = first + local_rank  # or this rank would repeat what rank 0 says
                 threading.Thread(target=_end_with_parent, args=(parent, first), daemon=True).start()
                 return
             self._children[child] = local_rank

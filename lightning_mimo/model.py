@@ -207,6 +207,7 @@ def build_mimo_model(
     with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
         model = SampleAlignedMimoModel(config, infra, seed=seed)
     _check_dropout(model, infra)
+    _check_batch_norm(model)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
         _check_stages(name, module, infra)
@@ -241,6 +242,17 @@ def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
                 f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
                 f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
                 f"ranks of their own."
+            )
+
+
+def _check_batch_norm(model: MimoModel) -> None:
+    """Refuse layers that make a sample's result depend on which others are on the same rank."""
+    for path, part in model.named_modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
+                f"so every layout would train something else. Use LayerNorm or GroupNorm, or "
+                f"torchvision.ops.FrozenBatchNorm2d, whose statistics stay as they are."
             )
 
 

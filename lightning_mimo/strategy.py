@@ -204,8 +204,12 @@ class MimoStrategy(WorldStrategy):
     # ------------------------------------------------------------------ setup
 
     @override
-    def setup_environment(self) -> None:
+    def connect(self, model: pl.LightningModule) -> None:
         hush_known_warnings()
+        super().connect(model)
+
+    @override
+    def setup_environment(self) -> None:
         layout = self.validate(self.lightning_module.trainer)
         super().setup_environment()
         self._set_world_ranks()

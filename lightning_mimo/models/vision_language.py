@@ -107,9 +107,7 @@ def vision_language_config(
     Raises:
         ValueError: if heads, layers, experts or the vocabulary do not divide over the layout.
     """
-    sequence_parallel = sequence_parallel and infra.layout.modules[LANGUAGE].tp > 1
     encoder_config = _transformer_config(infra, vision_module, vision)
-    language_config = _transformer_config(infra, LANGUAGE, language, sequence_parallel=sequence_parallel)
     projector_config = _transformer_config(
         infra,
         vision_module,
@@ -120,24 +118,14 @@ def vision_language_config(
             ffn_hidden_size=language.hidden_size,
         ),
     )
-    _check_divides("vocab_size", vocab_size, LANGUAGE, "tp", infra.layout.modules[LANGUAGE].tp)
-    groups = infra.pg_collections.get(LANGUAGE)
     return MimoModelConfig(
-        language_model_spec=ModuleSpec(
-            module=GPTModel,
-            params={
-                "config": language_config,
-                "transformer_layer_spec": gpt_block(language_config, pp_rank=groups.pp.rank() if groups else 0),
-                "vocab_size": vocab_size,
-                "max_sequence_length": max_sequence_length,
-                "position_embedding_type": "rope",
-                "share_embeddings_and_output_weights": tie_embeddings,
-                # MimoModel cuts the sequence itself, when text and images are together.
-                "scatter_embedding_sequence_parallel": False,
-                "pre_process": groups is None or groups.pp.rank() == 0,
-                "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
-                "pg_collection": groups,
-            },
+        language_model_spec=gpt_spec(
+            infra,
+            language,
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            tie_embeddings=tie_embeddings,
+            sequence_parallel=sequence_parallel,
         ),
         modality_submodules_spec={
             vision_module: vision_spec(
@@ -148,6 +136,50 @@ def vision_language_config(
             )
         },
         special_token_ids={vision_module: image_token_id},
+    )
+
+
+def gpt_spec(
+    infra: MimoModelInfra,
+    size: TransformerSize,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    tie_embeddings: bool = False,
+    sequence_parallel: bool = False,
+) -> ModuleSpec:
+    """ModuleSpec of a GPT with rotary positions, for ``MimoModelConfig(language_model_spec=...)``.
+
+    Args:
+        infra: grids and process groups of this rank.
+        size: of the GPT; what encoders return has its ``hidden_size``.
+        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        max_sequence_length: longest sequence in tokens.
+        tie_embeddings: as for :func:`vision_language_config`.
+        sequence_parallel: as for :func:`vision_language_config`.
+
+    Raises:
+        ValueError: if heads, layers, experts or the vocabulary do not divide over the layout.
+    """
+    sizes = infra.layout.modules[LANGUAGE]
+    config = _transformer_config(infra, LANGUAGE, size, sequence_parallel=sequence_parallel and sizes.tp > 1)
+    _check_divides("vocab_size", vocab_size, LANGUAGE, "tp", sizes.tp)
+    groups = infra.pg_collections.get(LANGUAGE)
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": gpt_block(config, pp_rank=groups.pp.rank() if groups else 0),
+            "vocab_size": vocab_size,
+            "max_sequence_length": max_sequence_length,
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": tie_embeddings,
+            # MimoModel cuts the sequence itself, when text and images are together.
+            "scatter_embedding_sequence_parallel": False,
+            "pre_process": groups is None or groups.pp.rank() == 0,
+            "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
+            "pg_collection": groups,
+        },
     )
 
 

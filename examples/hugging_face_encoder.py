@@ -1,0 +1,75 @@
+"""An encoder of Hugging Face: transformers' ViT on two ranks, a GPT cut in two by tensor parallelism on two others.
+
+    uv run python -m examples.hugging_face_encoder
+
+Needs `transformers` (pip install transformers). The ViT is small and starts from random weights, so nothing is
+downloaded; `ViTModel.from_pretrained(...)` in the same place would start from trained ones. Which row of the image is
+bright? You see the table of modules and their ranks, and at the end "loss: 0.0…". The encoder has no tensor parallelism
+(tp=1); it may have as many replicas as divide the batch, and the numbers stay the same.
+"""
+
+import lightning as L
+import torch
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.optimizer import OptimizerConfig
+from torch.utils.data import DataLoader
+from transformers import ViTConfig, ViTModel
+
+from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
+from lightning_mimo.models.encoder import encoder_spec
+from lightning_mimo.models.vision_language import TransformerSize, gpt_spec
+
+IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hidden size of the GPT
+TOKENS_PER_IMAGE = 4  # an image of 8 x 8 pixels has four patches of 4 x 4
+
+
+class HuggingFaceEncoder(torch.nn.Module):
+    """A ViT and a projection to the GPT's hidden size. Built on the ranks of `images` only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = ViTConfig(
+            image_size=8,
+            patch_size=4,
+            num_channels=1,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=96,
+        )
+        self.vit = ViTModel(config, add_pooling_layer=False)
+        self.projection = torch.nn.Linear(config.hidden_size, WIDTH)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """``[items, 1, 8, 8] -> [items, 4 tokens, WIDTH]``, without the class token."""
+        return self.projection(self.vit(pixel_values=pixel_values).last_hidden_state[:, 1:])
+
+
+class RowModule(MimoModule):
+    def configure_mimo(self, infra):
+        size = TransformerSize(num_layers=2, hidden_size=WIDTH, num_attention_heads=4)
+        gpt = gpt_spec(infra, size, vocab_size=16, max_sequence_length=TOKENS_PER_IMAGE + 1)
+        return MimoModelConfig(gpt, {"images": encoder_spec(infra, "images", HuggingFaceEncoder)}, {"images": IMAGE})
+
+    def configure_optimizers(self):
+        return self.build_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3))
+
+
+def sample(row: int) -> dict:
+    """Four placeholders for an image, then the question; the answer is the row."""
+    image = torch.rand(1, 1, 8, 8) + (torch.arange(8) == row)[:, None]
+    return {
+        "input_ids": torch.tensor([*[IMAGE] * TOKENS_PER_IMAGE, QUESTION]),
+        "labels": torch.tensor([*[QUESTION] * TOKENS_PER_IMAGE, row]),
+        "loss_mask": torch.tensor([*[0] * TOKENS_PER_IMAGE, 1]),
+        "modality_inputs": {"images": {"encoder": {"pixel_values": image}}},
+    }
+
+
+if __name__ == "__main__":
+    L.seed_everything(1)
+    strategy = MimoStrategy({"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}, 32)
+    options = {"logger": False, "enable_checkpointing": False}
+    trainer = L.Trainer(accelerator="cpu", devices=4, strategy=strategy, max_epochs=2, **options)
+    trainer.fit(RowModule(), DataLoader([sample(i % 8) for i in range(1024)], batch_size=32, shuffle=True))
+    trainer.print(f"loss: {trainer.callback_metrics['train/loss']:.3f}")
