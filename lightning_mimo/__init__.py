@@ -16,6 +16,7 @@ The package is built in rings; a file imports from its own ring or from one furt
             timeline
     ring 2  cluster, module, data, precision,          Lightning: what users subclass and what the Trainer calls
             launcher, preemption, position,
+            trainer_check, model_summary,
             batch_runner, run_checkpoints, run_data,
             world_strategy, strategy, step_trace
     ring 3  cli, fit_options                           the command line

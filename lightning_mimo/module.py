@@ -33,8 +33,9 @@ class MimoModule(pl.LightningModule):
     language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
 
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
-    so on for each module, ``train/skipped_steps``, ``train/tokens_per_s``, ``val/loss``, ``test/loss``, the metrics of
-    :meth:`loss`, and ``telemetry/images/compute_s`` and the like, see :class:`lightning_mimo.telemetry.Telemetry`.
+    so on for each module, ``train/skipped_steps``, ``train/tokens_per_s`` (by each rank's own clock), ``val/loss``,
+    ``test/loss``, the metrics of :meth:`loss`, and ``telemetry/images/compute_s`` and the like, see
+    :class:`lightning_mimo.telemetry.Telemetry`.
     """
 
     def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:

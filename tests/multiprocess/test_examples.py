@@ -152,8 +152,8 @@ def test_hugging_face_encoder_trains_the_same_in_any_layout(rank_pool: RankPool)
     assert len(losses) == 3 and len(lengths) > 20
     for name, (modules, colocate, ranks) in LAYOUTS.items():
         for found, tensors in rank_pool.run(train_hugging_face, modules, colocate, world_size=ranks):
-            assert found == pytest.approx(losses, rel=1e-7), name
-            assert all(length == pytest.approx(lengths[each], rel=1e-7) for each, length in tensors.items()), name
+            assert found == pytest.approx(losses, rel=1e-6), name
+            assert all(length == pytest.approx(lengths[each], rel=1e-9) for each, length in tensors.items()), name
 
 
 # ---- what would not train the same
