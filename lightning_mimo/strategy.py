@@ -165,7 +165,7 @@ class MimoStrategy(WorldStrategy):
             ValueError: the same for an option that cannot be.
         """
         if trainer is not None:
-            check_trainer(trainer, self._lightning_module)
+            check_trainer(trainer, None if self.lightning_module is None else self._module)
         layout = MimoLayout.resolve(
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )

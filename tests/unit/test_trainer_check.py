@@ -79,6 +79,13 @@ def test_manual_optimization_is_refused() -> None:
         trainer().fit(Manual(), [])
 
 
+def test_other_modules_are_refused_before_any_process_starts() -> None:
+    refusing = trainer()
+    with pytest.raises(ValueError, match=r"trains a MimoModule, but got a LightningModule"):
+        refusing.fit(pl.LightningModule(), [])
+    assert not refusing.strategy.launcher._children
+
+
 def test_what_decides_by_metrics_is_taken() -> None:
     callbacks = [EarlyStopping("val/loss"), ModelCheckpoint(monitor="train/loss"), Timer("00:00:01:00")]
     taking = trainer(callbacks=callbacks, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
