@@ -18,7 +18,8 @@ The package is built in rings; a file imports from its own ring or from one furt
             launcher, preemption, position,
             trainer_check, model_summary,
             batch_runner, run_checkpoints, run_data,
-            world_strategy, strategy, step_trace
+            world_strategy, running_strategy,
+            strategy, step_trace
     ring 3  cli, fit_options                           the command line
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.

@@ -1,14 +1,12 @@
-"""MimoStrategy: Lightning's hooks in order, each a few lines that call a lower ring."""
+"""MimoStrategy: its arguments, what is checked before a process exists, and what is set up before a run."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, override
+from typing import Literal, override
 
 import lightning.pytorch as pl
 import torch
@@ -23,33 +21,26 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch.utils.data import DataLoader
 
-from lightning_mimo.batch_runner import Batch, BatchRunner, StepListener
+from lightning_mimo.batch_runner import BatchRunner
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
-from lightning_mimo.checkpoint.saving import set_generators
-from lightning_mimo.cpu import megatron_on_cpu
-from lightning_mimo.data_parallel import check_options, complete_gathering, options_by_module, wrap_with_ddp
+from lightning_mimo.data_parallel import check_options, options_by_module, wrap_with_ddp
 from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.initialization import seed_for
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model_summary import take_the_place
-from lightning_mimo.module import MimoModule
-from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import ModuleParallelism
-from lightning_mimo.position import begin_where_learned
 from lightning_mimo.precision import MimoPrecision
-from lightning_mimo.preemption import Preemption, Signals
+from lightning_mimo.preemption import Preemption
 from lightning_mimo.random_state import seed_megatron
-from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
+from lightning_mimo.run_checkpoints import RunCheckpoints
 from lightning_mimo.run_data import RunData
+from lightning_mimo.running_strategy import RunningStrategy
 from lightning_mimo.spans import Spans, clock_of
 from lightning_mimo.trainer_check import check_trainer
 from lightning_mimo.watchdog import Watchdog
-from lightning_mimo.world_strategy import WorldStrategy
 
 _CHOICES = {
     "check_samples": ("first", "always", "never"),
@@ -58,7 +49,7 @@ _CHOICES = {
 }
 
 
-class MimoStrategy(WorldStrategy):
+class MimoStrategy(RunningStrategy):
     """Trains a :class:`MimoModule` with every module on a HyperCommGrid of its own.
 
     Example::
@@ -123,6 +114,7 @@ class MimoStrategy(WorldStrategy):
             precision_plugin: as for every ParallelStrategy; set by the Trainer.
         """
         super().__init__(
+            global_batch_size=global_batch_size,
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -130,7 +122,6 @@ class MimoStrategy(WorldStrategy):
             precision_plugin=precision_plugin,
         )
         self.modules = dict(modules)
-        self.global_batch_size = global_batch_size
         self.num_microbatches = num_microbatches
         self.colocate = colocate
         self.check_samples = check_samples
@@ -139,16 +130,9 @@ class MimoStrategy(WorldStrategy):
         self.on_save_error = on_save_error
         self.log_telemetry = telemetry
         self.ddp = ddp
-        self.infra: MimoModelInfra | None = None
         self.spans = Spans()
-        self.seed = 0
         self._backend = process_group_backend
         self._timeout = timeout
-        self._checkpoints: RunCheckpoints | None = None
-        self._resumed: Resumed | None = None
-        self._signals = Signals()
-        self._data: RunData | None = None
-        self._runner: BatchRunner | None = None
         self._plan: RankBatchPlan | None = None
         self._open = contextlib.ExitStack()  # what teardown has to close
 
@@ -219,10 +203,6 @@ class MimoStrategy(WorldStrategy):
             self.spans.clock = clock_of(self.root_device)
             self._build_infra(layout)
         seed_megatron(layout, self.global_rank, seed=self.seed)
-
-    def _megatron_on_device(self) -> contextlib.AbstractContextManager[None]:
-        """What megatron-core needs on this device. May be nested."""
-        return megatron_on_cpu() if self.root_device.type == "cpu" else contextlib.nullcontext()
 
     def _build_infra(self, layout: MimoLayout) -> None:
         """Process groups, and each rank's share of the data. They outlive ``fit``, so that ``test`` can follow it."""
@@ -297,29 +277,9 @@ class MimoStrategy(WorldStrategy):
         watchdog.start()
         self._open.callback(watchdog.stop)
 
-    @property
-    def telemetry(self) -> dict[str, float]:
-        """What is to be logged of the modules after this step, the same on every rank; empty where it is not."""
-        return self._runner.telemetry
-
-    @property
-    def step_listeners(self) -> list[StepListener]:
-        """Are called with the spans of this rank whenever an optimizer step is done."""
-        return self._runner.listeners
-
     @override
     def model_to_device(self) -> None:
         """Nothing: :meth:`setup` does it before it wraps the modules."""
-
-    @property
-    def _module(self) -> MimoModule:
-        module = self.lightning_module
-        if not isinstance(module, MimoModule):
-            raise ValueError(
-                f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
-                f"lightning_mimo.MimoModule and override configure_mimo."
-            )
-        return module
 
     @property
     @override
@@ -330,176 +290,6 @@ class MimoStrategy(WorldStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         # None is kept: with a plugin of its own, the Trainer would not look at its precision argument.
         self._precision_plugin = None if plugin is None else MimoPrecision.convert(plugin)
-
-    @override
-    def process_dataloader(self, dataloader: object) -> DataLoader:
-        """Rebuild a user's DataLoader for this rank."""
-        training = self.lightning_module.trainer.training
-        return self._data.shard(dataloader, self._module, seed=self.seed, training=training)
-
-    @property
-    @override
-    def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        raise ValueError(
-            "MimoStrategy divides samples itself, differently for each module; there is no DistributedSampler for it."
-        )
-
-    # ------------------------------------------------------------------ steps
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        """Forward and backward of one global batch; the global loss, the same on every rank."""
-        return self._runner.train(batch, batch_idx, self.optimizers[0])
-
-    @override
-    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Nothing: the schedule ran the backward passes inside ``training_step``."""
-        return closure_loss
-
-    @contextlib.contextmanager
-    @override
-    def block_backward_sync(self) -> Iterator[None]:
-        """Hold gradients back: more batches of the same accumulation window follow."""
-        self._runner.hold = True
-        try:
-            yield
-        finally:
-            self._runner.hold = False
-
-    @override
-    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._runner.close_window(optimizer.outcome)
-        return result
-
-    @override
-    def on_train_end(self) -> None:
-        """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
-        complete_gathering(self._module.model)
-        self.finish_saving()
-        self._signals.remove()
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written. Collective over the world.
-
-        Raises:
-            CheckpointWriteError: on every rank, if it failed on any.
-        """
-        self._checkpoints.finish()
-
-    @override
-    def on_validation_start(self) -> None:
-        self._signals.install(self.cluster_environment)
-
-    @override
-    def on_test_start(self) -> None:
-        self._signals.install(self.cluster_environment)
-
-    @override
-    def on_predict_start(self) -> None:
-        self._signals.install(self.cluster_environment)
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._runner.evaluate("val", self._module.validation_step, batch, batch_idx, *args)
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        return self._runner.evaluate("test", self._module.test_step, batch, batch_idx, *args)
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
-        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
-        return self._runner.predict(batch, batch_idx)
-
-    def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
-        """Write tokens for every sample of a global batch. Collective over the world.
-
-        Returns:
-            int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
-        """
-        return self._runner.generate(batch, max_new_tokens=max_new_tokens)
-
-    # ------------------------------------------------------------ checkpoints
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: weights go to the checkpoint directory piece by piece, see :meth:`save_checkpoint`."""
-        return {}
-
-    @override
-    def optimizer_state(self, optimizer: MimoTorchOptimizer) -> dict[str, Any]:
-        """What is no tensor of a parameter; those go to the checkpoint directory piece by piece."""
-        return optimizer.plain_state()
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
-        # Also after training, when nothing is running any more.
-        held, window = self._runner.open_window if self._runner is not None else (0, None)
-        checkpoint, batches = begin_where_learned(checkpoint, held=held, training=self._runner is not None)
-        position = self._data.position(seed=self.seed, batches=batches)
-        if position is not None:
-            checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": batches}]
-        with self._megatron_on_device():
-            self._checkpoints.save(
-                Path(self.broadcast(str(filepath))),
-                self._module.model,
-                self.infra,
-                self.optimizers[0] if "optimizer_states" in checkpoint and position is not None else None,
-                trainer=checkpoint,
-                position=position,
-                window=window,
-            )
-        if self._runner is None:
-            self.finish_saving()
-
-    @override
-    def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint; with ``async_save`` not before the one that is being written is there."""
-        if self.is_global_zero:
-            self._checkpoints.remove(Path(filepath))
-
-    @override
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read what any layout wrote, and Lightning's own state. Collective over the world."""
-        is_fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        trainer, self._resumed = self._checkpoints.load(
-            Path(self.broadcast(str(checkpoint_path))),
-            self._module.model,
-            self.infra,
-            self.optimizers[0] if is_fitting else None,
-            global_batch_size=self.global_batch_size,
-        )
-        if self._resumed is not None:
-            self.seed = self._resumed.position.seed
-            self._data.go_on(self._resumed.position)
-        return trainer
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: :meth:`load_checkpoint` has put the weights in place."""
-
-    @override
-    def on_train_start(self) -> None:
-        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
-        self._signals.install(self.cluster_environment)
-        if (resumed := self._resumed) is not None:
-            self._resumed = None
-            if resumed.states is not None:
-                set_generators(resumed.states)
-            else:
-                seed_megatron(self.infra.layout, self.global_rank, seed=seed_for(self.seed, f"step {resumed.step}"))
-
-    @property
-    @override
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
-    @property
-    @override
-    def lightning_restore_optimizer(self) -> bool:
-        return False
 
     # --------------------------------------------------------------- the end
 
