@@ -12,7 +12,7 @@ megatron-core's ``initialize_model_parallel``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 from types import MappingProxyType
@@ -74,6 +74,18 @@ class MimoLayout:
     def encoders(self) -> tuple[str, ...]:
         """Names of all modules but ``language``."""
         return tuple(name for name in self.modules if name != LANGUAGE)
+
+    def check_modules(self, in_model: Collection[str]) -> None:
+        """Refuse a model whose modules are not those of the layout.
+
+        Raises:
+            LayoutError: naming both.
+        """
+        if set(in_model) != set(self.modules):
+            raise LayoutError(
+                f"The model has the modules {sorted(in_model)}, but the layout of MimoStrategy(modules=...) has "
+                f"{sorted(self.modules)}. Give every module of the model a ModuleParallelism and no other."
+            )
 
     def modules_on(self, rank: int) -> tuple[str, ...]:
         """Names of the modules that a global rank takes part in."""

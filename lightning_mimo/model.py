@@ -197,9 +197,9 @@ def build_mimo_model(
         numerics: the dtypes of the run, set in all configs of transformers.
 
     Raises:
-        ValueError: if the config's modules are not those of the layout.
+        LayoutError: if the config's modules are not those of the layout.
     """
-    _check_modules(config, infra)
+    infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
     config.module_to_grid_map = infra.module_to_grid_map
     for transformer in transformer_configs(config):
         numerics.apply_to(transformer)
@@ -279,13 +279,3 @@ def _prepare_language_config(config: TransformerConfig) -> None:
     """What the multi-module schedule asks of the config that it reads."""
     config.calculate_per_token_loss = True
     config.variable_seq_lengths = True
-
-
-def _check_modules(config: MimoModelConfig, infra: MimoModelInfra) -> None:
-    in_model = {LANGUAGE, *config.modality_submodules_spec}
-    in_layout = set(infra.layout.modules)
-    if in_model != in_layout:
-        raise ValueError(
-            f"The model has the modules {sorted(in_model)}, but the layout of MimoStrategy(modules=...) has "
-            f"{sorted(in_layout)}. Give every module of the model a ModuleParallelism and no other."
-        )

@@ -302,6 +302,11 @@ class DigitsData(pl.LightningDataModule):
         self.swap_images = swap_images
         self.num_workers = num_workers
 
+    @property
+    def swapped(self) -> str:
+        """What does not belong to its text, for people."""
+        return "images" if self.swap_images else ""
+
     def prepare_data(self) -> None:
         """Check that the images can be had; they come with scikit-learn, so there is nothing to download."""
         load_scans()

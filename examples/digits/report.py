@@ -7,12 +7,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from examples.digits.data import DigitsData, decode_answer
+from examples.digits.data import decode_answer
 from examples.digits.terminal import show_sample
 
 
 class DigitsReport(pl.Callback):
-    """Prints the held-out accuracy and draws samples after training, validation and prediction."""
+    """Prints the held-out accuracy and draws samples after training, validation and prediction.
+
+    The datamodule has a ``held_out_set`` with ``describe(index)``, and says in ``swapped`` what was swapped.
+    """
 
     def __init__(self, *, samples: int = 3) -> None:
         """
@@ -62,15 +65,13 @@ class DigitsReport(pl.Callback):
         return trainer.state.fn == "validate" or trainer.global_step >= trainer.max_steps > 0
 
     def _print(self, trainer: pl.Trainer) -> None:
-        data: DigitsData = trainer.datamodule
+        data = trainer.datamodule
         print()
         for index in range(self._samples):
             images, question, expected = data.held_out_set.describe(index)
             print(show_sample(images, question, self._answers[index], expected), end="\n\n")
         accuracy = float(trainer.callback_metrics["val/exact_match"])
-        swapped = " (images swapped between samples)" if data.swap_images else ""
-        print(
-            f"exact match on {len(data.held_out_set)} samples of images never seen in training{swapped}: {accuracy:.1%}"
-        )
+        swapped = f" ({data.swapped} swapped between samples)" if data.swapped else ""
+        print(f"exact match on {len(data.held_out_set)} samples never seen in training{swapped}: {accuracy:.1%}")
         if self._started:
             print(f"seconds from the start of fit: {time.perf_counter() - self._started:.0f}")

@@ -36,12 +36,14 @@ def gpt_block(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSub
         config: of the language module.
         pp_rank: the stage.
     """
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(layer.submodules, name, _for_sequence_parallel(getattr(layer.submodules, name)))
+    # Apex has no RMS norm.
+    last = LayerNormImpl if config.normalization == "LayerNorm" else layer.submodules.input_layernorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank),
-        layer_norm=_for_sequence_parallel(LayerNormImpl),
+        layer_norm=_for_sequence_parallel(last),
     )
 
 

@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.models.vision_language import Recompute
+from lightning_mimo.models.sizes import Recompute
 from lightning_mimo.random_state import seed_megatron
 from tests.multiprocess.parity.cases import apart, task, together
 from tests.multiprocess.parity.layouts import Layout, errors, train, weights

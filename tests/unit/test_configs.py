@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
 from lightning_mimo.cli import main, picture_of
-from lightning_mimo.models.vision_language import Recompute
+from lightning_mimo.models.sizes import Recompute
 
 IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]
 CONFIGS = sorted(Path("configs").glob("*.yaml"))

@@ -13,7 +13,7 @@ import torch
 from lightning_mimo import LayoutError, OptimizerOverride
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.models.vision_language import Recompute
+from lightning_mimo.models.sizes import Recompute
 from tests.multiprocess.parity.layouts import Layout
 from tests.multiprocess.parity.model import Model, Samples
 from tests.multiprocess.parity.oracle import Task
@@ -31,6 +31,7 @@ class Case:
 
 USUAL = Samples()
 CLIPS = Samples(clips=(1, 0, 2, 1, 0))
+DENSE_CLIPS = replace(CLIPS, dense=True)
 # One sample in twelve has images, so most microbatches and most replicas see none.
 RARE = Samples(images=(3, *[0] * 11))
 RARE_AND_BARE = replace(RARE, bare=True)
@@ -146,6 +147,22 @@ CASES = {
     "two-clips_are_rare": Case(
         task=task(audio=True, samples=Samples(clips=(2, *[0] * 6), bare=True)),
         layout=apart(Cut(), Cut(dp=2), Cut(dp=2)),
+    ),
+    "audio_encoder-images_dp2-audio_tp2-language_pp2": Case(
+        task=task(audio=True, clip_encoder=None, samples=DENSE_CLIPS), layout=apart(Cut(dp=2), Cut(pp=2), Cut(tp=2))
+    ),
+    "audio_encoder-images_dp2-audio_tp2pp2-language_tp2": Case(
+        task=task(audio=True, clip_encoder=None, samples=DENSE_CLIPS),
+        layout=apart(Cut(dp=2), Cut(tp=2), Cut(tp=2, pp=2)),
+    ),
+    "audio_encoder-colocated-images_dp4-audio_tp4-language_tp2dp2": Case(
+        task=task(audio=True, clip_encoder=None, samples=DENSE_CLIPS),
+        layout=together(Cut(dp=4), Cut(tp=2, dp=2), Cut(tp=4), num_microbatches=3),
+    ),
+    # ---- RMS norms, gated MLPs, fewer heads of keys and values
+    "llama-language_tp2pp2": Case(task=task(style="llama"), layout=apart(Cut(dp=2), Cut(tp=2, pp=2))),
+    "llama-sequence_parallel-language_tp2dp2": Case(
+        task=task(style="llama"), layout=apart(Cut(), Cut(tp=2, dp=2), sequence_parallel=True)
     ),
     # ---- which samples have what
     "rare_images-fan_in": Case(task=task(samples=RARE), layout=apart(Cut(dp=4), Cut(), num_microbatches=3)),

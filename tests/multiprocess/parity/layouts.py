@@ -21,7 +21,7 @@ from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.initialization import cut_shard, global_named_parameters
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
-from lightning_mimo.models.vision_language import Recompute
+from lightning_mimo.models.sizes import Recompute
 from lightning_mimo.random_state import seed_megatron
 from tests.multiprocess.parity.model import ParityModule, PicturesSoundsAndText
 from tests.multiprocess.parity.oracle import SEED, Task, Tensors, Truth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.mimo import MimoModelConfig
@@ -14,11 +14,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
+from lightning_mimo.models.audio import ClipGrid
+from lightning_mimo.models.multimodal import Encoder, multimodal_config
+from lightning_mimo.models.sizes import Recompute, TransformerSize
 from lightning_mimo.models.vision import ImageGrid
-from lightning_mimo.models.vision_language import Recompute, TransformerSize, vision_language_config
 
 IMAGE, CLIP, TEXT, VOCABULARY = 3, 2, 4, 32
 TOKENS_PER_IMAGE, LONGEST_CLIP, FEATURES, HIDDEN = 2, 3, 5, 16
+CLIP_GRID = ClipGrid(frames=12, bins=FEATURES, frames_per_patch=2, tokens_per_clip=LONGEST_CLIP)
 MAX_LENGTH = 32
 LR, WEIGHT_DECAY, BETAS, EPSILON = 1e-2, 0.1, (0.9, 0.99), 1e-8
 LOSS_SCALE = 2.0**8
@@ -32,6 +35,7 @@ class Samples:
         number: samples in an epoch.
         images: images of the samples 0, 1, 2, …, over and over.
         clips: audio clips of the same; empty where the model has no audio.
+        dense: clips for an AudioEncoder, all of one length, in place of clips for a ClipEncoder.
         masked: which samples have no loss token, over and over.
         bare: leave modality_inputs out where a sample has none, in place of empty tensors.
     """
@@ -39,6 +43,7 @@ class Samples:
     number: int = 24
     images: Sequence[int] = (0, 1, 2, 2, 0, 3, 1)
     clips: Sequence[int] = ()
+    dense: bool = False
     masked: Sequence[bool] = (False, False, False, True, False)
     bare: bool = False
 
@@ -57,7 +62,7 @@ class PicturesSoundsAndText(Dataset):
         generator = torch.Generator().manual_seed(index)
         images = kinds.images[index % len(kinds.images)] if kinds.images else 0
         clips = kinds.clips[index % len(kinds.clips)] if kinds.clips else 0
-        frames = torch.randint(1, LONGEST_CLIP + 1, (clips,), generator=generator)
+        frames = torch.randint(LONGEST_CLIP if kinds.dense else 1, LONGEST_CLIP + 1, (clips,), generator=generator)
         placeholders = [IMAGE] * (images * TOKENS_PER_IMAGE) + [CLIP] * int(frames.sum())
         length = 3 + len(placeholders) + index % 4
         text = torch.randint(TEXT, VOCABULARY, (length + 1,), generator=generator)
@@ -70,8 +75,10 @@ class PicturesSoundsAndText(Dataset):
         if images or not kinds.bare:
             inputs["images"] = {"vit": {"pixel_values": torch.randn(images, 1, 4, 4, generator=generator)}}
         if kinds.clips and (clips or not kinds.bare):
-            sound = torch.randn(clips, LONGEST_CLIP, FEATURES, generator=generator)
-            inputs["audio"] = {"clips": {"frames": sound, "lengths": frames}}
+            longest = CLIP_GRID.frames if kinds.dense else LONGEST_CLIP
+            sound = torch.randn(clips, longest, FEATURES, generator=generator)
+            arguments = {"features": sound} if kinds.dense else {"frames": sound, "lengths": frames}
+            inputs["audio"] = {"clips": arguments}
         sample = {
             "input_ids": text[:-1],
             "labels": torch.where(text[1:] < TEXT, TEXT, text[1:]),
@@ -113,7 +120,8 @@ class Model:
 
     Attributes:
         audio: with a second encoder.
-        clip_encoder: the class of that encoder.
+        clip_encoder: the class of that encoder; None is an AudioEncoder, which wants Samples(dense=True).
+        style: of the language module, with fewer heads of keys and values where it is "llama".
         experts: experts of every language MLP; None is a dense model.
         tied: whether the head shares the weights of the word embeddings.
         frozen: as for MimoModule.
@@ -123,7 +131,8 @@ class Model:
     """
 
     audio: bool = False
-    clip_encoder: type[torch.nn.Module] = ClipEncoder
+    clip_encoder: type[torch.nn.Module] | None = ClipEncoder
+    style: Literal["gpt", "llama"] = "gpt"
     experts: int | None = None
     tied: bool = False
     frozen: tuple[str, ...] = ()
@@ -143,33 +152,38 @@ class ParityModule(MimoModule):
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         choice = self._choice
-        config = vision_language_config(
+        small = TransformerSize(
+            num_layers=2,
+            hidden_size=8,
+            num_attention_heads=4,
+            ffn_hidden_size=16,
+            dropout=choice.dropout,
+            recompute=self._recompute,
+        )
+        grid = ImageGrid(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE)
+        encoders = {"images": Encoder(grid=grid, size=small, token_id=IMAGE)}
+        if choice.audio and choice.clip_encoder is None:
+            encoders["audio"] = Encoder(grid=CLIP_GRID, size=small, token_id=CLIP)
+        config = multimodal_config(
             infra,
-            grid=ImageGrid(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE),
-            vision=TransformerSize(
-                num_layers=2,
-                hidden_size=8,
-                num_attention_heads=4,
-                ffn_hidden_size=16,
-                dropout=choice.dropout,
-                recompute=self._recompute,
-            ),
+            encoders=encoders,
             language=TransformerSize(
                 num_layers=4,
                 hidden_size=HIDDEN,
                 num_attention_heads=4,
+                num_query_groups=2 if choice.style == "llama" else None,
                 ffn_hidden_size=32,
+                style=choice.style,
                 dropout=choice.dropout,
                 num_experts=choice.experts,
                 recompute=self._recompute,
             ),
             vocab_size=VOCABULARY,
             max_sequence_length=MAX_LENGTH,
-            image_token_id=IMAGE,
             tie_embeddings=choice.tied,
             sequence_parallel=self._sequence_parallel,
         )
-        if choice.audio:
+        if choice.audio and choice.clip_encoder is not None:
             encoder = ModuleSpec(module=choice.clip_encoder)
             config.modality_submodules_spec["audio"] = ModuleSpec(
                 module=AudioModalitySubmodules,

@@ -1,0 +1,72 @@
+"""The digits model with a second encoder: a small transformer that hears keypad tones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.core.models.mimo import MimoModelConfig
+
+from examples.digits.model import DigitsModule
+from examples.digits_avlm.data import MOST, SEQUENCE_LENGTH, VOCAB_SIZE, Token
+from examples.digits_avlm.tones import BINS, FRAMES
+from lightning_mimo import MimoModelInfra, OptimizerOverride
+from lightning_mimo.models.audio import ClipGrid
+from lightning_mimo.models.multimodal import Encoder, multimodal_config
+from lightning_mimo.models.sizes import TransformerSize
+from lightning_mimo.models.vision import ImageGrid
+
+
+class DigitsAvlmModule(DigitsModule):
+    """Modules ``images`` and ``audio`` (encoder and projector, one token per image or tone) and ``language``."""
+
+    def __init__(
+        self,
+        *,
+        vision: TransformerSize,
+        audio: TransformerSize,
+        language: TransformerSize,
+        lr: float = 2e-3,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 50,
+        clip_grad: float = 1.0,
+        frozen: Sequence[str] = (),
+        overrides: dict[str, OptimizerOverride] | None = None,
+    ) -> None:
+        """
+        Args:
+            vision: size of the ViT.
+            audio: size of the audio encoder.
+            language: size of the GPT.
+            lr: peak learning rate, reached after the warm-up; falls to 0 along a cosine.
+            weight_decay: on matrices only.
+            warmup_steps: optimizer steps of linear warm-up.
+            clip_grad: largest norm of the gradient over all modules.
+            frozen: modules or parts of them that are not trained, such as ``audio.encoders``.
+            overrides: learning rate, weight decay and clipping where they are different: by module, or by part of one.
+        """
+        super().__init__(
+            vision=vision,
+            language=language,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            clip_grad=clip_grad,
+            frozen=frozen,
+            overrides=overrides,
+        )
+        self.audio = audio
+        self.max_new_tokens = 2 * MOST + 1
+
+    def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+        return multimodal_config(
+            infra,
+            encoders={
+                "images": Encoder(
+                    grid=ImageGrid(image_size=8, patch_size=4, channels=1), size=self.vision, token_id=int(Token.IMAGE)
+                ),
+                "audio": Encoder(grid=ClipGrid(frames=FRAMES, bins=BINS), size=self.audio, token_id=int(Token.CLIP)),
+            },
+            language=self.language,
+            vocab_size=VOCAB_SIZE,
+            max_sequence_length=SEQUENCE_LENGTH + self.max_new_tokens,
+        )

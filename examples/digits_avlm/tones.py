@@ -1,0 +1,70 @@
+"""Telephone keypad tones (DTMF) and their spectra, made with NumPy.
+
+Each key sounds two sine waves at once, one for its row and one for its column. What a clip holds beside the key is
+left to chance: when the tone begins, how long it lasts, how loud each wave is, their phases, a little detuning, noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+SAMPLE_RATE = 8000  # Hz, that of telephones
+FRAME = 256  # samples: 32 ms, which tells 697 Hz from 770 Hz
+FRAMES = 8
+_ROWS = (697.0, 770.0, 852.0, 941.0)
+_COLUMNS = (1209.0, 1336.0, 1477.0)
+_KEYS = "123456789*0#"
+FREQUENCIES = {int(key): (_ROWS[place // 3], _COLUMNS[place % 3]) for place, key in enumerate(_KEYS) if key.isdecimal()}
+"""Digit -> the frequencies of its two waves, in Hz."""
+
+_BAND = slice(20, 52)  # of the spectrum's bins of 31.25 Hz: 625 to 1594 Hz
+BINS = _BAND.stop - _BAND.start
+_WINDOW = np.hanning(FRAME)
+_TIME = np.arange(FRAME * FRAMES) / SAMPLE_RATE
+
+
+def tone(key: int, chance: np.random.Generator) -> np.ndarray:
+    """One clip of 0.256 s: a key of 80 to 200 ms somewhere in it, and noise.
+
+    Args:
+        key: a digit.
+        chance: where all that differs between two clips of a key is drawn from.
+
+    Returns:
+        float64 [FRAMES * FRAME], amplitude about 1.
+    """
+    lasts = chance.uniform(0.08, 0.2)
+    begins = chance.uniform(0, _TIME[-1] - lasts)
+    wave = np.zeros(len(_TIME))
+    for frequency in FREQUENCIES[key]:
+        detuned = frequency * (1 + chance.uniform(-0.015, 0.015))
+        wave += chance.uniform(0.5, 1.0) * np.sin(2 * np.pi * (detuned * _TIME + chance.random()))
+    wave *= (begins <= _TIME) & (begins + lasts > _TIME)
+    return wave + chance.uniform(0.05, 0.5) * chance.standard_normal(len(_TIME))
+
+
+def spectrum(waves: np.ndarray) -> np.ndarray:
+    """What the encoder is given: how much of each frequency is in each frame, as logarithms.
+
+    Args:
+        waves: float [n, FRAMES * FRAME].
+
+    Returns:
+        float32 [n, FRAMES, BINS], about zero mean and unit variance.
+    """
+    frames = waves.reshape(len(waves), FRAMES, FRAME) * _WINDOW
+    power = np.abs(np.fft.rfft(frames)[..., _BAND]) ** 2
+    return ((np.log10(power + 1e-3) - 0.8) / 1.0).astype(np.float32)
+
+
+def picture(features: np.ndarray) -> np.ndarray:
+    """Spectra as small pictures for people, high frequencies above.
+
+    Args:
+        features: float32 [n, FRAMES, BINS].
+
+    Returns:
+        float32 [n, 8, FRAMES] with values 0..16.
+    """
+    loudest = features.reshape(len(features), FRAMES, 8, BINS // 8).max(axis=-1)
+    return np.clip((loudest.transpose(0, 2, 1)[:, ::-1] - 0.5) * 8, 0, 16).astype(np.float32)

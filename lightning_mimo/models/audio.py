@@ -1,0 +1,103 @@
+"""An audio transformer over the frames of a spectrum, merged into language tokens, and its ModuleSpec for MimoModel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, modality_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipGrid:
+    """How a clip of sound becomes tokens.
+
+    Args:
+        frames: frames of a clip's spectrum; shorter clips are filled up with silence.
+        bins: numbers in a frame, such as mel bands.
+        frames_per_patch: consecutive frames that become one patch; divides ``frames``.
+        tokens_per_clip: language tokens that one clip becomes; consecutive patches are concatenated to get there, so
+            it divides the number of patches.
+    """
+
+    frames: int
+    bins: int
+    frames_per_patch: int = 1
+    tokens_per_clip: int = 1
+
+    def __post_init__(self) -> None:
+        if self.frames % self.frames_per_patch:
+            raise ValueError(
+                f"frames={self.frames} is not a multiple of frames_per_patch={self.frames_per_patch}: "
+                f"{self.frames} / {self.frames_per_patch} = {self.frames / self.frames_per_patch:g}."
+            )
+        if self.patches % self.tokens_per_clip:
+            raise ValueError(
+                f"tokens_per_clip={self.tokens_per_clip} does not divide the {self.patches} patches of a clip "
+                f"({self.frames} / {self.frames_per_patch})."
+            )
+
+    @property
+    def patches(self) -> int:
+        return self.frames // self.frames_per_patch
+
+    @property
+    def values_per_patch(self) -> int:
+        return self.frames_per_patch * self.bins
+
+    @property
+    def tokens_per_item(self) -> int:
+        return self.tokens_per_clip
+
+    @property
+    def patches_per_token(self) -> int:
+        return self.patches // self.tokens_per_clip
+
+
+class AudioEncoder(PatchEncoder):
+    """A :class:`PatchEncoder` of consecutive frames."""
+
+    grid: ClipGrid
+
+    def forward(self, features: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode clips, or continue from the stage before.
+
+        Args:
+            features: ``[n, frames, bins]``, say log-mel energies, on the first stage; n may be 0.
+            hidden_states: ``[patches, n, hidden]`` from the stage before, on later stages.
+
+        Returns:
+            ``[n, tokens_per_clip, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
+        """
+        if features is not None:
+            features = features.reshape(len(features), self.grid.patches, self.grid.values_per_patch)
+        return self.encode(features, hidden_states)
+
+
+class PipelinedAudioSubmodules(PipelinedSubmodules, AudioModalitySubmodules):
+    """Audio modality whose encoder may span pipeline stages."""
+
+
+def audio_spec(
+    *,
+    grid: ClipGrid,
+    encoder: TransformerConfig,
+    projector: TransformerConfig,
+    pg_collection: ProcessGroupCollection | None,
+    encoder_name: str = "clips",
+) -> ModuleSpec:
+    """ModuleSpec of an audio modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
+    return modality_spec(
+        submodules=PipelinedAudioSubmodules,
+        encoder_class=AudioEncoder,
+        encoder_name=encoder_name,
+        grid=grid,
+        encoder=encoder,
+        projector=projector,
+        pg_collection=pg_collection,
+    )

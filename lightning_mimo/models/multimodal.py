@@ -1,0 +1,127 @@
+"""Encoders of several modalities feeding a GPT: the MimoModelConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.models.audio import ClipGrid, audio_spec
+from lightning_mimo.models.gpt import gpt_block
+from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
+from lightning_mimo.models.vision import ImageGrid, vision_spec
+from lightning_mimo.parallelism import LANGUAGE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """One modality: an encoder and a two-layer projector into the language module.
+
+    Args:
+        grid: how an item (an image, a clip) becomes tokens; decides what kind of encoder it is.
+        size: of the encoder's transformer.
+        token_id: the placeholder that stands in ``input_ids`` once for every token of an item.
+    """
+
+    grid: ImageGrid | ClipGrid
+    size: TransformerSize
+    token_id: int
+
+
+def multimodal_config(
+    infra: MimoModelInfra,
+    *,
+    encoders: Mapping[str, Encoder],
+    language: TransformerSize,
+    vocab_size: int,
+    max_sequence_length: int,
+    tie_embeddings: bool = False,
+    sequence_parallel: bool = False,
+) -> MimoModelConfig:
+    """MimoModelConfig of encoders with projectors and a GPT with rotary positions.
+
+    In ``modality_inputs`` an encoder of images is called ``vit`` and takes ``pixel_values``, one of clips is called
+    ``clips`` and takes ``features``.
+
+    Args:
+        infra: grids and process groups of this rank.
+        encoders: module name of the layout -> what it encodes.
+        language: size of the GPT.
+        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        max_sequence_length: longest sequence in tokens.
+        tie_embeddings: let the GPT's head share the weights of its word embeddings.
+        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. Without
+            tensor parallelism it means nothing; with it, a mixture of experts needs it.
+
+    Raises:
+        LayoutError: if a module is not in the layout, or heads, layers, experts or the vocabulary do not divide over
+            it.
+    """
+    if not encoders.keys() <= infra.layout.modules.keys():  # more may be added to the config that is returned
+        infra.layout.check_modules([*encoders, LANGUAGE])
+    sequence_parallel = sequence_parallel and infra.layout.modules[LANGUAGE].tp > 1
+    config = transformer_config(infra.layout, LANGUAGE, language, sequence_parallel=sequence_parallel)
+    check_divides("vocab_size", vocab_size, LANGUAGE, "tp", infra.layout.modules[LANGUAGE].tp)
+    return MimoModelConfig(
+        language_model_spec=_gpt_spec(
+            infra,
+            config,
+            vocab_size=vocab_size,
+            max_sequence_length=max_sequence_length,
+            tie_embeddings=tie_embeddings,
+        ),
+        modality_submodules_spec={
+            name: _encoder_spec(infra, name, encoder, language) for name, encoder in encoders.items()
+        },
+        special_token_ids={name: encoder.token_id for name, encoder in encoders.items()},
+    )
+
+
+def _gpt_spec(
+    infra: MimoModelInfra,
+    config: TransformerConfig,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    tie_embeddings: bool,
+) -> ModuleSpec:
+    groups = infra.pg_collections.get(LANGUAGE)
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": gpt_block(config, pp_rank=groups.pp.rank() if groups else 0),
+            "vocab_size": vocab_size,
+            "max_sequence_length": max_sequence_length,
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": tie_embeddings,
+            # MimoModel cuts the sequence itself, when text and images are together.
+            "scatter_embedding_sequence_parallel": False,
+            "pre_process": groups is None or groups.pp.rank() == 0,
+            "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
+            "pg_collection": groups,
+        },
+    )
+
+
+def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: TransformerSize) -> ModuleSpec:
+    tp = infra.layout.modules[name].tp
+    check_divides("hidden_size of the language module", language.hidden_size, name, "tp", tp)
+    projector = TransformerSize(
+        num_layers=encoder.size.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=tp,  # it has no attention
+        ffn_hidden_size=language.hidden_size,
+    )
+    spec = audio_spec if isinstance(encoder.grid, ClipGrid) else vision_spec
+    return spec(
+        grid=encoder.grid,
+        encoder=transformer_config(infra.layout, name, encoder.size),
+        projector=transformer_config(infra.layout, name, projector),
+        pg_collection=infra.pg_collections.get(name),
+    )

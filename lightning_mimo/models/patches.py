@@ -1,0 +1,159 @@
+"""What encoders of images and of sounds share: patches in, language tokens out, over pipeline stages or on one."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from megatron.core.models.mimo.submodules.base import ModalitySubmodules
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class PatchGrid(Protocol):
+    """How an item (an image, a clip) becomes patches, and patches become language tokens."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of one item."""
+
+    @property
+    def values_per_patch(self) -> int:
+        """Numbers in one patch."""
+
+    @property
+    def tokens_per_item(self) -> int:
+        """Language tokens that one item becomes."""
+
+    @property
+    def patches_per_token(self) -> int:
+        """Consecutive patches that are concatenated to one token."""
+
+
+class PatchEncoder(MegatronModule):
+    """Patches -> linear embedding + learned positions -> transformer -> ``patches_per_token`` patches side by side.
+
+    Runs as one pipeline stage of several where ``pg_collection.pp`` has more than one rank.
+    """
+
+    def __init__(
+        self, transformer_config: TransformerConfig, grid: PatchGrid, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=transformer_config)
+        self.grid = grid
+        self._first = pg_collection.pp.rank() == 0
+        self._last = pg_collection.pp.rank() == pg_collection.pp.size() - 1
+        if self._first:
+            dtype, device = transformer_config.params_dtype, torch.cuda.current_device()
+            self.patch_embedding = torch.nn.Linear(
+                grid.values_per_patch, transformer_config.hidden_size, dtype=dtype, device=device
+            )
+            self.positions = torch.nn.Parameter(
+                torch.empty(grid.patches, transformer_config.hidden_size, dtype=dtype, device=device)
+            )
+            torch.nn.init.normal_(self.positions, std=transformer_config.embedding_init_method_std)
+        self.decoder = TransformerBlock(
+            config=transformer_config,
+            spec=get_vit_layer_with_local_spec(),
+            pre_process=self._first,
+            post_process=self._last,
+            pg_collection=pg_collection,
+        )
+
+    def encode(self, patches: torch.Tensor | None, hidden_states: torch.Tensor | None) -> torch.Tensor:
+        """Encode items, or continue from the stage before.
+
+        Args:
+            patches: ``[n, patches, values_per_patch]``, on the first stage; n may be 0.
+            hidden_states: ``[patches, n, hidden]`` from the stage before, on later stages.
+
+        Returns:
+            ``[n, tokens_per_item, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
+        """
+        if self._first:
+            hidden_states = self.patch_embedding(patches) + self.positions
+            hidden_states = hidden_states.transpose(0, 1).contiguous()
+        else:
+            self.decoder.set_input_tensor(hidden_states)
+            hidden_states = None
+        hidden_states = self.decoder(hidden_states, attention_mask=None)
+        if not self._last:
+            return hidden_states
+        # Back to [n, patches, hidden] before anything is flattened: otherwise samples get each other's features.
+        return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.grid.tokens_per_item, -1)
+
+
+class PipelinedSubmodules(ModalitySubmodules):
+    """Modality whose encoder may span pipeline stages: upstream's skip the encoder on later stages."""
+
+    def forward(
+        self, encoder_inputs: dict[str, Any] | None = None, hidden_states: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """As upstream's; on stages after the first, ``hidden_states`` goes through this stage's part of the encoder."""
+        if self.is_first_stage and self.is_last_stage:
+            return super().forward(encoder_inputs=encoder_inputs, hidden_states=hidden_states)
+        (name, encoder), *others = self.encoders.items()
+        assert not others, "a pipelined modality has one encoder"
+        if self.is_first_stage:
+            return None if encoder_inputs is None else encoder(**encoder_inputs[name])
+        if hidden_states.ndim == 2:
+            return hidden_states  # MimoModel's empty output: no item at all on the stages before
+        output = encoder(hidden_states=hidden_states)
+        if not self.is_last_stage:
+            return output
+        return self.project_embeddings([output.reshape(-1, output.size(-1))], is_input=True)
+
+
+def modality_spec(
+    *,
+    submodules: type[PipelinedSubmodules],
+    encoder_class: type[PatchEncoder],
+    encoder_name: str,
+    grid: PatchGrid,
+    encoder: TransformerConfig,
+    projector: TransformerConfig,
+    pg_collection: ProcessGroupCollection | None,
+) -> ModuleSpec:
+    """ModuleSpec of a modality: a :class:`PatchEncoder` and a two-layer projector.
+
+    Args:
+        submodules: class of the modality.
+        encoder_class: class of the encoder.
+        encoder_name: key of the encoder in ``modality_inputs``.
+        grid: how an item becomes tokens.
+        encoder: config of the encoder's transformer.
+        projector: config of the projector; its ``hidden_size`` is the language module's, its ``ffn_hidden_size`` the
+            width of the layer between.
+        pg_collection: the module's process groups on this rank; ``None`` where this rank does not hold it.
+    """
+    return ModuleSpec(
+        module=submodules,
+        params={"pg_collection": pg_collection},
+        submodules={
+            "encoders": {
+                encoder_name: ModuleSpec(
+                    module=encoder_class,
+                    params={"transformer_config": encoder, "grid": grid, "pg_collection": pg_collection},
+                )
+            },
+            "input_projections": [
+                ModuleSpec(
+                    module=MultimodalProjector,
+                    params={
+                        "config": projector,
+                        "submodules": MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                        "projector_type": "mlp",
+                        "input_size": grid.patches_per_token * encoder.hidden_size,
+                        "pg_collection": pg_collection,
+                    },
+                )
+            ],
+        },
+    )
