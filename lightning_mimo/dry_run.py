@@ -1,0 +1,2 @@
+def dry_run_report(model, trainer, *, training):
+    return "todo"

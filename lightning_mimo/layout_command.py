@@ -1,0 +1,123 @@
+"""``lightning-mimo layout``: draws the layout of a config. Needs neither torch nor Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import LayoutError, ModuleParallelism
+from lightning_mimo.picture import draw_layout
+
+
+def picture_of(arguments: Sequence[str]) -> str:
+    """Draw the layout of ``--config FILE`` with ``--dotted.key=value`` on top.
+
+    Raises:
+        LayoutError: if the config has no MimoStrategy, or its layout cannot run.
+    """
+    config = _read_config(arguments)
+    trainer = config.get("trainer") or {}
+    strategy = trainer.get("strategy")
+    strategy = (strategy.get("init_args") if isinstance(strategy, dict) else None) or {}
+    if not isinstance(strategy.get("modules"), dict):
+        raise LayoutError(
+            "The config has no trainer.strategy.init_args.modules that maps module names to sizes. Give --config FILE "
+            "with trainer.strategy.class_path: lightning_mimo.MimoStrategy and, say, init_args.modules: "
+            "{images: {dp: 2}, language: {tp: 2}}."
+        )
+    modules = {name: _parallelism(name, sizes) for name, sizes in strategy["modules"].items()}
+    layout = MimoLayout.resolve(
+        modules,
+        world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
+        colocate=bool(strategy.get("colocate", False)),
+    )
+    return draw_layout(
+        layout,
+        global_batch_size=strategy.get("global_batch_size"),
+        num_microbatches=strategy.get("num_microbatches", 1),
+    )
+
+
+def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        key, equals, value = rest.pop(0).partition("=")
+        if not equals:
+            value = rest.pop(0) if rest else ""
+        if key in ("--config", "-c"):
+            _merge(config, read_yaml(Path(value)))
+        elif key.startswith("--"):
+            nested: Any = yaml.safe_load(value)
+            for part in reversed(key[2:].split(".")):
+                nested = {part: nested}
+            _merge(config, nested)
+        else:
+            raise LayoutError(f"{key!r} is not understood; write --config FILE or --dotted.key=value.")
+    return config
+
+
+def check_config_files(arguments: Sequence[str]) -> None:
+    """Refuse config files that cannot be read, before anything large is imported.
+
+    Raises:
+        LayoutError: naming the file.
+    """
+    for argument, following in pairwise([*arguments, ""]):
+        key, equals, value = argument.partition("=")
+        if key in ("--config", "-c"):
+            read_yaml(Path(value if equals else following))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """What a config file says.
+
+    Raises:
+        LayoutError: if it is not there, or not YAML with keys and values.
+    """
+    if not path.is_file():
+        raise LayoutError(f"--config {path}: there is no such file.")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.MarkedYAMLError as error:
+        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise LayoutError(f"--config {path} is not YAML: {where}{error.problem}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LayoutError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict | None):
+        raise LayoutError(f"--config {path} must hold keys and values, such as 'trainer: ...', but it is {config!r}.")
+    return config or {}
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _parallelism(name: str, sizes: dict[str, Any] | None) -> ModuleParallelism:
+    sizes = {} if sizes is None else sizes
+    if not isinstance(sizes, dict):
+        raise LayoutError(f"Module {name!r} is given as {sizes!r}; write its sizes as, say, {{tp: 2}}.")
+    known = ModuleParallelism.__dataclass_fields__
+    unknown = sorted(set(sizes) - set(known))
+    if unknown:
+        raise LayoutError(f"Module {name!r} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}.")
+    return ModuleParallelism(**sizes)
+
+
+def _number_of_devices(devices: object) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    raise LayoutError(
+        f"trainer.devices={devices!r}: to draw a layout the number must be known; give --trainer.devices=N."
+    )

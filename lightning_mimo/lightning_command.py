@@ -1,0 +1,134 @@
+"""``lightning-mimo fit | validate | test | predict``: LightningCLI, with errors that a person can read."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import override
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_mimo.cluster import check_slurm_tasks
+from lightning_mimo.config_errors import OneLineParser
+from lightning_mimo.dry_run import dry_run_report
+from lightning_mimo.module import MimoModule
+from lightning_mimo.parallelism import LayoutError
+from lightning_mimo.step_trace import StepTrace
+
+# What packages raise to tell a user something; the same types also come out of bugs.
+_MESSAGES = (ValueError, TypeError, FileNotFoundError, MisconfigurationException)
+# As a rule all ranks find the same thing wrong, and rank 0 ends the others when it has said so.
+_LET_RANK_ZERO_SPEAK = 3.0
+
+
+class MimoCLI(LightningCLI):
+    """LightningCLI for a MimoModule, with ``--trace DIR``.
+
+    Attributes:
+        dry_run: print what each rank would hold, and run nothing.
+    """
+
+    dry_run = False
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--trace", type=str | None, help="fit only: record one step, and write it to this folder (see StepTrace)"
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        folder = self._get(self.config, "trace")
+        if folder is None or self.dry_run:
+            return
+        if self.subcommand != "fit":
+            raise LayoutError(f"--trace records a step of training: it goes with fit, not with {self.subcommand}.")
+        try:
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [StepTrace(folder)]}
+        except ModuleNotFoundError as error:
+            raise LayoutError(str(error)) from error
+
+    @override
+    def instantiate_classes(self) -> None:
+        with _one_line():
+            if self.dry_run:
+                self._take_any_machine()
+            super().instantiate_classes()
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        with _one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
+            if self.dry_run:
+                print(dry_run_report(self.model, self.trainer, training=subcommand == "fit"))
+            else:
+                super()._run_subcommand(subcommand)
+
+    def _take_any_machine(self) -> None:
+        """As many ranks as the config says, whatever this machine has, and nothing that writes or connects."""
+        trainer = self.config[self.subcommand].trainer
+        devices = str(trainer.devices)
+        if not devices.isdecimal() or devices == "0":
+            raise LayoutError(
+                f"trainer.devices={trainer.devices!r}: for a dry run the number must be known; give "
+                f"--trainer.devices=N, the devices of one node."
+            )
+        trainer.update({"accelerator": "cpu", "devices": int(devices), "logger": False, "enable_checkpointing": False})
+        trainer.update(dict.fromkeys(("plugins", "profiler", "callbacks"), None))
+
+
+class DryRunCLI(MimoCLI):
+    """The same, for ``--dry-run``."""
+
+    dry_run = True
+
+
+def run(*, dry_run: bool) -> None:
+    """Do what the command line says.
+
+    Args:
+        dry_run: print what each rank would hold instead.
+
+    Raises:
+        SystemExit: with code 2 and one line on stderr, where the config cannot run.
+    """
+    (DryRunCLI if dry_run else MimoCLI)(
+        MimoModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        save_config_callback=None if dry_run else SaveConfigCallback,
+        parser_class=OneLineParser,
+    )
+
+
+@contextlib.contextmanager
+def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """End with one line and code 2 for what a user can mend; all else, and all that happens in training, passes."""
+    try:
+        yield
+    except _MESSAGES as error:
+        if has_begun() or not _is_for_users(error):
+            raise
+        if rank_zero_only.rank:
+            time.sleep(_LET_RANK_ZERO_SPEAK)
+        print(f"lightning-mimo: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.last_exc = error  # as after a traceback: tells the launcher not to wait for the other ranks
+        sys.exit(2)
+
+
+def _is_for_users(error: BaseException) -> bool:
+    """Whether an error was raised on purpose by this package or by Lightning, and did not come out of a bug."""
+    if isinstance(error, LayoutError):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    package = frames[-1][0].f_globals.get("__name__", "").partition(".")[0]
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return package in ("lightning_mimo", "lightning") and line.startswith("raise ")
