@@ -20,7 +20,8 @@ The package is built in rings; a file imports from its own ring or from one furt
             batch_runner, run_checkpoints, run_data,
             world_strategy, running_strategy,
             strategy, step_trace
-    ring 3  cli, fit_options                           the command line
+    ring 3  cli, lightning_command, layout_command,    the command line
+            config_errors, dry_run
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.
 """

@@ -1,2 +1,109 @@
-def dry_run_report(model, trainer, *, training):
-    return "todo"
+"""``--dry-run``: whether a run fits, and what every rank would hold, as text."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+
+from lightning_mimo.footprint import Footprint, StageFootprint, footprint
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.module import MimoModule
+from lightning_mimo.parallelism import LayoutError, span_of
+from lightning_mimo.picture import draw_layout
+from lightning_mimo.strategy import MimoStrategy
+
+_HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
+
+
+def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -> str:
+    """Check a run in one process, and say what it comes to.
+
+    Checked are layout, batch sizes, precision and DDP options, and whether heads, layers, vocabulary and experts divide
+    over tp, pp and ep, by building the model of each kind of rank on the meta device.
+
+    Args:
+        module: not connected to a running trainer.
+        trainer: with a MimoStrategy and as many devices and nodes as the run is to have.
+        training: count gradients and the optimizer's state.
+
+    Raises:
+        LayoutError: for what cannot run.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, MimoStrategy):
+        raise LayoutError(
+            f"trainer.strategy is a {type(strategy).__name__}; a dry run needs class_path: lightning_mimo.MimoStrategy."
+        )
+    if dist.is_initialized():
+        raise LayoutError("A dry run needs a process that belongs to no other run: start it by itself.")
+    layout = strategy.validate()
+    found = footprint(
+        layout,
+        module.configure_mimo,
+        numerics=strategy.precision_plugin.numerics,
+        ddp=strategy.ddp_by_module,
+        frozen=module.frozen,
+        training=training,
+    )
+    picture = draw_layout(
+        layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
+    )
+    return f"{picture}\n\n{describe(found, layout, precision=strategy.precision_plugin.precision, training=training)}"
+
+
+def describe(found: Footprint, layout: MimoLayout, *, precision: str, training: bool) -> str:
+    """A table of what ranks hold, and what is not in it.
+
+    Args:
+        found: the counts.
+        layout: for colocated modules, whose bytes add up.
+        precision: its name.
+        training: whether gradients and the optimizer were counted.
+    """
+    rows = [_HEAD, *(_row(stage, layout) for stage in found.stages)]
+    if layout.colocated and len(layout.modules) > 1:
+        rows.append(_sum(found, layout))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = [
+        "  ".join(_aligned(cell, width, i) for i, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    modules = ", ".join(f"{name} {_number(count)}" for name, count in found.parameters.items())
+    lines = [f"{_number(sum(found.parameters.values()))} parameters ({modules})", "", *lines, ""]
+    if (trained := sum(found.trained.values())) != sum(found.parameters.values()):
+        lines[0] += f", {_number(trained)} of them trained"
+    lines.append(f"on each rank, in {precision}" + (", with Adam" if training else "") + "; not counted: activations,")
+    lines.append("buffers of collectives, CUDA's and the allocator's own memory")
+    return "\n".join(lines)
+
+
+def _row(stage: StageFootprint, layout: MimoLayout) -> tuple[str, ...]:
+    numbers = (stage.weights, stage.gradients, stage.optimizer, stage.total)
+    place = f"{stage.stage + 1} of {layout.modules[stage.module].pp}"
+    return (span_of(stage.ranks), stage.module, place, _number(stage.parameters), *map(_bytes, numbers))
+
+
+def _sum(found: Footprint, layout: MimoLayout) -> tuple[str, ...]:
+    totals = [sum(getattr(stage, what) for stage in found.stages) for what in ("weights", "gradients", "optimizer")]
+    parameters = sum(stage.parameters for stage in found.stages)
+    ranks = span_of(range(layout.world_size))
+    return (ranks, "all", "", _number(parameters), *map(_bytes, [*totals, sum(totals)]))
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
+
+
+def _number(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 import traceback
@@ -78,8 +79,9 @@ class MimoCLI(LightningCLI):
                 f"trainer.devices={trainer.devices!r}: for a dry run the number must be known; give "
                 f"--trainer.devices=N, the devices of one node."
             )
-        trainer.update({"accelerator": "cpu", "devices": int(devices), "logger": False, "enable_checkpointing": False})
-        trainer.update(dict.fromkeys(("plugins", "profiler", "callbacks"), None))
+        trainer.accelerator, trainer.devices = "cpu", int(devices)
+        trainer.logger = trainer.enable_checkpointing = False
+        trainer.plugins = trainer.profiler = trainer.callbacks = None
 
 
 class DryRunCLI(MimoCLI):
@@ -97,6 +99,10 @@ def run(*, dry_run: bool) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr, where the config cannot run.
     """
+    if dry_run:
+        # What devices this machine has is not the point.
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     (DryRunCLI if dry_run else MimoCLI)(
         MimoModule,
         pl.LightningDataModule,

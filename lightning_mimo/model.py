@@ -199,15 +199,8 @@ def build_mimo_model(
     Raises:
         LayoutError: if the config's modules are not those of the layout.
     """
-    infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
-    config.module_to_grid_map = infra.module_to_grid_map
-    for transformer in transformer_configs(config):
-        numerics.apply_to(transformer)
-    _prepare_language_config(config.language_model_spec.params["config"])
     with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
-        model = SampleAlignedMimoModel(config, infra, seed=seed)
-    _check_dropout(model, infra)
-    _check_batch_norm(model)
+        model = construct_mimo_model(config, infra, seed=seed, numerics=numerics)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
         _check_stages(name, module, infra)
@@ -215,6 +208,25 @@ def build_mimo_model(
             module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
         )
     return numerics.convert(model)
+
+
+def construct_mimo_model(
+    config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, numerics: Numerics
+) -> SampleAlignedMimoModel:
+    """Build this rank's modules with whatever weights their own code gives them; arguments as above.
+
+    Raises:
+        LayoutError: if the config's modules are not those of the layout.
+    """
+    infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
+    config.module_to_grid_map = infra.module_to_grid_map
+    for transformer in transformer_configs(config):
+        numerics.apply_to(transformer)
+    _prepare_language_config(config.language_model_spec.params["config"])
+    model = SampleAlignedMimoModel(config, infra, seed=seed)
+    _check_dropout(model, infra)
+    _check_batch_norm(model)
+    return model
 
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:

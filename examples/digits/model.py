@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from examples.digits.data import VOCAB_SIZE, Token, sequence_length
+from examples.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.models.vision import ImageGrid
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
@@ -78,12 +77,4 @@ class DigitsModule(MimoModule):
             overrides=self.overrides,
         )
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule: Any = torch.optim.lr_scheduler.SequentialLR(
-            optimizer,
-            [
-                torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=self.warmup_steps),
-                torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - self.warmup_steps)),
-            ],
-            milestones=[self.warmup_steps],
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return warmup_then_cosine(optimizer, warmup_steps=self.warmup_steps, steps=steps)
