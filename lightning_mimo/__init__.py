@@ -29,6 +29,7 @@ Public names are loaded when first used, so that ``import lightning_mimo`` costs
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ __all__ = [
     "validate_no_stub_ranks",
     "zero_grad_buffer_for_multimodule",
 ]
+
+
+if "lightning.pytorch.strategies" in sys.modules:
+    # Otherwise MimoModule does it: importing Lightning here would cost seconds.
+    importlib.import_module("lightning_mimo.registration").register()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ _UNKNOWN = re.compile(
 _EXPECTED = re.compile(r"Expected an? (?P<what>.+?)(?:\. Got value: (?P<given>.+))?$", re.DOTALL)
 _CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':")
 _KEY = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)$', re.DOTALL)
+_UNRECOGNIZED = re.compile(r"unrecognized arguments: --(?P<group>[^=\s]+)\.(?P<key>[^=.\s]+)")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.*)$")
 _NESTED = re.compile(r"Given value: NestedArg\(key='(?P<key>[^']+)', val=(?P<value>.*)\)$")
 _NAMES = {"NoneType": "null", "str": "a word", "int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -145,6 +146,8 @@ def _value_of(line: _Line) -> str | None:
 
 def _leaf(text: str, where: str, given: tuple[str, str] | None, owner: str | None) -> str:
     place = _place(where, given)
+    if found := _UNRECOGNIZED.match(text):
+        return _no_key(found["key"], f"{where}.{found['group']}", _keys_of(owner, found["group"]))
     if found := _NO_CLASS.match(text):
         return f"{place} must have keys and values, but is {found[1]}."
     if found := _EXPECTED.match(text):

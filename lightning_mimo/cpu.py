@@ -70,12 +70,12 @@ def _set_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> 
 
 
 def _with_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with ``backend="nccl"`` read as gloo."""
+    """``function`` with ``backend="nccl"`` read as gloo, or as fake where all groups are."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("backend") == "nccl":
-            kwargs["backend"] = "gloo"
+            kwargs["backend"] = "fake" if torch.distributed.get_backend() == "fake" else "gloo"
         return function(*args, **kwargs)
 
     return call

@@ -7,6 +7,7 @@ storage, so a model of any size is built by its own code in a moment. No other p
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import shard_group
+from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, construct_mimo_model
 from lightning_mimo.numerics import Numerics
@@ -122,7 +124,7 @@ def footprint(
     first: dict[tuple[str, int], dict[str, Piece]] = {}
     held = {rank: _pieces(layout, rank, configure, numerics) for rank in _representatives(layout)}
     for name, stage, ranks in _stages(layout):
-        for rank in (ranks[0], ranks[-1]):
+        for rank in sorted({ranks[0], ranks[-1]}):
             pieces = _freeze(held[rank][name], frozen)
             row = _count(name, stage, ranks, pieces, numerics, ddp[name], training=training)
             if rank == ranks[0]:
@@ -175,7 +177,8 @@ def _as_rank(layout: MimoLayout, rank: int) -> Iterator[MimoModelInfra]:
     assert not dist.is_initialized(), "this process belongs to a world already"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        with megatron_on_cpu():
+        with megatron_on_cpu(), warnings.catch_warnings():
+            hush_known_warnings()
             seed_megatron(layout, rank, seed=0)
             infra = MimoModelInfra.build(layout)
             yield infra

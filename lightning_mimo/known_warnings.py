@@ -10,6 +10,10 @@ KNOWN_WARNINGS = {
     r"absl.logging is not installed": UserWarning,
     # megatron-core: the API that this package is built on; its version is pinned
     r".*is experimental and still under active development": UserWarning,
+    # megatron-core: experts that are not cut, in a module whose sequence is
+    r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1": UserWarning,
+    # megatron-core: its own layer specs leave out what its own MLP wants to be given
+    r"MLP requires ffn_hidden_size, but it was not provided": DeprecationWarning,
     # megatron-core: a default of its own TransformerConfig, and a note to its own developers
     r"full scope is deprecated": UserWarning,
     r"The following imports from `dynamic_context.py` will be removed": DeprecationWarning,

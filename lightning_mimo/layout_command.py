@@ -51,7 +51,7 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals:
             value = rest.pop(0) if rest else ""
         if key in ("--config", "-c"):
-            _merge(config, read_yaml(Path(value)))
+            _merge(config, read_yaml(value))
         elif key.startswith("--"):
             nested: Any = yaml.safe_load(value)
             for part in reversed(key[2:].split(".")):
@@ -71,19 +71,19 @@ def check_config_files(arguments: Sequence[str]) -> None:
     for argument, following in pairwise([*arguments, ""]):
         key, equals, value = argument.partition("=")
         if key in ("--config", "-c"):
-            read_yaml(Path(value if equals else following))
+            read_yaml(value if equals else following)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
     """What a config file says.
 
     Raises:
         LayoutError: if it is not there, or not YAML with keys and values.
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise LayoutError(f"--config {path}: there is no such file.")
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(Path(path).read_text())
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise LayoutError(f"--config {path} is not YAML: {where}{error.problem}.") from error

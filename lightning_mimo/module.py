@@ -20,8 +20,12 @@ from lightning_mimo.model import SampleAlignedMimoModel, build_mimo_model
 from lightning_mimo.optimizer import MimoTorchOptimizer, build_optimizer
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.param_groups import OptimizerOverride
+from lightning_mimo.registration import register
 from lightning_mimo.schedule import Metrics, Microbatch
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
+
+# Here, because nobody trains anything without a MimoModule.
+register()
 
 
 class MimoModule(pl.LightningModule):

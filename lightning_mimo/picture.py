@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lightning_mimo.batching import validate_batch_sizes
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import DENSE_AXES, LANGUAGE, ModuleParallelism
+from lightning_mimo.parallelism import DENSE_AXES, LANGUAGE, ModuleParallelism, span_of
+
+_WIDEST = 24  # ranks that are drawn side by side
 
 
 def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches: int) -> str:
@@ -19,7 +21,8 @@ def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches:
         num_microbatches=num_microbatches,
     )
     kind = "colocated: all modules on all ranks" if layout.colocated else "each module on ranks of its own"
-    lines = [f"{layout.world_size} ranks, {kind}", "", *_grid(layout), ""]
+    drawn = _grid(layout) if layout.world_size <= _WIDEST else _spans(layout)
+    lines = [f"{layout.world_size} ranks, {kind}", "", *drawn, ""]
     for name, sizes in layout.modules.items():
         lines.append(
             f"{name}: {_sizes(sizes)}; {micro[name]} sample{'s' if micro[name] > 1 else ''} per microbatch and rank "
@@ -46,6 +49,21 @@ def _grid(layout: MimoLayout) -> list[str]:
     width = max(len(cell) for _, cells in rows for cell in cells)
     lines = [f"{name:<{label}}  " + " ".join(f"{cell:>{width}}" for cell in cells) for name, cells in rows]
     lines.insert(1, "-" * len(lines[0]))
+    return lines
+
+
+def _spans(layout: MimoLayout) -> list[str]:
+    """One line per module, for more ranks than fit side by side."""
+    label = max(len(name) for name in layout.modules)
+    lines = []
+    for name, sizes in layout.modules.items():
+        stages = [
+            sizes.ranks[i * len(sizes.ranks) // sizes.pp :][: len(sizes.ranks) // sizes.pp] for i in range(sizes.pp)
+        ]
+        line = f"{name:<{label}}  ranks {span_of(sizes.ranks)}"
+        if sizes.pp > 1:
+            line += f", pipeline stages {', '.join(map(span_of, stages))}"
+        lines.append(line)
     return lines
 
 

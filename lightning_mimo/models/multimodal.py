@@ -110,6 +110,7 @@ def _gpt_spec(
 
 
 def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: TransformerSize) -> ModuleSpec:
+    config = transformer_config(infra.layout, name, encoder.size)
     tp = infra.layout.modules[name].tp
     check_divides("hidden_size of the language module", language.hidden_size, name, "tp", tp)
     projector = TransformerSize(
@@ -121,7 +122,7 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
     spec = audio_spec if isinstance(encoder.grid, ClipGrid) else vision_spec
     return spec(
         grid=encoder.grid,
-        encoder=transformer_config(infra.layout, name, encoder.size),
+        encoder=config,
         projector=transformer_config(infra.layout, name, projector),
         pg_collection=infra.pg_collections.get(name),
     )

@@ -114,6 +114,7 @@ def transformer_config(
         pipeline_model_parallel_size=sizes.pp,
         sequence_parallel=sequence_parallel,
         num_moe_experts=size.num_experts,
+        moe_ffn_hidden_size=size.ffn if size.num_experts else None,
         moe_router_topk=size.experts_per_token,
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.expt_tp,

@@ -169,7 +169,7 @@ def train(
         task.batch,
         layout.num_microbatches,
         colocate=layout.colocate,
-        ddp=_ddp_config(layout),
+        ddp=ddp_config(layout),
         # Not the Trainer's argument, because Lightning takes 16-mixed for bf16-mixed on a CPU.
         precision_plugin=MimoPrecision(task.precision),
         cluster_environment=PoolEnvironment(),
@@ -195,7 +195,8 @@ def train(
     return recorder, module, strategy
 
 
-def _ddp_config(layout: Layout) -> DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig]:
+def ddp_config(layout: Layout) -> DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig]:
+    """What MimoStrategy is given."""
     if layout.ddp.keys() & layout.modules.keys():
         return {name: DistributedDataParallelConfig(**fields) for name, fields in layout.ddp.items()}
     return DistributedDataParallelConfig(**layout.ddp)
