@@ -10,12 +10,13 @@ The package is built in rings; a file imports from its own ring or from one furt
             param_groups, lr_schedulers, nonfinite,
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
-            sample_check, cpu, checkpoint/, models/,
+            sample_check, footprint, cpu,
+            checkpoint/, models/,
             spans, transfers, compute_spans,           what a rank does: recorded, watched, added up, drawn
             watchdog, telemetry, clocks, trace,
             timeline
-    ring 2  cluster, module, data, precision,          Lightning: what users subclass and what the Trainer calls
-            launcher, preemption, position,
+    ring 2  cluster, registration, module, data,       Lightning: what users subclass and what the Trainer calls
+            precision, launcher, preemption, position,
             trainer_check, model_summary,
             batch_runner, run_checkpoints, run_data,
             world_strategy, running_strategy,

@@ -100,9 +100,9 @@ def run(*, dry_run: bool) -> None:
         SystemExit: with code 2 and one line on stderr, where the config cannot run.
     """
     if dry_run:
-        # What devices this machine has is not the point.
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        # Neither what devices this machine has nor what megatron-core plans is the point.
+        for name in ("lightning.pytorch", "lightning.fabric", "megatron.core"):
+            logging.getLogger(name).setLevel(logging.ERROR)
     (DryRunCLI if dry_run else MimoCLI)(
         MimoModule,
         pl.LightningDataModule,
