@@ -23,8 +23,8 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
 
   --dry-run  instead of running: check all sizes against the layout, and print parameters and bytes of every rank
 
-'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. Those of a class are listed by,
-say, 'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy' or '--model.help=examples.digits.model.DigitsModule'.
+'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. The keys of a class:
+'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy', or --model.help=..., --data.help=...
 """
 _RUNS = ("fit", "validate", "test", "predict")
 
