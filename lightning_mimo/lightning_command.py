@@ -103,6 +103,8 @@ def run(*, dry_run: bool) -> None:
         # Neither what devices this machine has nor what megatron-core plans is the point.
         for name in ("lightning.pytorch", "lightning.fabric", "megatron.core"):
             logging.getLogger(name).setLevel(logging.ERROR)
+    else:
+        check_slurm_tasks()
     (DryRunCLI if dry_run else MimoCLI)(
         MimoModule,
         pl.LightningDataModule,

@@ -1,10 +1,12 @@
-"""Layers of a GPT from megatron-core's own modules, for every machine and with sequence parallelism."""
+"""A GPT from megatron-core's own modules, for every machine and with sequence parallelism."""
 
 from __future__ import annotations
 
 import copy
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormInterface, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
     LayerNormImpl,
@@ -12,6 +14,12 @@ from megatron.core.transformer.transformer_block import (
     get_num_layers_to_build,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
+from lightning_mimo.parallelism import LANGUAGE
+
+__all__ = ["TransformerSize", "gpt_spec"]
 
 
 class SequenceParallelTorchNorm(WrappedTorchNorm):
@@ -29,7 +37,52 @@ class SequenceParallelTorchNorm(WrappedTorchNorm):
         return norm
 
 
-def gpt_block(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSubmodules:
+def gpt_spec(
+    infra: MimoModelInfra,
+    size: TransformerSize,
+    *,
+    vocab_size: int,
+    max_sequence_length: int,
+    tie_embeddings: bool = False,
+    sequence_parallel: bool = False,
+) -> ModuleSpec:
+    """ModuleSpec of a GPT with rotary positions, for ``MimoModelConfig(language_model_spec=...)``.
+
+    Args:
+        infra: grids and process groups of this rank.
+        size: of the GPT; what encoders return has its ``hidden_size``.
+        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        max_sequence_length: longest sequence in tokens.
+        tie_embeddings: let the head share the weights of the word embeddings.
+        sequence_parallel: divide the sequence over the tensor-parallel ranks between attention and MLP. Without tensor
+            parallelism it means nothing; with it, a mixture of experts needs it.
+
+    Raises:
+        LayoutError: if heads, layers, experts or the vocabulary do not divide over the layout.
+    """
+    tp = infra.layout.modules[LANGUAGE].tp
+    config = transformer_config(infra.layout, LANGUAGE, size, sequence_parallel=sequence_parallel and tp > 1)
+    check_divides("vocab_size", vocab_size, LANGUAGE, "tp", tp)
+    groups = infra.pg_collections.get(LANGUAGE)
+    return ModuleSpec(
+        module=GPTModel,
+        params={
+            "config": config,
+            "transformer_layer_spec": _gpt_block(config, pp_rank=groups.pp.rank() if groups else 0),
+            "vocab_size": vocab_size,
+            "max_sequence_length": max_sequence_length,
+            "position_embedding_type": "rope",
+            "share_embeddings_and_output_weights": tie_embeddings,
+            # MimoModel cuts the sequence itself, when text and images are together.
+            "scatter_embedding_sequence_parallel": False,
+            "pre_process": groups is None or groups.pp.rank() == 0,
+            "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
+            "pg_collection": groups,
+        },
+    )
+
+
+def _gpt_block(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, dense or with experts as the config says.
 
     Args:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.models.audio import ClipGrid, audio_spec
-from lightning_mimo.models.gpt import gpt_block
+from lightning_mimo.models.gpt import gpt_spec
 from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
 from lightning_mimo.models.vision import ImageGrid, vision_spec
 from lightning_mimo.parallelism import LANGUAGE
@@ -64,48 +62,19 @@ def multimodal_config(
     """
     if not encoders.keys() <= infra.layout.modules.keys():  # more may be added to the config that is returned
         infra.layout.check_modules([*encoders, LANGUAGE])
-    sequence_parallel = sequence_parallel and infra.layout.modules[LANGUAGE].tp > 1
-    config = transformer_config(infra.layout, LANGUAGE, language, sequence_parallel=sequence_parallel)
-    check_divides("vocab_size", vocab_size, LANGUAGE, "tp", infra.layout.modules[LANGUAGE].tp)
     return MimoModelConfig(
-        language_model_spec=_gpt_spec(
+        language_model_spec=gpt_spec(
             infra,
-            config,
+            language,
             vocab_size=vocab_size,
             max_sequence_length=max_sequence_length,
             tie_embeddings=tie_embeddings,
+            sequence_parallel=sequence_parallel,
         ),
         modality_submodules_spec={
             name: _encoder_spec(infra, name, encoder, language) for name, encoder in encoders.items()
         },
         special_token_ids={name: encoder.token_id for name, encoder in encoders.items()},
-    )
-
-
-def _gpt_spec(
-    infra: MimoModelInfra,
-    config: TransformerConfig,
-    *,
-    vocab_size: int,
-    max_sequence_length: int,
-    tie_embeddings: bool,
-) -> ModuleSpec:
-    groups = infra.pg_collections.get(LANGUAGE)
-    return ModuleSpec(
-        module=GPTModel,
-        params={
-            "config": config,
-            "transformer_layer_spec": gpt_block(config, pp_rank=groups.pp.rank() if groups else 0),
-            "vocab_size": vocab_size,
-            "max_sequence_length": max_sequence_length,
-            "position_embedding_type": "rope",
-            "share_embeddings_and_output_weights": tie_embeddings,
-            # MimoModel cuts the sequence itself, when text and images are together.
-            "scatter_embedding_sequence_parallel": False,
-            "pre_process": groups is None or groups.pp.rank() == 0,
-            "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
-            "pg_collection": groups,
-        },
     )
 
 

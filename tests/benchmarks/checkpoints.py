@@ -21,7 +21,7 @@ from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.models.vision_language import TransformerSize
+from lightning_mimo.models.sizes import TransformerSize
 from tests.multiprocess.parity.layouts import PoolEnvironment
 from tests.multiprocess.rank_pool import RankPool
 

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.models.vision_language import Recompute, TransformerSize
+from lightning_mimo.models.sizes import Recompute, TransformerSize
 
 BATCH = 64
 SKIPPED_STEPS = 5  # that are not timed

@@ -24,7 +24,7 @@ from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import build_mimo_model
 from lightning_mimo.models.encoder import encoder_spec
-from lightning_mimo.models.vision_language import TransformerSize, gpt_spec
+from lightning_mimo.models.gpt import TransformerSize, gpt_spec
 from tests.multiprocess.parity.layouts import PoolEnvironment
 from tests.multiprocess.rank_pool import RankFailure, RankPool
 
