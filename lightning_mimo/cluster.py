@@ -18,8 +18,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 from lightning_mimo.parallelism import LayoutError
 
-# How long the other ranks leave it to the first one to say what is wrong with all of them.
-_LISTEN_SECONDS = 20.0
+# How long the other ranks leave it to the first one to say what is wrong with all of them, and to end. On a busy
+# machine its end alone has taken more than 20 seconds.
+_LISTEN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
