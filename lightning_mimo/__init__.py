@@ -11,18 +11,15 @@ The package is built in rings; a file imports from its own ring or from one furt
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
             sample_check, footprint, cpu,
-            checkpoint/, models/,
-            spans, transfers, compute_spans,           what a rank does: recorded, watched, added up, drawn
-            watchdog, telemetry, clocks, trace,
-            timeline
+            checkpoint/, models/, spans, transfers,
+            observe/
     ring 2  cluster, registration, module, data,       Lightning: what users subclass and what the Trainer calls
             precision, launcher, preemption, position,
             trainer_check, model_summary,
             batch_runner, run_checkpoints, run_data,
             world_strategy, running_strategy,
             strategy, step_trace
-    ring 3  cli, lightning_command, layout_command,    the command line
-            config_errors, dry_run
+    ring 3  cli, commands/                             the command line
 
 Public names are loaded when first used, so that ``import lightning_mimo`` costs milliseconds.
 """

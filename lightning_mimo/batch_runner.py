@@ -16,13 +16,13 @@ from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_optimizer import StepOutcome
 from lightning_mimo.module import MimoModule
 from lightning_mimo.nonfinite import NonFiniteError, describe, find_nonfinite
+from lightning_mimo.observe.telemetry import Telemetry
 from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
 from lightning_mimo.spans import Span
-from lightning_mimo.telemetry import Telemetry
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_mimo.commands.layout import check_config_files, picture_of
 from lightning_mimo.known_warnings import hush_known_warnings
-from lightning_mimo.layout_command import check_config_files, picture_of
 from lightning_mimo.parallelism import LayoutError
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
@@ -84,7 +84,7 @@ def checkpoint_tool(arguments: Sequence[str]) -> str:
 
 def _run_lightning() -> None:
     hush_known_warnings()
-    from lightning_mimo.lightning_command import run
+    from lightning_mimo.commands.run import run
 
     dry_run = "--dry-run" in sys.argv
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--dry-run"]

@@ -39,7 +39,7 @@ class MimoModule(pl.LightningModule):
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
     so on for each module, ``train/skipped_steps``, ``train/tokens_per_s`` (by each rank's own clock), ``val/loss``,
     ``test/loss``, the metrics of :meth:`loss`, and ``telemetry/images/compute_s`` and the like, see
-    :class:`lightning_mimo.telemetry.Telemetry`.
+    :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
     def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:

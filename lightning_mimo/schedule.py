@@ -14,7 +14,6 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
 from lightning_mimo.bridges import MimoPipelineCommunicator
-from lightning_mimo.compute_spans import ComputeSpans
 from lightning_mimo.gradient_flow import GradientFlow
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
@@ -26,6 +25,7 @@ from lightning_mimo.mimo_parallel_utils import (
     zero_grad_buffer_for_multimodule,
 )
 from lightning_mimo.model import SampleAlignedMimoModel
+from lightning_mimo.observe.compute_spans import ComputeSpans
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.spans import Work
 

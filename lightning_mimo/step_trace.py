@@ -10,19 +10,19 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_mimo.clocks import offset_to_rank_0
+from lightning_mimo.observe.clocks import offset_to_rank_0
+from lightning_mimo.observe.timeline import draw_timeline, require_matplotlib
+from lightning_mimo.observe.trace import RankTrace, chrome_trace, describe_shares, trace_of_rank
 from lightning_mimo.spans import Span
 from lightning_mimo.strategy import MimoStrategy
-from lightning_mimo.timeline import draw_timeline, require_matplotlib
-from lightning_mimo.trace import RankTrace, chrome_trace, describe_shares, trace_of_rank
 
 
 class StepTrace(pl.Callback):
     """Writes ``step=5.json`` for https://ui.perfetto.dev and ``step=5.png``, and prints how much each module computes.
 
     Times are those of the host on CPUs and of CUDA events on GPUs. Ranks of one machine have one clock; the clocks of
-    several machines are compared before the step (:func:`lightning_mimo.clocks.offset_to_rank_0`). Only the traced
-    step pays for it, with a few collectives before and after.
+    several machines are compared before the step (:func:`lightning_mimo.observe.clocks.offset_to_rank_0`). Only the
+    traced step pays for it, with a few collectives before and after.
     """
 
     def __init__(self, dirpath: str | Path, *, step: int = 5) -> None:

@@ -31,6 +31,7 @@ from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model_summary import take_the_place
+from lightning_mimo.observe.watchdog import Watchdog
 from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
 from lightning_mimo.preemption import Preemption
@@ -40,7 +41,6 @@ from lightning_mimo.run_data import RunData
 from lightning_mimo.running_strategy import RunningStrategy
 from lightning_mimo.spans import Spans, clock_of
 from lightning_mimo.trainer_check import check_trainer
-from lightning_mimo.watchdog import Watchdog
 
 _CHOICES = {
     "check_samples": ("first", "always", "never"),
@@ -100,7 +100,7 @@ class MimoStrategy(RunningStrategy):
                 too large is no reason to stop: the step is left out and the scale halved.
             async_save: go on training while a checkpoint is being written; at most one is at a time.
             on_save_error: what to do where a checkpoint cannot be written: stop on all ranks, or warn and go on.
-            telemetry: log what each module does, see :class:`lightning_mimo.telemetry.Telemetry`.
+            telemetry: log what each module does, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
             ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
                 always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
                 the precision.

@@ -18,7 +18,7 @@ from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicat
 
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo import StepTrace
-from lightning_mimo.clocks import offset_to_rank_0
+from lightning_mimo.observe.clocks import offset_to_rank_0
 from tests.multiprocess.parity.cases import apart, task, together
 from tests.multiprocess.parity.layouts import Layout, train
 from tests.multiprocess.parity.model import Samples

@@ -13,7 +13,7 @@ from examples.digits_avlm.model import DigitsAvlmModule
 from examples.llava.data import ConversationData
 from examples.llava.model import LlavaModule
 from lightning_mimo import MimoStrategy, ModuleParallelism, OptimizerOverride
-from lightning_mimo.config_errors import condense
+from lightning_mimo.commands.config_errors import condense
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 
 CLASSES = [

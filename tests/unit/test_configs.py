@@ -12,8 +12,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
 from lightning_mimo.cli import main
+from lightning_mimo.commands.layout import picture_of
 from lightning_mimo.footprint import footprint
-from lightning_mimo.layout_command import picture_of
 from lightning_mimo.models.sizes import Recompute
 
 IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]

@@ -10,8 +10,8 @@ from textwrap import dedent
 import pytest
 
 from lightning_mimo.cli import main
+from lightning_mimo.commands.layout import picture_of
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.layout_command import picture_of
 from lightning_mimo.parallelism import LayoutError
 from lightning_mimo.parallelism import ModuleParallelism as Sizes
 from lightning_mimo.picture import draw_layout

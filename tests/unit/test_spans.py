@@ -12,8 +12,8 @@ from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo import StepTrace
 from lightning_mimo.cli import main
 from lightning_mimo.layout import MimoLayout
+from lightning_mimo.observe.trace import RankTrace, chrome_trace, describe_shares, shares, trace_of_rank
 from lightning_mimo.spans import Spans, Work
-from lightning_mimo.trace import RankTrace, chrome_trace, describe_shares, shares, trace_of_rank
 from lightning_mimo.transfers import Port
 
 FORWARD = Work(kind="forward", words="forward of images", module="images")

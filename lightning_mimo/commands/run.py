@@ -16,8 +16,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.cluster import check_slurm_tasks
-from lightning_mimo.config_errors import OneLineParser
-from lightning_mimo.dry_run import dry_run_report
+from lightning_mimo.commands.config_errors import OneLineParser
+from lightning_mimo.commands.dry_run import dry_run_report
 from lightning_mimo.module import MimoModule
 from lightning_mimo.parallelism import LayoutError
 from lightning_mimo.step_trace import StepTrace

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_mimo.trace import KINDS, RankTrace, idle_share, shares
+from lightning_mimo.observe.trace import KINDS, RankTrace, idle_share, shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
