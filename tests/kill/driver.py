@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_mimo.checkpoint.directory import damaged_files, read_manifest
+from tests.kill.run_once import STEPS
 
 RANKS = 4
 START_SECONDS, RUN_SECONDS = 180.0, 300.0
@@ -113,13 +114,13 @@ def last_step(folder: Path) -> int:
     return manifest["step"]
 
 
-def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = False) -> list[Kill]:
+def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = False, steps: int = STEPS) -> list[Kill]:
     """Start, kill and start again; a run that ends in time for less kills than asked for is begun anew.
 
     Raises:
         AssertionError: if the final weights are not those of a run that was left alone.
     """
-    arguments = ["--async-save"] if async_save else []
+    arguments = ["--steps", str(steps), *(["--async-save"] if async_save else [])]
     alone = folder / "alone"
     alone.mkdir(parents=True)
     assert start(alone, *arguments).wait(timeout=RUN_SECONDS) == 0, (alone / "log").read_text()[-3000:]

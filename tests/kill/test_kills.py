@@ -19,7 +19,7 @@ def check(kills: list[Kill]) -> None:
 
 
 def test_killed_runs_end_with_the_weights_of_one_that_was_left_alone(tmp_path: Path) -> None:
-    check(run_with_kills(tmp_path, kills=1, seed=5))
+    check(run_with_kills(tmp_path, kills=1, seed=5, steps=16))
 
 
 @pytest.mark.exhaustive

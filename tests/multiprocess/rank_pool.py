@@ -43,7 +43,7 @@ _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNI
 
 # Threads of process groups that are gone for Python, but not for torch, wake up a hundred times a second: after some
 # cases they leave the others little of the machine.
-_CASES_PER_PROCESS = 15
+_CASES_PER_PROCESS = 5
 
 # How long the pool waits for the stacks of ranks that have hit the timeout.
 _STACK_WAIT = 2.0

@@ -124,7 +124,10 @@ EXPERTS = task(experts=4, samples=Samples(number=36), steps=5)
 @pytest.mark.parametrize(
     ("run", "one", "two"),
     [
-        (EXPERTS, apart(Cut(), Cut(dp=4, ep=2), num_microbatches=3), apart(Cut(), Cut(dp=2, pp=2, expt_tp=2))),
+        pytest.param(
+            *(EXPERTS, apart(Cut(), Cut(dp=4, ep=2), num_microbatches=3), apart(Cut(), Cut(dp=2, pp=2, expt_tp=2))),
+            marks=pytest.mark.exhaustive,  # six ranks: half a minute
+        ),
         (task(tied=True, steps=4), apart(Cut(dp=2), Cut(tp=2, pp=2)), together(Cut(), Cut())),
         (task(frozen=("images.encoders",), steps=4), apart(Cut(pp=2), Cut(pp=2)), together(Cut(dp=2), Cut(tp=2))),
     ],

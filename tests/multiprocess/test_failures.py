@@ -55,7 +55,7 @@ def test_datasets_of_different_length_are_refused_on_all_ranks(rank_pool: RankPo
         rank_pool.run(fit, LongerOnRank1, {"images": Cut(), "language": Cut()}, world_size=2)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_failing_rank_ends_all_with_its_traceback(rank: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [

@@ -29,7 +29,10 @@ REDUCTION = {
 
 @pytest.mark.parametrize(
     ("module", "missing", "said"),
-    [("StopsInForwardOfRank0", 0, FORWARD), ("StopsBeforeReductionOnRank1", 1, REDUCTION)],
+    [
+        ("StopsInForwardOfRank0", 0, FORWARD),
+        pytest.param("StopsBeforeReductionOnRank1", 1, REDUCTION, marks=pytest.mark.exhaustive),
+    ],
     ids=["forward", "reduction"],
 )
 def test_a_rank_that_stops_is_named_and_all_end(module: str, missing: int, said: dict[int, str], tmp_path: Path):

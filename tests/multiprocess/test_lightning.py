@@ -215,7 +215,9 @@ def test_loggers_bars_and_deciders_get_every_metric_once(rank_pool, tmp_path, ba
         assert shown in first.bar, f"the progress bar does not show {shown}"
     assert TABLE in first.messages
     logged = in_csv(tmp_path)
-    assert logged.keys() == METRICS
+    telemetry = {name for name in logged if name.startswith("telemetry/")}
+    assert logged.keys() - telemetry == METRICS
+    assert telemetry >= {"telemetry/images/compute_s", "telemetry/language/bridge_s"}
     assert [step for step, _ in logged["train/loss"]] == list(range(6))
     assert [value for _, value in logged["train/loss"]] == pytest.approx(first.losses)
     assert [step for step, _ in logged["val/loss"]] == [1, 3, 5]

@@ -76,7 +76,7 @@ def read_trace(folder: Path) -> Trace:
 
 
 def test_trace_of_a_pipeline_covers_what_the_schedule_did(rank_pool: RankPool, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is in the dev dependency group")
+    pytest.importorskip("matplotlib", reason="matplotlib is in the integrations dependency group")
     layout = apart(Cut(dp=2), Cut(pp=2), num_microbatches=3)
     found = rank_pool.run(traced, task(steps=4), layout, tmp_path, world_size=4)
     trace = read_trace(tmp_path)
@@ -124,7 +124,7 @@ def check_telemetry(found: list[dict[str, float]], folder: Path) -> None:
 
 
 def test_trace_of_modules_that_share_their_ranks_tells_them_apart(rank_pool: RankPool, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is in the dev dependency group")
+    pytest.importorskip("matplotlib", reason="matplotlib is in the integrations dependency group")
     layout = together(Cut(dp=2), Cut(tp=2))
     rank_pool.run(traced, task(steps=3, accumulate=2, samples=Samples(number=72)), layout, tmp_path, world_size=2)
     for own in slices_by_rank(read_trace(tmp_path)).values():
@@ -138,7 +138,7 @@ def test_trace_of_modules_that_share_their_ranks_tells_them_apart(rank_pool: Ran
 
 
 def test_step_that_never_comes_is_refused_before_training(rank_pool: RankPool, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="matplotlib is in the dev dependency group")
+    pytest.importorskip("matplotlib", reason="matplotlib is in the integrations dependency group")
     message = r"StepTrace\(step=1\) lets 1 steps pass and records the next, but this run has 1 \(max_steps=1\)"
     with pytest.raises(RankFailure, match=message):
         rank_pool.run(traced, task(steps=1), together(Cut(), Cut()), tmp_path, world_size=1)
