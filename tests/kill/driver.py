@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_mimo.checkpoint.directory import damaged_files, read_manifest
-from tests.kill.run_once import STEPS
+from tests.kill import STEPS
 
 RANKS = 4
 START_SECONDS, RUN_SECONDS = 180.0, 300.0

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.checkpoint import tools
+from tests.kill import STEPS
 from tests.multiprocess.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 
-STEPS = 24
 PARTS = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
 
 
