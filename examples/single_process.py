@@ -22,13 +22,14 @@ class FirstAndLast(L.Callback):
             trainer.print(f"step {trainer.global_step}: loss {outputs['loss']:.4f}")
 
 
-def train(strategy: MimoStrategy, *, devices: int) -> None:
+def train(strategy: MimoStrategy, *, devices: int, num_nodes: int = 1) -> None:
     """Twenty steps in any layout."""
     L.seed_everything(1)
     size = TransformerSize(num_layers=2, hidden_size=32, num_attention_heads=4)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=devices,
+        num_nodes=num_nodes,
         strategy=strategy,
         max_steps=20,
         limit_val_batches=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,14 +18,14 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2")
 FIT = ("-m", "lightning_mimo", "fit", "--config", CONFIG)
 
 
-def test_two_nodes_train_what_one_does(one_node: Path, tmp_path: Path) -> None:
+def run_on_two_nodes(arguments: Sequence[str], folder: Path) -> str:
+    """What both nodes print."""
     meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=two"]
     # The name of this machine, which the nodes would tell each other otherwise, need not resolve.
-    command = [*TORCHRUN, *meet, "--local-addr=127.0.0.1", *FIT, *shortened(tmp_path)]
-    command += ["--trainer.num_nodes=2", "--trainer.devices=2"]
+    command = [*TORCHRUN, *meet, "--local-addr=127.0.0.1", *arguments]
     agents = []
     for node in range(2):
-        with (tmp_path / f"log{node}").open("w") as log:
+        with (folder / f"log{node}").open("w") as log:
             agents.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [agent.wait(timeout=400) for agent in agents]
@@ -32,8 +33,19 @@ def test_two_nodes_train_what_one_does(one_node: Path, tmp_path: Path) -> None:
         for agent in agents:
             agent.terminate()
             agent.wait()
-    assert codes == [0, 0], "".join((tmp_path / f"log{node}").read_text() for node in range(2))
+    said = "".join((folder / f"log{node}").read_text() for node in range(2))
+    assert codes == [0, 0], said
+    return said
+
+
+def test_two_nodes_train_what_one_does(one_node: Path, tmp_path: Path) -> None:
+    run_on_two_nodes([*FIT, *shortened(tmp_path), "--trainer.num_nodes=2", "--trainer.devices=2"], tmp_path)
     check_same(tmp_path, one_node)
+
+
+def test_the_example_prints_its_losses_on_each_node(tmp_path: Path) -> None:
+    said = run_on_two_nodes(["-m", "examples.torchrun"], tmp_path)
+    assert said.count("step 1: loss ") == said.count("step 20: loss ") == 2
 
 
 def test_wrong_number_of_ranks_is_one_line(tmp_path: Path) -> None:
