@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -83,20 +84,27 @@ def distance_after_resuming(run: Task, layout: Layout, path: str, whole: Tensors
     return recorder.losses, worst
 
 
+Saved = Callable[[str], str]
+
+
 @pytest.fixture(scope="module")
-def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """A checkpoint of each layout."""
+def saved(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Path of a checkpoint of a layout, by its name; made when it is first asked for."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    paths = {name: str(folder / name / "step=2.ckpt") for name in LAYOUTS}
-    for name, layout in LAYOUTS.items():
-        rank_pool.run(save, RUN, layout, paths[name], world_size=layout.ranks)
-    return paths
+
+    @cache
+    def path_of(name: str) -> str:
+        path = str(folder / name / "step=2.ckpt")
+        rank_pool.run(save, RUN, LAYOUTS[name], path, world_size=LAYOUTS[name].ranks)
+        return path
+
+    return path_of
 
 
-def check(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+def check(rank_pool: RankPool, saved: Saved, one: str, two: str) -> None:
     whole = rank_pool.run(truth, RUN, world_size=1)[0]
     layout = LAYOUTS[two]
-    found = rank_pool.run(distance_after_resuming, RUN, layout, saved[one], whole.final, world_size=layout.ranks)
+    found = rank_pool.run(distance_after_resuming, RUN, layout, saved(one), whole.final, world_size=layout.ranks)
     for losses, worst in found:
         assert worst < EXACT
         assert losses == pytest.approx(whole.losses[SAVED_AFTER:], rel=1e-7)  # Lightning logs float32
@@ -107,13 +115,13 @@ USUAL = [(NAMES[0], NAMES[2]), (NAMES[2], NAMES[5]), (NAMES[4], NAMES[3])]
 
 
 @pytest.mark.parametrize(("one", "two"), USUAL)
-def test_run_goes_on_in_the_next_layout(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+def test_run_goes_on_in_the_next_layout(rank_pool: RankPool, saved: Saved, one: str, two: str) -> None:
     check(rank_pool, saved, one, two)
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("one", "two"), sorted(set(product(NAMES, NAMES)) - set(USUAL)))
-def test_run_goes_on_in_any_layout(rank_pool: RankPool, saved: Mapping[str, str], one: str, two: str) -> None:
+def test_run_goes_on_in_any_layout(rank_pool: RankPool, saved: Saved, one: str, two: str) -> None:
     check(rank_pool, saved, one, two)
 
 
@@ -318,8 +326,8 @@ def refused(rank_pool: RankPool, message: str, run: Task, path: Path, layout: La
 
 
 @pytest.fixture(scope="module")
-def one_saved(saved: Mapping[str, str]) -> Path:
-    return Path(saved["images_dp2-language_tp2"])
+def one_saved(saved: Saved) -> Path:
+    return Path(saved("images_dp2-language_tp2"))
 
 
 def test_what_training_cannot_go_on_from_is_refused(rank_pool: RankPool, one_saved: Path) -> None:
