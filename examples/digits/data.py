@@ -265,11 +265,51 @@ def split_scans(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return order[:train_count], order[train_count:]
 
 
-class DigitsData(pl.LightningDataModule):
-    """Questions about handwritten digits, for training on 80 % of the images and validation on the others.
+class ScansData(pl.LightningDataModule):
+    """Loaders of a `train_set` and a `held_out_set`, which a subclass builds in `setup` out of the scans.
 
-    The loaders are those of a one-process script; `MimoStrategy` rebuilds them for each rank. Because samples
-    differ in their number of images, batches need its collation: torch's own cannot stack them.
+    They are those of a one-process script; `MimoStrategy` rebuilds them for each rank. Because samples differ in their
+    number of images, batches need its collation: torch's own cannot stack them.
+
+    Args:
+        global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
+        num_workers: loader worker processes. The samples are so cheap that 0 is usually fastest.
+    """
+
+    train_set: Dataset[Sample]
+    held_out_set: Dataset[Sample]
+
+    def __init__(self, *, global_batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.global_batch_size = global_batch_size
+        self.num_workers = num_workers
+
+    def prepare_data(self) -> None:
+        """Check that the images can be had; they come with scikit-learn, so there is nothing to download."""
+        load_scans()
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Return the shuffled loader of the training samples."""
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Return the loader of the held-out samples."""
+        return self._loader(self.held_out_set)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Return the loader of the held-out samples."""
+        return self._loader(self.held_out_set)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Return the loader of the held-out samples."""
+        return self._loader(self.held_out_set)
+
+    def _loader(self, dataset: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
+        return DataLoader(dataset, batch_size=self.global_batch_size, shuffle=shuffle, num_workers=self.num_workers)
+
+
+class DigitsData(ScansData):
+    """Questions about handwritten digits, for training on 80 % of the images and validation on the others.
 
     Args:
         global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
@@ -293,23 +333,17 @@ class DigitsData(pl.LightningDataModule):
         swap_images: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.global_batch_size = global_batch_size
+        super().__init__(global_batch_size=global_batch_size, num_workers=num_workers)
         self.train_samples = train_samples
         self.val_samples = val_samples
         self.max_images = max_images
         self.seed = seed
         self.swap_images = swap_images
-        self.num_workers = num_workers
 
     @property
     def swapped(self) -> str:
         """What does not belong to its text, for people."""
         return "images" if self.swap_images else ""
-
-    def prepare_data(self) -> None:
-        """Check that the images can be had; they come with scikit-learn, so there is nothing to download."""
-        load_scans()
 
     def setup(self, stage: str) -> None:
         """Build `held_out_set`, and for fitting `train_set`.
@@ -336,22 +370,3 @@ class DigitsData(pl.LightningDataModule):
             max_images=self.max_images,
             swap_images=self.swap_images,
         )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Return the shuffled loader of the training images."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out images."""
-        return self._loader(self.held_out_set)
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out images."""
-        return self._loader(self.held_out_set)
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out images."""
-        return self._loader(self.held_out_set)
-
-    def _loader(self, dataset: DigitsDataset, shuffle: bool = False) -> DataLoader[Sample]:
-        return DataLoader(dataset, batch_size=self.global_batch_size, shuffle=shuffle, num_workers=self.num_workers)

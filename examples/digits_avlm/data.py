@@ -14,13 +14,12 @@ from collections.abc import Collection, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from examples.digits.data import Sample, load_scans, normalise, shift_images, split_scans
+from examples.digits.data import Sample, ScansData, load_scans, normalise, shift_images, split_scans
 from examples.digits_avlm.tones import picture, spectrum, tone
 
 VOCAB_SIZE = 32
@@ -195,7 +194,7 @@ class TonesDataset(Dataset[Sample]):
         return spectrum(np.stack([tone(key, chance) for key in self._draw(index).keys]))
 
 
-class TonesData(pl.LightningDataModule):
+class TonesData(ScansData):
     """Questions about handwritten digits and tones; validated on images never seen and tones never heard.
 
     Args:
@@ -219,23 +218,17 @@ class TonesData(pl.LightningDataModule):
         swap_sounds: bool = False,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        self.global_batch_size = global_batch_size
+        super().__init__(global_batch_size=global_batch_size, num_workers=num_workers)
         self.train_samples = train_samples
         self.val_samples = val_samples
         self.seed = seed
         self.swap_images = swap_images
         self.swap_sounds = swap_sounds
-        self.num_workers = num_workers
 
     @property
     def swapped(self) -> str:
         """What does not belong to its text, for people."""
         return " and ".join(["images"] * self.swap_images + ["sounds"] * self.swap_sounds)
-
-    def prepare_data(self) -> None:
-        """Check that the images can be had; they come with scikit-learn, so there is nothing to download."""
-        load_scans()
 
     def setup(self, stage: str) -> None:
         """Build `held_out_set`, and for fitting `train_set`.
@@ -257,22 +250,3 @@ class TonesData(pl.LightningDataModule):
             swap_images=self.swap_images,
             swap_sounds=self.swap_sounds,
         )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Return the shuffled loader of the training samples."""
-        return self._loader(self.train_set, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out samples."""
-        return self._loader(self.held_out_set)
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out samples."""
-        return self._loader(self.held_out_set)
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Return the loader of the held-out samples."""
-        return self._loader(self.held_out_set)
-
-    def _loader(self, dataset: TonesDataset, shuffle: bool = False) -> DataLoader[Sample]:
-        return DataLoader(dataset, batch_size=self.global_batch_size, shuffle=shuffle, num_workers=self.num_workers)
