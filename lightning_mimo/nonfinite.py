@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.utils import unwrap_model
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
@@ -85,7 +86,8 @@ class _Watch:
         """Look at what modules return while this is open."""
         with contextlib.ExitStack() as stack:
             for name in self._infra.participating_modules:
-                module, _ = module_and_name(self._model, name)
+                # megatron-core calls forward() of what is outermost itself, past its hooks.
+                module = unwrap_model(module_and_name(self._model, name)[0])
                 stack.callback(module.register_forward_hook(self._output_hook(name)).remove)
             yield
 

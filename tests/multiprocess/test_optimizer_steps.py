@@ -159,6 +159,23 @@ class LosesOnSample(ParityModule):
         return total * (math.inf if 20 in batch["sample_indices"] else 1.0), tokens, metrics
 
 
+class OverflowsInEncoder(ParityModule):
+    """In the second step, what the encoder returns is infinite, though weights and images are not."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if "images" in self.infra.participating_modules:
+            encoder = self.model.modality_submodules["images"].encoders["vit"]
+            encoder.register_forward_hook(self._overflow)
+
+    def _overflow(self, encoder: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (math.inf if self.trainer.global_step == 1 else 1.0)
+
+
+def train_with_overflow(task: Task, layout: Layout) -> None:
+    train(task, layout, module=OverflowsInEncoder(task.model))
+
+
 def train_on_bad_pixel(task: Task, layout: Layout) -> None:
     train(task, layout, dataset=OneBadPixel(task.samples))
 
@@ -183,6 +200,15 @@ def test_input_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout, 
     run = task(precision=precision, samples=Samples(images=(2,)))
     with pytest.raises(RankFailure, match=BAD_PIXEL.format(rank=rank)):
         rank_pool.run(train_on_bad_pixel, run, layout, world_size=layout.ranks)
+
+
+@pytest.mark.parametrize("layout", [APART, COLOCATED], ids=["apart", "colocated"])
+def test_output_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout) -> None:
+    message = (
+        r"in step 1 \(batch 1\).*is not finite: the output of module 'images' on ranks 0, 1, in microbatch 0, samples"
+    )
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(train_with_overflow, task(precision="32-true"), layout, world_size=layout.ranks)
 
 
 def test_loss_that_is_not_finite_is_named(rank_pool: RankPool) -> None:
