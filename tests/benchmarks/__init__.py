@@ -1,1 +1,1 @@
-"""Measurements, run on request; they print figures and fail nothing."""
+"""What lightning-mimo costs and saves, measured: ``python -m tests.benchmarks``."""

@@ -1,4 +1,4 @@
-"""Seconds and bytes of a checkpoint, from 2 to 8 ranks: ``python -m tests.benchmarks.checkpoints``.
+"""Seconds and bytes of a checkpoint, from 2 to 8 ranks.
 
 Each figure is the median of several saves or loads in one run, the longest over the ranks. Saving behind the training
 is measured by what the training waits for (the stall), and by how long it takes until the checkpoint is there.
@@ -22,6 +22,7 @@ from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.models.sizes import TransformerSize
+from tests.benchmarks.report import Report
 from tests.multiprocess.parity.layouts import PoolEnvironment
 from tests.multiprocess.rank_pool import RankPool
 
@@ -67,7 +68,7 @@ def _seconds(step: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def measure(model: str, layout: str, path: str, async_save: bool) -> tuple[float, float, float]:
+def _save_and_load(model: str, layout: str, path: str, async_save: bool) -> tuple[float, float, float]:
     """Seconds that training waits, until the checkpoint is there, and of a load."""
     vision, language = MODELS[model]
     measures = Measures(path)
@@ -92,22 +93,21 @@ def measure(model: str, layout: str, path: str, async_save: bool) -> tuple[float
     return waited, there, loaded
 
 
-def main() -> None:
-    pool = RankPool(8)
-    print(f"{'model':8} {'layout':28} ranks {'bytes':>12} {'save':>8} {'load':>8} {'async: stall':>13} {'there':>8}")
+def measure(pool: RankPool, *, quick: bool) -> Report:
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for model in MODELS:
+        for model in ["digits"] if quick else MODELS:
             for layout, (_, ranks) in LAYOUTS.items():
                 path = str(Path(folder) / "some.ckpt")
-                here = pool.run(measure, model, layout, path, False, world_size=ranks, timeout=400)
-                behind = pool.run(measure, model, layout, path, True, world_size=ranks, timeout=400)
+                here = pool.run(_save_and_load, model, layout, path, False, world_size=ranks, timeout=400)
+                behind = pool.run(_save_and_load, model, layout, path, True, world_size=ranks, timeout=400)
                 size = sum(file.stat().st_size for file in Path(path).iterdir())
                 save, load = max(each[1] for each in here), max(each[2] for each in here)
                 stall, there = max(each[0] for each in behind), max(each[1] for each in behind)
-                seconds = f"{save:7.3f}s {load:7.3f}s {stall:12.3f}s {there:7.3f}s"
-                print(f"{model:8} {layout:28} {ranks:5} {size:12,} {seconds}", flush=True)
-    pool.close()
-
-
-if __name__ == "__main__":
-    main()
+                rows.append((model, layout, ranks, size, save, load, stall, there))
+    return Report(
+        title="A checkpoint: seconds, the longest over the ranks, and bytes",
+        columns=("model", "layout", "ranks", "bytes", "save", "load", "async: stall", "async: there"),
+        rows=rows,
+        notes=("Medians of several saves and loads. stall: what training waits for; there: until it is complete.",),
+    )

@@ -1,0 +1,44 @@
+"""``python -m tests.benchmarks [NAME ...] [--json FILE] [--quick]``: measures, prints tables, writes JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+from tests.benchmarks.report import Report, as_json
+from tests.multiprocess.rank_pool import RankPool
+
+BENCHMARKS = {
+    "overhead": "a step under Trainer and MimoStrategy against a bare loop around megatron-core",
+    "schedule": "how near the ranks come to a schedule in which communication is free",
+    "loading": "what each rank decodes, and whether that hides behind the step",
+    "startup": "from the launch to the first step, and how process groups grow",
+    "against_ddp": "time and memory against Lightning's DDPStrategy",
+    "memory": "what each rank holds, also while the model is being built and loaded",
+    "checkpoints": "seconds and bytes of a checkpoint",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", formatter_class=argparse.RawTextHelpFormatter)
+    names = "\n".join(f"{name:12} {what}" for name, what in BENCHMARKS.items())
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones; all of them if none is named:\n{names}")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="file to write (benchmarks.json)")
+    parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs, measures little")
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
+    reports: dict[str, Report] = {}
+    pool = RankPool(16)
+    for name in arguments.names or BENCHMARKS:
+        reports[name] = importlib.import_module(f"tests.benchmarks.{name}").measure(pool, quick=arguments.quick)
+        print(reports[name], flush=True)
+        arguments.json.write_text(json.dumps(as_json(reports), indent=1) + "\n")
+    pool.close()
+    print(f"\nWritten to {arguments.json}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""A MimoModel whose compute is sleep: ranks truly overlap, however few cores there are, and nothing else is measured.
+
+Every module sleeps a given time for each sample, divided by its tensor- and pipeline-parallel size, forward and
+backward. Parameters are a few numbers, activations are as wide as asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.utils.data import Dataset
+
+from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo.models.patches import PipelinedSubmodules
+from lightning_mimo.parallelism import LANGUAGE
+
+VOCABULARY, FIRST_PLACEHOLDER = 16, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Seconds that a whole module takes for one sample.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass.
+    """
+
+    forward: float
+    backward: float
+
+
+class _Sleep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, forward: float, backward: float) -> torch.Tensor:
+        ctx.seconds = backward
+        time.sleep(forward)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        time.sleep(ctx.seconds)
+        return gradient, None, None
+
+
+class SleepingEncoder(torch.nn.Module):
+    """One pipeline stage of an encoder that makes some tokens of every item."""
+
+    def __init__(self, cost: Cost, tokens: int, width: int, groups: Any) -> None:
+        super().__init__()
+        self._cost = _share(cost, groups)
+        self._tokens = tokens
+        self._first, self._last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
+        # By stage: no two stages may hold a parameter of the same name.
+        self.scale = torch.nn.ParameterDict({f"stage{groups.pp.rank()}": torch.ones(width)})
+
+    def forward(self, input: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
+        """``[n, 1]`` or, from the stage before, ``[tokens, n, width]`` -> the latter, or ``[n, tokens, width]``."""
+        if self._first:
+            hidden_states = input.expand(self._tokens, *input.shape)
+        (scale,) = self.scale.values()
+        hidden_states = _sleep(hidden_states * scale, self._cost, samples=hidden_states.size(1))
+        return hidden_states.transpose(0, 1).contiguous() if self._last else hidden_states
+
+
+class PipelinedSleepers(PipelinedSubmodules, VisionModalitySubmodules):
+    """Modality of a SleepingEncoder over pipeline stages."""
+
+
+class SleepingLanguage(MegatronModule):
+    """One pipeline stage of a language module: embedding, sleep, vocabulary-parallel head."""
+
+    share_embeddings_and_output_weights = False
+
+    def __init__(self, config: TransformerConfig, cost: Cost, groups: Any) -> None:
+        super().__init__(config=config)
+        stage, last = groups.pp.rank(), groups.pp.size() - 1
+        self.pre_process, self.post_process = stage == 0, stage == last
+        self._cost = _share(cost, groups)
+        self._input: torch.Tensor | None = None
+        self.scale = torch.nn.ParameterDict({f"stage{stage}": torch.ones(config.hidden_size)})
+        self.embedding = _Embedding(config.hidden_size) if self.pre_process else None
+        self.head = None
+        if self.post_process:
+            self.head = ColumnParallelLinear(
+                config.hidden_size,
+                VOCABULARY,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                tp_group=groups.tp,
+            )
+
+    def set_input_tensor(self, tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """What the stage before sent."""
+        self._input = tensor[0] if isinstance(tensor, list) else tensor
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """``[s, b, width]``, or logits ``[b, s, vocabulary / tp]`` on the last stage."""
+        hidden = decoder_input if self.embedding is not None else self._input
+        (scale,) = self.scale.values()
+        hidden = _sleep(hidden * scale, self._cost, samples=hidden.size(1))
+        return hidden if self.head is None else self.head(hidden)[0].transpose(0, 1).contiguous()
+
+
+class _Embedding(torch.nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = torch.nn.Embedding(VOCABULARY, width)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+        return self.words(input_ids).transpose(0, 1).contiguous()
+
+
+class SleepingModule(MimoModule):
+    """Trains a model of sleeping modules."""
+
+    def __init__(self, costs: Mapping[str, Cost], *, tokens: int = 4, width: int = 16) -> None:
+        """
+        Args:
+            costs: of every module, ``language`` last.
+            tokens: embeddings of one item, of every encoder.
+            width: hidden size of everything.
+        """
+        super().__init__(pad_token_id=0)
+        self._costs, self._tokens, self._width = dict(costs), tokens, width
+
+    def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+        language = infra.pg_collections.get(LANGUAGE)
+        sizes = infra.layout.modules[LANGUAGE]
+        config = TransformerConfig(
+            num_layers=sizes.pp,
+            hidden_size=self._width,
+            num_attention_heads=sizes.tp,
+            tensor_model_parallel_size=sizes.tp,
+            pipeline_model_parallel_size=sizes.pp,
+            pipeline_dtype=torch.float32,
+        )
+        encoders = [name for name in self._costs if name != LANGUAGE]
+        return MimoModelConfig(
+            language_model_spec=ModuleSpec(
+                module=SleepingLanguage,
+                params={"config": config, "cost": self._costs[LANGUAGE], "groups": language},
+            ),
+            modality_submodules_spec={name: self._encoder(infra, name) for name in encoders},
+            special_token_ids={name: FIRST_PLACEHOLDER + i for i, name in enumerate(encoders)},
+        )
+
+    def configure_optimizers(self):
+        return self.build_optimizer(OptimizerConfig(optimizer="sgd", lr=1e-3))
+
+    def _encoder(self, infra: MimoModelInfra, name: str) -> ModuleSpec:
+        groups = infra.pg_collections.get(name)
+        params = {"cost": self._costs[name], "tokens": self._tokens, "width": self._width, "groups": groups}
+        return ModuleSpec(
+            module=PipelinedSleepers,
+            params={"pg_collection": groups},
+            submodules={"encoders": {"encoder": ModuleSpec(module=SleepingEncoder, params=params)}},
+        )
+
+
+class SleepingData(Dataset):
+    """Samples of one item for each encoder, and a question after them."""
+
+    def __init__(self, encoders: list[str], *, tokens: int = 4, length: int = 1 << 20) -> None:
+        self._encoders, self._length = encoders, length
+        placeholders = [FIRST_PLACEHOLDER + i for i in range(len(encoders)) for _ in range(tokens)]
+        self._input_ids = torch.tensor([*placeholders, 1, 2])
+        self._mask = torch.zeros(len(self._input_ids), dtype=torch.long)
+        self._mask[-1] = 1
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.load(index, frozenset(self._encoders))
+
+    def load(self, index: int, modules: frozenset[str]) -> dict[str, Any]:
+        inputs = {
+            name: {"encoder": {"input": torch.full((1, 1), 1.0 + index % 7)}}
+            for name in self._encoders
+            if name in modules
+        }
+        labels = torch.full_like(self._input_ids, index % 7)
+        return {"input_ids": self._input_ids, "labels": labels, "loss_mask": self._mask, "modality_inputs": inputs}
+
+
+def _share(cost: Cost, groups: Any) -> Cost:
+    ranks = groups.tp.size() * groups.pp.size()
+    return Cost(forward=cost.forward / ranks, backward=cost.backward / ranks)
+
+
+def _sleep(tensor: torch.Tensor, cost: Cost, *, samples: int) -> torch.Tensor:
+    if cost.forward == cost.backward == 0:
+        return tensor
+    return _Sleep.apply(tensor, cost.forward * samples, cost.backward * samples)
