@@ -5,7 +5,7 @@ The package is built in rings; a file imports from its own ring or from one furt
     ring 0  parallelism, placement, layout, batching,  pure Python: what runs where, checked before anything starts
             picture, known_warnings
     ring 1  infra, mimo_parallel_utils, numerics,      torch + megatron-core: process groups, the model, the schedule,
-            bridges, initialization, model, parts,     the optimizer, weights on disk, megatron-core on a CPU
+            bridges, pipeline, initialization, model, parts,     the optimizer, weights on disk, megatron-core on a CPU
             schedule, mimo_optimizer, optimizer,
             param_groups, lr_schedulers, nonfinite,
             gradient_flow, data_parallel,

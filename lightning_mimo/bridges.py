@@ -1,27 +1,23 @@
-"""Bridges from an encoder's ranks to the language module's ranks that keep every sample's rows together.
+"""Bridges between modules on the same ranks that keep every sample's rows together, and the numbers of those rows.
 
 An encoder's output is flat, ``[rows, hidden]``: the embeddings of all samples of a microbatch, one after the other,
 and samples may have different numbers of rows (images), 0 included. megatron-core's bridges cut such a tensor into
-equal parts, or refuse, where the two sides have different data-parallel sizes. Those here cut it at sample borders.
+equal parts, or refuse, where the two sides have different data-parallel sizes. Those here, and in ``pipeline.py`` those
+between ranks of their own, cut it at sample borders.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.mimo.comm.colocated_communicator import BridgeDirection, ColocatedBridgeCommunicator
-from megatron.core.pipeline_parallel.bridge_communicator import CommRole
-from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator
 
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
-from lightning_mimo.spans import BACKWARD, FORWARD, Spans, Work
-from lightning_mimo.transfers import RecordedBridge, RecordedP2P
+from lightning_mimo.spans import BACKWARD, FORWARD, Work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,192 +70,6 @@ class ModalityCounts:
                 f"Samples {list(indices)}: input_ids has {sum(self.own_placeholders)} placeholder tokens for "
                 f"{module!r}, but the encoder made {rows} embeddings. One placeholder must stand for each embedding."
             )
-
-
-class SampleAlignedBridge(RecordedBridge):
-    """A bridge between disjoint ranks that returns each encoder replica the gradient of just its own rows.
-
-    Upstream splits the gradient into equal parts on the way back. Here the receiver remembers how many rows came from
-    each sender; microbatches come back in the order in which they went, so a queue is enough. Nothing comes back to an
-    encoder that is frozen.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        self._received_rows: deque[list[int]] = deque()
-        self._one_way = False
-        super().__init__(*args, **kwargs)
-
-    def send_no_gradients(self) -> None:
-        """From now on, let activations through only. To be called on both sides."""
-        self._one_way = True
-
-    def reset(self) -> None:
-        """Forget what was received: a forward-only pass sends nothing back."""
-        super().reset()
-        self._received_rows.clear()
-
-    # Upstream receives into tensors that autograd follows, so backward would run through torch's broadcast, which has
-    # no derivative (torch warns of it). What comes in is where this rank's graph begins.
-
-    @torch.no_grad()
-    def recv_forward(self) -> torch.Tensor | None:
-        return _begin_graph(super().recv_forward())
-
-    @torch.no_grad()
-    def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape=None) -> torch.Tensor | None:
-        if self._one_way:
-            return self.recv_forward()
-        return _begin_graph(super().send_backward_recv_forward(grad_tensor, forward_shape))
-
-    def send_forward_recv_backward(self, input_tensor: torch.Tensor, grad_shape=None) -> torch.Tensor | None:
-        if self._one_way:
-            return self.send_forward(input_tensor)
-        return super().send_forward_recv_backward(input_tensor, grad_shape)
-
-    def send_backward(self, grad_tensor: torch.Tensor) -> None:
-        if not self._one_way:
-            super().send_backward(grad_tensor)
-
-    def recv_backward(self) -> torch.Tensor | None:
-        return None if self._one_way else super().recv_backward()
-
-    def _communicate_shapes(self, *args, **kwargs):
-        forward_shapes, gradient_shapes = super()._communicate_shapes(*args, **kwargs)
-        if forward_shapes:
-            self._received_rows.append([shape[self._batch_dim] for shape in forward_shapes])
-        return forward_shapes, gradient_shapes
-
-    def _split_tensor_at_batch_dim(self, aggregated_tensor: torch.Tensor, num_splits: int) -> list[torch.Tensor]:
-        if self.comm_map[self.current_rank].role is CommRole.RECEIVER:
-            rows = self._received_rows.popleft()
-            return [part.contiguous() for part in aggregated_tensor.split(rows, dim=self._batch_dim)]
-        return super()._split_tensor_at_batch_dim(aggregated_tensor, num_splits)
-
-
-class OneWayP2P(RecordedP2P):
-    """Between pipeline stages of one module, where gradients of frozen stages do not travel back."""
-
-    def __init__(
-        self,
-        pp_group: dist.ProcessGroup,
-        config: ModelParallelConfig,
-        *,
-        to_previous: bool,
-        to_next: bool,
-        spans: Spans,
-        module: str,
-    ):
-        """
-        Args:
-            pp_group: the module's pipeline stages.
-            config: as for upstream's.
-            to_previous: whether gradients go to the stage before.
-            to_next: whether gradients come from the stage after.
-            spans: where transfers are recorded.
-            module: its name.
-        """
-        super().__init__(pp_group, config, spans=spans, module=module)
-        self._to_previous = to_previous
-        self._to_next = to_next
-
-    def recv_backward(self, tensor_shapes, is_last_stage: bool):
-        return super().recv_backward(tensor_shapes, is_last_stage) if self._to_next else None
-
-    def send_backward(self, input_tensor_grads, is_first_stage: bool) -> None:
-        if self._to_previous:
-            super().send_backward(input_tensor_grads, is_first_stage)
-
-    def send_forward_recv_backward(self, output_tensors, tensor_shapes, is_last_stage: bool):
-        if self._to_next:
-            return super().send_forward_recv_backward(output_tensors, tensor_shapes, is_last_stage)
-        return self.send_forward(output_tensors, is_last_stage)
-
-    def send_backward_recv_forward(self, input_tensor_grads, tensor_shapes, is_first_stage: bool):
-        if self._to_previous:
-            return super().send_backward_recv_forward(input_tensor_grads, tensor_shapes, is_first_stage)
-        return self.recv_forward(tensor_shapes, is_first_stage)
-
-
-def _begin_graph(received: torch.Tensor | None) -> torch.Tensor | None:
-    return None if received is None else received.detach().requires_grad_()
-
-
-class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
-    """Pipeline communicator over the modules of a non-colocated layout, with sample-aligned bridges.
-
-    Collective over the world to build, and its groups belong to megatron-core's class-level cache, which
-    ``MimoModelInfra.destroy`` empties.
-    """
-
-    def __init__(self, infra: MimoModelInfra, config: ModelParallelConfig) -> None:
-        """Build the bridges of all encoders.
-
-        Args:
-            infra: grids and topology.
-            config: the language module's config; ``pipeline_dtype`` is the dtype on the wire.
-        """
-        self._stages = {name: sizes.pp for name, sizes in infra.layout.modules.items()}
-        self._spans = infra.spans
-        super().__init__(
-            infra.module_to_grid_map,
-            infra.topology,
-            config,
-            dim_mapping={"s": 0, "b": 1, "h": 2},
-            module_output_ndim=dict.fromkeys(infra.layout.encoders, 2),
-        )
-
-    @property
-    def current_stage(self) -> int:
-        """This rank's stage, counted from the end of the pipeline, where all modules meet.
-
-        Upstream counts from the beginning, so that an encoder with fewer stages than another would run ahead of it by
-        the difference and then wait for the language module, which waits for it: with gloo neither ever goes on.
-        """
-        name, place = next(iter(self.rank_module_map.items()))
-        behind = place.pp_size - 1 - place.pp_rank + (0 if name == LANGUAGE else self._stages[LANGUAGE])
-        return self.total_stages - 1 - behind
-
-    def restrict(self, needs_gradient: Callable[[str, int], bool]) -> None:
-        """Send gradients back only where somebody needs them. To be called on every rank.
-
-        Args:
-            needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient.
-        """
-        for bridge in self.bridge_comms:
-            if not needs_gradient(bridge.src_module_name, self._stages[bridge.src_module_name] - 1):
-                bridge.send_no_gradients()
-        for name, rank in self.rank_module_map.items():
-            rank.p2p_communicator = OneWayP2P(
-                self.module_to_grid_map[name].get_pg("pp"),
-                self.config,
-                to_previous=rank.pp_rank > 0 and needs_gradient(name, rank.pp_rank - 1),
-                to_next=needs_gradient(name, rank.pp_rank),
-                spans=self._spans,
-                module=name,
-            )
-
-    def _build_bridge_comms(self) -> None:
-        for source, destinations in self.topology.items():
-            for destination in destinations:
-                self.bridge_comms.append(
-                    SampleAlignedBridge(
-                        src_grid=self.module_to_grid_map[source],
-                        dest_grid=self.module_to_grid_map[destination],
-                        dim_mapping=self.dim_mapping,
-                        comm_dtype=self.config.pipeline_dtype,
-                        src_module_name=source,
-                        dest_module_name=destination,
-                        tensor_ndim=self.module_output_ndim[source],
-                        spans=self._spans,
-                    )
-                )
-
-    def reset(self) -> None:
-        """Forget what a forward-only pass left behind. Call it before every pass."""
-        for bridge in self.bridge_comms:
-            bridge.reset()
-        for rank in self.rank_module_map.values():
-            rank.p2p_communicator.reset()
 
 
 class SampleAlignedColocatedBridge(ColocatedBridgeCommunicator):

@@ -212,15 +212,9 @@ REPLACEMENTS = (
     ),
     Replacement(
         module="torch.distributed",
-        name="new_group",
-        make=_with_gloo,
-        reason="BridgeCommunicator asks for backend='nccl' by name",
-    ),
-    Replacement(
-        module="torch.distributed",
         name="new_subgroups_by_enumeration",
         make=_with_gloo,
-        reason="BridgeCommunicator asks for backend='nccl' by name",
+        reason="ColocatedBridgeCommunicator asks for backend='nccl' by name",
     ),
 )
 

@@ -211,6 +211,11 @@ class MicrobatchCollator:
             "sample_indices": tuple(request.index for request, _ in texts),
             "fillers": tuple(request.filler for request, _ in texts),
             "lengths": torch.tensor([len(sample["input_ids"]) for _, sample in texts]),
+            # Plain numbers: both sides of a bridge know from them what comes, without asking the device.
+            "placeholders": {
+                module: tuple((input_ids == token).sum(dim=1).tolist())
+                for module, token in self._special_token_ids.items()
+            },
         }
         if LANGUAGE in self._plan.shards:
             masks = [sample["loss_mask"] * (0 if request.filler else 1) for request, sample in texts]

@@ -12,7 +12,6 @@ from datetime import timedelta
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
-from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.layout import MimoLayout
@@ -63,6 +62,7 @@ class MimoModelInfra:
     participating_modules: list[str]
     spans: Spans = field(default_factory=Spans, repr=False)
     _extra_groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
+    _groups_of_all: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False)
     _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -78,7 +78,6 @@ class MimoModelInfra:
             spans: where this rank records what it does; ``None`` makes one.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
-        _forget_bridge_groups()
         grids = {name: _build_grid(sizes, backend) for name, sizes in layout.modules.items()}
         infra = cls(
             layout=layout,
@@ -98,6 +97,17 @@ class MimoModelInfra:
     def colocated(self) -> bool:
         return self.layout.colocated
 
+    def group_of_all(self, purpose: str) -> dist.ProcessGroup:
+        """A group of all ranks for one kind of traffic. Collective over the world when a purpose is named first.
+
+        Args:
+            purpose: which group; the same name gets the same one.
+        """
+        if purpose not in self._groups_of_all:
+            backend = next(iter(self.module_to_grid_map.values())).backend
+            self._groups_of_all[purpose] = dist.new_group(backend=backend)
+        return self._groups_of_all[purpose]
+
     def own(self, communicator: ColocatedBridgeCommunicator) -> None:
         """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
         self._communicators.append(communicator)
@@ -105,14 +115,13 @@ class MimoModelInfra:
     def set_timeout(self, timeout: timedelta) -> None:
         """Let the groups of this rank, those of the bridges included, wait this long.
 
-        torch.distributed gives the timeout of the default group to no other, and megatron-core has none for bridges.
+        torch.distributed gives the timeout of the default group to no other.
         """
         groups = {
             *self._extra_groups,
+            *self._groups_of_all.values(),
             *(group for each in self.pg_collections.values() for group in vars(each).values()),
             *(each.gather_pg for each in self._communicators),
-            *BridgeCommunicator._broadcast_pg_cache.values(),
-            *BridgeCommunicator._bridge_pg_cache.values(),
         }
         for group in groups:
             if isinstance(group, dist.ProcessGroup):
@@ -122,14 +131,13 @@ class MimoModelInfra:
         """Destroy every process group created here or handed over. Safe to call twice."""
         for communicator in self._communicators:
             communicator.destroy()
-        for group in self._extra_groups:
+        for group in (*self._extra_groups, *self._groups_of_all.values()):
             dist.destroy_process_group(group)
         for grid in self.module_to_grid_map.values():
             grid.destroy()
-        BridgeCommunicator.destroy_broadcast_pgs()
-        BridgeCommunicator.destroy_bridge_pgs()
         self._communicators.clear()
         self._extra_groups.clear()
+        self._groups_of_all.clear()
         self.pg_collections.clear()
 
     def _build_embedding_group(self, name: str, grid: HyperCommGrid) -> dist.ProcessGroup | None:
@@ -149,13 +157,6 @@ def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
     """By the name that it has in this version of torch."""
     function = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     function(timeout, group)
-
-
-def _forget_bridge_groups() -> None:
-    """megatron-core caches the groups of its bridges on the class, keyed by ranks: those of a world that ended must not
-    be reused by the next one of the same process."""
-    BridgeCommunicator._broadcast_pg_cache.clear()
-    BridgeCommunicator._bridge_pg_cache.clear()
 
 
 def _build_grid(sizes: ModuleParallelism, backend: str | None) -> HyperCommGrid:

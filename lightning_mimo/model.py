@@ -136,13 +136,10 @@ class SampleAlignedMimoModel(MimoModel):
             if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
                 self._modality_counts[name].check_rows(name, 0, uniform=True)
         outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
-        modules = self._infra.layout.modules
-        for name, output in outputs.items():
-            if self.role.is_last_stage(name):
-                outputs[name] = output = self._own_rows(name, output)
-                if modules[LANGUAGE].dp > modules[name].dp:
-                    output._mimo_bridge_split_sizes = list(self._modality_counts[name].placeholders)
-        return outputs
+        return {
+            name: self._own_rows(name, output) if self.role.is_last_stage(name) else output
+            for name, output in outputs.items()
+        }
 
     def _attach_modality_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str

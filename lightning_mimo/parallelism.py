@@ -80,6 +80,13 @@ class ModuleParallelism:
             rest, place[axis] = divmod(rest, size)
         return place
 
+    def rank_at(self, *, tp: int, dp: int, pp: int) -> int:
+        """The first global rank (of context parallelism) at a place: the other way round than :meth:`coordinates`."""
+        rank = 0
+        for axis, size in reversed(list(zip(DENSE_AXES, self.shape, strict=True))):
+            rank = rank * size + {"tp": tp, "cp": 0, "dp": dp, "pp": pp}[axis]
+        return self.ranks.start + rank
+
 
 def fitting_trainer(world_size: int) -> str:
     """The Trainer arguments that give ``world_size`` ranks, for error messages."""

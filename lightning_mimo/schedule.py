@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_model_config
 
-from lightning_mimo.bridges import MimoPipelineCommunicator
 from lightning_mimo.gradient_flow import GradientFlow
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
@@ -27,6 +26,7 @@ from lightning_mimo.mimo_parallel_utils import (
 from lightning_mimo.model import SampleAlignedMimoModel
 from lightning_mimo.observe.compute_spans import ComputeSpans
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.pipeline import MimoPipelineCommunicator
 from lightning_mimo.spans import Work
 
 Microbatch = dict[str, Any]
@@ -81,8 +81,7 @@ class GlobalBatchSchedule:
         self._flow = GradientFlow.build(model, infra)
         self._communicator = None
         if not infra.colocated:
-            self._communicator = MimoPipelineCommunicator(infra, model.config)
-            self._communicator.restrict(self._flow.leaves)
+            self._communicator = MimoPipelineCommunicator(infra, model.config, needs_gradient=self._flow.leaves)
         model.config.finalize_model_grads_func = self._finalize
         language = infra.layout.modules[LANGUAGE]
         self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
@@ -213,9 +212,9 @@ class GlobalBatchSchedule:
             arguments = {"pg_collection": groups}
             run = get_forward_backward_func(pp_size=1, vp_size=None)
         else:
-            self._communicator.reset()
+            self._communicator.begin(microbatches, forward_only=forward_only)
             run = get_forward_backward_func(schedule_pg_collection=groups)
-        return run(
+        store = run(
             forward_step_func=step,
             data_iterator=iter(microbatches),
             model=self._model,
@@ -227,6 +226,9 @@ class GlobalBatchSchedule:
             collect_non_loss_data=collect_non_loss_data,
             **arguments,
         )
+        if self._communicator is not None:
+            self._communicator.finish()
+        return store
 
     def _cut_frozen_inputs(self) -> None:
         """Begin no graph at an activation that needs no gradient: the stage behind it may be frozen as well.

@@ -49,8 +49,7 @@ class Span:
         recorder: whose it is.
         work: what.
         depth: how many other spans it lies in.
-        microbatch: which one is computed or sent; of a pure receive, which one is received.
-        received: which one is received.
+        microbatch: which one is computed, sent or received.
         begin: mark of the recorder's clock; ``None`` if it is not kept.
         end: ``None`` while it is open.
     """
@@ -59,7 +58,6 @@ class Span:
     work: Work
     depth: int
     microbatch: int | None
-    received: int | None
     begin: Any = None
     end: Any = None
 
@@ -151,9 +149,9 @@ class Spans:
         self._open: list[Span] = []
         self._kept: list[Span] = []
 
-    def span(self, work: Work, microbatch: int | None = None, *, received: int | None = None) -> Span:
+    def span(self, work: Work, microbatch: int | None = None) -> Span:
         """Open a span inside of the one that is open, until the end of the ``with`` block, or :meth:`end`."""
-        span = Span(self, work, len(self._open), microbatch, received)
+        span = Span(self, work, len(self._open), microbatch)
         if self.keep:
             span.begin = self.clock.mark()
             self._kept.append(span)

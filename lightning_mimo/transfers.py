@@ -1,189 +1,273 @@
-"""Spans around what goes over the edges between modules and between pipeline stages."""
+"""What goes over the edges between modules and between pipeline stages: nobody waits for a send.
+
+megatron-core's communicators tell the other side a shape, wait until it is there, send, wait until that is received,
+and let one rank pass it on to its tensor-parallel peers. Here shapes are known from the batch on both sides wherever
+they can be, a sender goes on at once, every rank gets what it needs directly, and on CPUs the next receive is posted
+while the rank still computes, so that data move meanwhile.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections import Counter
+from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.pipeline_parallel.bridge_communicator import BridgeCommunicator, CommRole
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from lightning_mimo.routes import Routes
 from lightning_mimo.spans import BACKWARD, FORWARD, Spans, Work
 
+Shape = tuple[int, ...]
+Shapes = Sequence[Shape]
+"""Of the parts of one microbatch; what is empty is not sent."""
 
-class Port:
-    """This rank's end of an edge. Numbers the microbatches that pass in each direction."""
-
-    def __init__(
-        self, spans: Spans, *, kind: str, module: str, edge: str, peers: Sequence[int], sends: bool = True
-    ) -> None:
-        """
-        Args:
-            spans: where transfers are recorded.
-            kind: ``bridge`` or ``pipeline``.
-            module: of this rank.
-            edge: in words, in the direction of the forward pass.
-            peers: global ranks at the other end.
-            sends: whether this rank sends; else it only gets a copy of what one of its peers received.
-        """
-        self._spans = spans
-        self._kind, self._module, self._edge, self._peers = kind, module, edge, tuple(peers)
-        self._sends = sends
-        self._works: dict[tuple[str | None, str | None], Work] = {}
-        self._numbers: Counter[str] = Counter()
-
-    def reset(self) -> None:
-        """The next microbatch is the first again."""
-        self._numbers.clear()
-
-    def transfer(
-        self, *, sends: str | None = None, receives: str | None = None
-    ) -> contextlib.AbstractContextManager[Any]:
-        """A span around one transfer.
-
-        Args:
-            sends: ``forward`` or ``backward``, the direction of what is sent.
-            receives: the direction of what is received.
-        """
-        sends = sends if self._sends else None
-        if sends is None and receives is None:
-            return contextlib.nullcontext()
-        # Each direction goes over this edge one way only, so it may count for sent and received alike.
-        sent = None if sends is None else self._next(sends)
-        received = None if receives is None else self._next(receives)
-        work = self._works.get((sends, receives)) or self._describe(sends, receives)
-        return self._spans.span(work, received if sent is None else sent, received=received)
-
-    def _next(self, direction: str) -> int:
-        self._numbers[direction] += 1
-        return self._numbers[direction] - 1
-
-    def _describe(self, sends: str | None, receives: str | None) -> Work:
-        verb, direction = ("send", sends) if sends else ("receive", receives)
-        also = f", and receive {receives}" if sends and receives else ""
-        work = self._works[sends, receives] = Work(
-            kind=self._kind,
-            words=f"{verb} {self._edge}, {direction}{also}",
-            module=self._module,
-            sends=sends,
-            receives=receives,
-            edge=self._edge,
-            peers=self._peers,
-        )
-        return work
+_DATA, _ANNOUNCEMENT = 1, 2  # tags: a receive of the latter may be posted ahead of one of the former
+_DIMENSIONS = 3  # of what is announced
 
 
-class RecordedBridge(BridgeCommunicator):
-    """A bridge whose transfers are spans."""
+@dataclass(frozen=True, kw_only=True)
+class Edge:
+    """Two sides that exchange activations and gradients, seen from one rank.
 
-    def __init__(self, *args: Any, spans: Spans, **kwargs: Any) -> None:
-        """
-        Args:
-            args: of BridgeCommunicator.
-            spans: where transfers are recorded.
-            kwargs: of BridgeCommunicator.
-        """
-        super().__init__(*args, **kwargs)
-        is_source = self.is_current_rank_in_grid(self.src_grid)
-        place = self.comm_map.get(self.current_rank)
-        role = None if place is None else place.role
-        if role in (CommRole.SENDER, CommRole.RECEIVER):
-            peers = place.send_to_ranks or place.recv_from_ranks
-        else:
-            leader = self.src_local_leader_rank if is_source else self.dest_local_leader_rank
-            peers = [] if leader is None else [leader]
-        self._port = Port(
-            spans,
-            kind="bridge",
-            module=self.src_module_name if is_source else self.dest_module_name,
-            edge=f"{self.src_module_name} -> {self.dest_module_name}",
-            peers=peers,
-            sends=role is not CommRole.MEMBER,
+    Attributes:
+        kind: ``bridge`` or ``pipeline``.
+        words: from where to where activations go.
+        module: of this rank.
+        routes: to the other side.
+        dtype: on the wire.
+        in_flight: microbatches that may have been sent and not received; a sender that would exceed it waits.
+        forward_group: has all ranks; only activations go over it.
+        backward_group: has all ranks; only gradients go over it. With groups of their own, the two directions keep
+            their own order in NCCL, and none waits behind the other.
+        spans: where transfers are recorded.
+    """
+
+    kind: str
+    words: str
+    module: str
+    routes: Routes
+    dtype: torch.dtype
+    in_flight: int
+    forward_group: dist.ProcessGroup
+    backward_group: dist.ProcessGroup
+    spans: Spans
+
+    def group(self, direction: str) -> dist.ProcessGroup:
+        return self.forward_group if direction == FORWARD else self.backward_group
+
+    def work(self, verb: str, direction: str, peers: Sequence[int]) -> Work:
+        return Work(
+            kind=self.kind,
+            words=f"{verb} {self.words}, {direction}",
+            module=self.module,
+            sends=direction if verb == "send" else None,
+            receives=direction if verb == "receive" else None,
+            edge=self.words,
+            peers=tuple(peers),
         )
 
-    def reset(self) -> None:
-        """The next microbatch is the first again."""
-        self._port.reset()
 
-    def recv_forward(self) -> torch.Tensor | None:
-        with self._port.transfer(receives=FORWARD):
-            return super().recv_forward()
+class SendLane:
+    """Sends one microbatch after the other, and keeps what is on its way."""
 
-    def send_forward(self, tensor_to_send: torch.Tensor) -> None:
-        with self._port.transfer(sends=FORWARD):
-            super().send_forward(tensor_to_send)
+    def __init__(self, edge: Edge, direction: str) -> None:
+        self._edge = edge
+        self._work = edge.work("send", direction, edge.routes.receivers)
+        self._waiting = edge.work("finish sending", direction, edge.routes.receivers)
+        self._group = edge.group(direction)
+        self._flying: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
+        self._shapes: Sequence[Shapes | None] = ()
+        self._number = 0
 
-    def recv_backward(self) -> torch.Tensor | None:
-        with self._port.transfer(receives=BACKWARD):
-            return super().recv_backward()
+    def expect(self, shapes: Sequence[Shapes | None]) -> None:
+        """Begin a pass.
 
-    def send_backward(self, grad_tensor: torch.Tensor) -> None:
-        with self._port.transfer(sends=BACKWARD):
-            super().send_backward(grad_tensor)
-
-    def send_forward_recv_backward(self, input_tensor: torch.Tensor, grad_shape: Any = None) -> torch.Tensor | None:
-        with self._port.transfer(sends=FORWARD, receives=BACKWARD):
-            return super().send_forward_recv_backward(input_tensor, grad_shape)
-
-    def send_backward_recv_forward(self, grad_tensor: torch.Tensor, forward_shape: Any = None) -> torch.Tensor | None:
-        with self._port.transfer(sends=BACKWARD, receives=FORWARD):
-            return super().send_backward_recv_forward(grad_tensor, forward_shape)
-
-
-class RecordedP2P(P2PCommunicator):
-    """Between pipeline stages of one module, with spans around the transfers."""
-
-    def __init__(self, pp_group: dist.ProcessGroup, config: ModelParallelConfig, *, spans: Spans, module: str) -> None:
-        """
         Args:
-            pp_group: the module's pipeline stages.
-            config: as for upstream's.
-            spans: where transfers are recorded.
-            module: its name.
+            shapes: of every microbatch; ``None`` where the other side cannot know: it is told.
         """
-        super().__init__(pp_group, config)
-        ranks, stage = dist.get_process_group_ranks(pp_group), pp_group.rank()
-        self._ports = [
-            Port(
-                spans,
-                kind="pipeline",
-                module=module,
-                edge=f"{module} stage {first} -> {first + 1}",
-                peers=[ranks[other]] if 0 <= other < len(ranks) else [],
+        assert not self._flying, "the pass before was not finished"
+        self._shapes, self._number = shapes, 0
+
+    def send(self, tensor: torch.Tensor) -> None:
+        """Send the next microbatch, and do not wait for it.
+
+        Args:
+            tensor: its parts one after the other, cut in the first dimension.
+
+        Raises:
+            ValueError: if it does not have the shape that the other side expects.
+        """
+        if not self._work.peers:
+            return
+        if len(self._flying) >= self._edge.in_flight:
+            self._wait_for_oldest()
+        with self._edge.spans.span(self._work, self._number):
+            shapes = self._shapes[self._number]
+            self._flying.append(self._announced(tensor) if shapes is None else self._parts(tensor, shapes))
+        self._number += 1
+
+    def finish(self) -> None:
+        """End the pass: wait until everything has been received."""
+        while self._flying:
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self) -> None:
+        with self._edge.spans.span(self._waiting, self._number - len(self._flying)):
+            for work, _ in self._flying.popleft():
+                work.wait()
+
+    def _parts(self, tensor: torch.Tensor, shapes: Shapes) -> list[tuple[dist.Work, torch.Tensor]]:
+        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        if tuple(tensor.shape) != whole:
+            raise ValueError(
+                f"{self._edge.words}: what module {self._edge.module!r} passes on has the shape {tuple(tensor.shape)}, "
+                f"but the other side expects {whole} of this microbatch. Pass on one row of the hidden size for each "
+                f"placeholder token, and between pipeline stages of the language module (sequence, batch, hidden)."
             )
-            for first, other in ((stage - 1, stage - 1), (stage, stage + 1))
+        parts = tensor.detach().split([shape[0] for shape in shapes])
+        return [
+            self._post(part.contiguous(), peer, _DATA)
+            for part, peers in zip(parts, self._edge.routes.sends, strict=True)
+            for peer in peers
+            if part.numel()
         ]
 
-    def reset(self) -> None:
-        """The next microbatch is the first again."""
-        for port in self._ports:
-            port.reset()
+    def _announced(self, tensor: torch.Tensor) -> list[tuple[dist.Work, torch.Tensor]]:
+        assert tensor.ndim == _DIMENSIONS and self._edge.routes.parts == 1
+        shape = torch.tensor(tensor.shape, device=tensor.device)
+        posted = []
+        for peer in self._work.peers:
+            posted.append(self._post(shape, peer, _ANNOUNCEMENT))
+            if tensor.numel():
+                posted.append(self._post(tensor.detach().contiguous(), peer, _DATA))
+        return posted
 
-    def recv_forward(self, tensor_shapes: Any, is_first_stage: bool) -> Any:
-        with self._ports[0].transfer(receives=FORWARD):
-            return super().recv_forward(tensor_shapes, is_first_stage)
+    def _post(self, tensor: torch.Tensor, peer: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
+        return dist.isend(tensor, dst=peer, group=self._group, tag=tag), tensor
 
-    def send_forward(self, output_tensors: Any, is_last_stage: bool) -> None:
-        with self._ports[1].transfer(sends=FORWARD):
-            super().send_forward(output_tensors, is_last_stage)
 
-    def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> Any:
-        with self._ports[1].transfer(receives=BACKWARD):
-            return super().recv_backward(tensor_shapes, is_last_stage)
+class ReceiveLane:
+    """Receives one microbatch after the other."""
 
-    def send_backward(self, input_tensor_grads: Any, is_first_stage: bool) -> None:
-        with self._ports[0].transfer(sends=BACKWARD):
-            super().send_backward(input_tensor_grads, is_first_stage)
+    def __init__(self, edge: Edge, direction: str) -> None:
+        self._edge = edge
+        self._work = edge.work("receive", direction, edge.routes.receives)
+        self._group = edge.group(direction)
+        # NCCL's receives occupy the device until the data come.
+        self._ahead = 1 if dist.get_backend(self._group) == "gloo" else 0
+        self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
+        self._shapes: Sequence[Shapes | None] = ()
+        self._number = 0
 
-    def send_forward_recv_backward(self, output_tensors: Any, tensor_shapes: Any, is_last_stage: bool) -> Any:
-        with self._ports[1].transfer(sends=FORWARD, receives=BACKWARD):
-            return super().send_forward_recv_backward(output_tensors, tensor_shapes, is_last_stage)
+    def expect(self, shapes: Sequence[Shapes | None]) -> None:
+        """Begin a pass, in which every one of these microbatches is received; arguments as for :class:`SendLane`."""
+        assert not self._posted, "the pass before was not finished"
+        self._shapes, self._number = shapes, 0
+        self._post_up_to(self._ahead)
 
-    def send_backward_recv_forward(self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool) -> Any:
-        with self._ports[0].transfer(sends=BACKWARD, receives=FORWARD):
-            return super().send_backward_recv_forward(input_tensor_grads, tensor_shapes, is_first_stage)
+    def receive(self) -> torch.Tensor:
+        """The next microbatch, its parts one after the other in the first dimension."""
+        with self._edge.spans.span(self._work, self._number):
+            self._post_up_to(self._number + 1 + self._ahead)
+            parts, works = self._posted.popleft()
+            for work in works:
+                work.wait()
+            if self._shapes[self._number] is None:
+                parts = [self._receive_announced(*parts)]
+        self._number += 1
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _post_up_to(self, end: int) -> None:
+        for shapes in self._shapes[self._number + len(self._posted) : end]:
+            self._posted.append(self._post(shapes))
+
+    def _post(self, shapes: Shapes | None) -> tuple[list[torch.Tensor], list[dist.Work]]:
+        device = torch.cuda.current_device()
+        if shapes is None:
+            parts = [torch.empty(_DIMENSIONS, dtype=torch.int64, device=device)]
+        else:
+            parts = [torch.empty(shape, dtype=self._edge.dtype, device=device) for shape in shapes]
+        tag = _ANNOUNCEMENT if shapes is None else _DATA
+        return parts, [
+            dist.irecv(part, src=peer, group=self._group, tag=tag)
+            for part, peer in zip(parts, self._edge.routes.receives, strict=True)
+            if part.numel()
+        ]
+
+    def _receive_announced(self, shape: torch.Tensor) -> torch.Tensor:
+        part = torch.empty(shape.tolist(), dtype=self._edge.dtype, device=shape.device)
+        if part.numel():
+            dist.irecv(part, src=self._work.peers[0], group=self._group, tag=_DATA).wait()
+        return part
+
+
+class Outlet:
+    """Where activations leave a module or a pipeline stage, and gradients come back if anybody needs them.
+
+    Has the methods of megatron-core's BridgeCommunicator that its MultiModulePipelineCommunicator calls on this side.
+    """
+
+    def __init__(self, edge: Edge, *, source: str, gradients: bool) -> None:
+        """
+        Args:
+            edge: to where.
+            source: the module, under whose name megatron-core keeps the tensors.
+            gradients: whether they come back; the other side must know as well.
+        """
+        self.src_module_name = source
+        self._forward = SendLane(edge, FORWARD)
+        self._backward = ReceiveLane(edge, BACKWARD) if gradients else None
+
+    def expect(self, shapes: Sequence[Shapes | None], *, forward_only: bool) -> None:
+        """Begin a pass with microbatches of these shapes."""
+        self._forward.expect(shapes)
+        if self._backward is not None:
+            self._backward.expect([] if forward_only else shapes)
+
+    def finish(self) -> None:
+        """End the pass."""
+        self._forward.finish()
+
+    def send_forward(self, activations: torch.Tensor) -> None:
+        self._forward.send(activations)
+
+    def recv_backward(self) -> torch.Tensor | None:
+        return None if self._backward is None else self._backward.receive()
+
+    def send_forward_recv_backward(self, activations: torch.Tensor) -> torch.Tensor | None:
+        self.send_forward(activations)
+        return self.recv_backward()
+
+
+class Inlet:
+    """Where activations enter a module or a pipeline stage; the other side of an :class:`Outlet`."""
+
+    def __init__(self, edge: Edge, *, source: str, gradients: bool) -> None:
+        """Arguments as for :class:`Outlet`; ``source`` is where activations come from."""
+        self.src_module_name = source
+        self._forward = ReceiveLane(edge, FORWARD)
+        self._backward = SendLane(edge, BACKWARD) if gradients else None
+
+    def expect(self, shapes: Sequence[Shapes | None], *, forward_only: bool) -> None:
+        """Begin a pass with microbatches of these shapes."""
+        self._forward.expect(shapes)
+        if self._backward is not None:
+            self._backward.expect([] if forward_only else shapes)
+
+    def finish(self) -> None:
+        """End the pass."""
+        if self._backward is not None:
+            self._backward.finish()
+
+    def recv_forward(self) -> torch.Tensor:
+        # The graph of this rank begins here.
+        return self._forward.receive().requires_grad_()
+
+    def send_backward(self, gradients: torch.Tensor) -> None:
+        if self._backward is not None:
+            self._backward.send(gradients)
+
+    def send_backward_recv_forward(self, gradients: torch.Tensor) -> torch.Tensor:
+        self.send_backward(gradients)
+        return self.recv_forward()

@@ -31,7 +31,6 @@ class TracedSpan:
     work: Work
     depth: int
     microbatch: int | None
-    received: int | None
     begin: float
     end: float
 
@@ -94,7 +93,6 @@ def trace_of_rank(
             work=span.work,
             depth=span.depth,
             microbatch=span.microbatch,
-            received=span.received,
             begin=begin + clock.seconds(mark, span.begin),
             end=begin + clock.seconds(mark, span.end),
         )
@@ -159,7 +157,7 @@ def describe_shares(ranks: Sequence[RankTrace]) -> str:
 
 
 def _slice(span: TracedSpan, rank: int, start: float) -> Event:
-    details = {"microbatch": span.microbatch, "received": span.received, "peers": list(span.work.peers)}
+    details = {"microbatch": span.microbatch, "peers": list(span.work.peers)}
     return {
         "ph": "X",
         "name": span.work.words,
@@ -185,7 +183,7 @@ def _arrows(ranks: Sequence[RankTrace], start: float) -> Iterator[Event]:
     for each in ranks:
         for span in each.spans:
             for peer in span.work.peers if span.work.receives else ():
-                sender = sent.get((span.work.edge, span.work.receives, span.received, peer, each.rank))
+                sender = sent.get((span.work.edge, span.work.receives, span.microbatch, peer, each.rank))
                 if sender is None:
                     continue
                 number += 1

@@ -188,7 +188,7 @@ class Watchdog:
 
 
 def _preposition(words: str) -> str:
-    return {"receive": "from", "send": "to"}.get(words.partition(" ")[0], "with")
+    return {"receive": "from", "send": "to", "finish": "to"}.get(words.partition(" ")[0], "with")
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

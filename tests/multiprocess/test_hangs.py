@@ -17,7 +17,7 @@ FORWARD = {
     0: r"rank 0 (images, stage 0) has been in forward of images, microbatch 0 for",
     1: r"rank 1 (images, stage 0) has waited",
     2: r"s to receive images -> language, forward, microbatch 0, from ranks 0, 1.",
-    3: r"s to receive images -> language, forward, microbatch 0, from rank 2.",
+    3: r"s to receive images -> language, forward, microbatch 0, from ranks 0, 1.",
 }
 REDUCTION = {
     0: r"s to reduce the gradients of images, with rank 1.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +15,6 @@ from lightning_mimo.cli import main
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.observe.trace import RankTrace, chrome_trace, describe_shares, shares, trace_of_rank
 from lightning_mimo.spans import Spans, Work
-from lightning_mimo.transfers import Port
 
 FORWARD = Work(kind="forward", words="forward of images", module="images")
 BRIDGE = Work(kind="bridge", words="exchange", module="images")
@@ -84,29 +84,6 @@ def test_a_device_that_is_behind_is_doing_what_it_has_not_done_yet():
         assert spans.current().work is BRIDGE
 
 
-def test_a_port_numbers_microbatches_in_each_direction_and_says_what_goes_where():
-    spans = Spans()
-    port = Port(spans, kind="bridge", module="language", edge="images -> language", peers=[0, 1])
-    with port.transfer(receives="forward"):
-        pass
-    with port.transfer(sends="backward", receives="forward") as span:
-        assert str(span) == "send images -> language, backward, and receive forward, microbatch 0"
-        assert (span.microbatch, span.received, span.work.peers) == (0, 1, (0, 1))
-    port.reset()
-    with port.transfer(receives="forward") as span:
-        assert str(span) == "receive images -> language, forward, microbatch 0"
-
-
-def test_a_rank_that_only_gets_copies_records_no_send():
-    spans = Spans()
-    port = Port(spans, kind="bridge", module="images", edge="images -> language", peers=[0], sends=False)
-    before = spans.changes
-    with port.transfer(sends="forward"):
-        assert spans.changes == before
-    with port.transfer(sends="forward", receives="backward") as span:
-        assert (span.work.sends, span.work.receives) == (None, "backward")
-
-
 def two_ranks() -> list[RankTrace]:
     """Two seconds of forward, one in which the result is sent; the other rank waits for it from the start."""
     layout = MimoLayout.resolve({"images": Cut(), "language": Cut()}, world_size=2)
@@ -114,11 +91,11 @@ def two_ranks() -> list[RankTrace]:
     for rank, (module, how) in enumerate([("images", "sends"), ("language", "receives")]):
         spans = Spans(CountingClock())
         spans.keep = True
-        port = Port(spans, kind="bridge", module=module, edge="images -> language", peers=[1 - rank])
+        work = Work(kind="bridge", words=how, module=module, edge="images -> language", peers=(1 - rank,))
         if rank == 0:
             with spans.span(FORWARD, 0):
                 spans.clock.mark()
-        with port.transfer(**{how: "forward"}):
+        with spans.span(replace(work, **{how: "forward"}), 0):
             spans.clock.now += 2 * rank
         traces.append(trace_of_rank(rank, layout, spans.take(), spans.clock, (0.0, 0.0)))
     return traces
