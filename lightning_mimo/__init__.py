@@ -4,9 +4,10 @@ The package is built in rings; a file imports from its own ring or from one furt
 
     ring 0  parallelism, placement, layout, routes,    pure Python: what runs where, checked before anything starts
             batching, picture, known_warnings
-    ring 1  infra, mimo_parallel_utils, numerics,      torch + megatron-core: process groups, the model, the schedule,
-            bridges, pipeline, model, parts,           the optimizer, weights on disk, megatron-core on a CPU
-            initialization, schedule, mimo_optimizer, optimizer,
+    ring 1  infra, process_groups, numerics, bridges,  torch + megatron-core: process groups, the model, the schedule,
+            mimo_parallel_utils, pipeline, model,      the optimizer, weights on disk, megatron-core on a CPU
+            parts, initialization,
+            schedule, mimo_optimizer, optimizer,
             param_groups, lr_schedulers, nonfinite,
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,

@@ -1,7 +1,7 @@
 """From a layout to process groups: one HyperCommGrid and one process group collection per module.
 
-The only owner of process groups in this package. Everything below and beside it borrows them from
-:class:`MimoModelInfra`, and :meth:`MimoModelInfra.destroy` is the only place that takes them down.
+The only owner of process groups in this package: its pool holds them. Everything below and beside it borrows them
+from :class:`MimoModelInfra`, and :meth:`MimoModelInfra.destroy` is the only place that takes them down.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridg
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import DENSE_AXES, EXPERT_AXES, LANGUAGE, ModuleParallelism
+from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.process_groups import EXPERT_VIEW, GroupPool, PooledGrid, Use
 from lightning_mimo.spans import Spans
-
-EXPERT_VIEW = "expert"
-"""Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""
 
 # Fields of ProcessGroupCollection and the axes that each spans. Those of the expert view come second.
 _DENSE_GROUPS = {
@@ -60,9 +58,8 @@ class MimoModelInfra:
     topology: dict[str, list[str]]
     pg_collections: dict[str, ProcessGroupCollection]
     participating_modules: list[str]
+    _pool: GroupPool = field(repr=False)
     spans: Spans = field(default_factory=Spans, repr=False)
-    _extra_groups: list[dist.ProcessGroup] = field(default_factory=list, repr=False)
-    _groups_of_all: dict[str, dist.ProcessGroup] = field(default_factory=dict, repr=False)
     _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
 
     @classmethod
@@ -78,13 +75,15 @@ class MimoModelInfra:
             spans: where this rank records what it does; ``None`` makes one.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
-        grids = {name: _build_grid(sizes, backend) for name, sizes in layout.modules.items()}
+        pool = GroupPool(backend)
+        grids = {name: _build_grid(name, sizes, pool) for name, sizes in layout.modules.items()}
         infra = cls(
             layout=layout,
             module_to_grid_map=grids,
             topology={name: [] if name == LANGUAGE else [LANGUAGE] for name in layout.modules},
             pg_collections={},
             participating_modules=list(layout.modules_on(dist.get_rank())),
+            _pool=pool,
             spans=spans or Spans(),
         )
         for name, grid in grids.items():
@@ -97,16 +96,9 @@ class MimoModelInfra:
     def colocated(self) -> bool:
         return self.layout.colocated
 
-    def group_of_all(self, purpose: str) -> dist.ProcessGroup:
-        """A group of all ranks for one kind of traffic. Collective over the world when a purpose is named first.
-
-        Args:
-            purpose: which group; the same name gets the same one.
-        """
-        if purpose not in self._groups_of_all:
-            backend = next(iter(self.module_to_grid_map.values())).backend
-            self._groups_of_all[purpose] = dist.new_group(backend=backend)
-        return self._groups_of_all[purpose]
+    def group_of_all(self, use: Use) -> dist.ProcessGroup:
+        """The group of all ranks for one use. Collective over the world when it is asked for first."""
+        return self._pool.mine_of([range(self.layout.world_size)], module="", use=use)
 
     def own(self, communicator: ColocatedBridgeCommunicator) -> None:
         """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
@@ -118,9 +110,7 @@ class MimoModelInfra:
         torch.distributed gives the timeout of the default group to no other.
         """
         groups = {
-            *self._extra_groups,
-            *self._groups_of_all.values(),
-            *(group for each in self.pg_collections.values() for group in vars(each).values()),
+            *self._pool.mine,
             *(each.gather_pg for each in self._communicators),
         }
         for group in groups:
@@ -131,26 +121,18 @@ class MimoModelInfra:
         """Destroy every process group created here or handed over. Safe to call twice."""
         for communicator in self._communicators:
             communicator.destroy()
-        for group in (*self._extra_groups, *self._groups_of_all.values()):
-            dist.destroy_process_group(group)
         for grid in self.module_to_grid_map.values():
             grid.destroy()
+        self._pool.destroy()
         self._communicators.clear()
-        self._extra_groups.clear()
-        self._groups_of_all.clear()
         self.pg_collections.clear()
 
-    def _build_embedding_group(self, name: str, grid: HyperCommGrid) -> dist.ProcessGroup | None:
+    def _build_embedding_group(self, name: str, grid: PooledGrid) -> dist.ProcessGroup | None:
         """First and last pipeline stage of the language module, which both hold tied word embeddings."""
         if name != LANGUAGE or self.layout.modules[name].pp == 1:
             return None
-        mine = None
-        for stages in grid.get_rank_enum("pp"):
-            group = dist.new_group([stages[0], stages[-1]], backend=grid.backend)
-            if dist.get_rank() in (stages[0], stages[-1]):
-                mine = group
-                self._extra_groups.append(group)
-        return mine
+        ends = [(stages[0], stages[-1]) for stages in grid.get_rank_enum("pp")]
+        return self._pool.mine_of(ends, module=name, use="model")
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
@@ -159,9 +141,8 @@ def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
     function(timeout, group)
 
 
-def _build_grid(sizes: ModuleParallelism, backend: str | None) -> HyperCommGrid:
-    grid = HyperCommGrid(list(sizes.shape), list(DENSE_AXES), rank_offset=sizes.rank_offset, backend=backend)
-    grid.register_view(EXPERT_VIEW, list(sizes.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
+def _build_grid(name: str, sizes: ModuleParallelism, pool: GroupPool) -> PooledGrid:
+    grid = PooledGrid(name, sizes, pool)
     for axes in _DENSE_GROUPS.values():
         grid.create_pg(axes)
     for axes in _EXPERT_GROUPS.values():
@@ -169,7 +150,7 @@ def _build_grid(sizes: ModuleParallelism, backend: str | None) -> HyperCommGrid:
     return grid
 
 
-def _collect_groups(grid: HyperCommGrid, embedding_group: dist.ProcessGroup | None) -> ProcessGroupCollection:
+def _collect_groups(grid: PooledGrid, embedding_group: dist.ProcessGroup | None) -> ProcessGroupCollection:
     groups = ProcessGroupCollection()
     for field_name, axes in _DENSE_GROUPS.items():
         setattr(groups, field_name, grid.get_pg(axes))

@@ -156,8 +156,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             dtype=self.config.pipeline_dtype,
             # By itself 1F1B has no more under way in either direction; where no gradient comes back, this holds it.
             in_flight=self.total_stages,
-            forward_group=self._infra.group_of_all("activations"),
-            backward_group=self._infra.group_of_all("gradients"),
+            forward_group=self._infra.group_of_all("activations sent"),
+            backward_group=self._infra.group_of_all("gradients sent"),
             spans=self._infra.spans,
         )
 

@@ -40,7 +40,7 @@ def traced(task: Task, layout: Layout, folder: Path) -> tuple[dict[str, float], 
     metrics = recorder.telemetry
     collections = [group for each in strategy.infra.pg_collections.values() for group in vars(each).values()]
     if not layout.colocate:
-        collections += [strategy.infra.group_of_all(purpose) for purpose in ("activations", "gradients")]
+        collections += [strategy.infra.group_of_all(purpose) for purpose in ("activations sent", "gradients sent")]
     groups = [group for group in collections if isinstance(group, dist.ProcessGroup)]
     timeouts = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
     strategy.infra.destroy()
