@@ -14,7 +14,8 @@ BENCHMARKS = {
     "overhead": "a step under Trainer and MimoStrategy against a bare loop around megatron-core",
     "schedule": "how near the ranks come to a schedule in which communication is free",
     "loading": "what each rank decodes, and whether that hides behind the step",
-    "startup": "from the launch to the first step, and how process groups grow",
+    "startup": "from the launch to the first step, and what needs no torch",
+    "process_groups": "how many there are, how long they take, and how both grow",
     "against_ddp": "time and memory against Lightning's DDPStrategy",
     "memory": "what each rank holds, also while the model is being built and loaded",
     "checkpoints": "seconds and bytes of a checkpoint",
@@ -23,7 +24,7 @@ BENCHMARKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", formatter_class=argparse.RawTextHelpFormatter)
-    names = "\n".join(f"{name:12} {what}" for name, what in BENCHMARKS.items())
+    names = "\n".join(f"{name:14} {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones; all of them if none is named:\n{names}")
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="file to write (benchmarks.json)")
     parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs, measures little")
