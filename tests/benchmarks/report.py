@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 Cell = str | int | float | None
@@ -47,9 +47,16 @@ def as_json(reports: Mapping[str, Report]) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        **{package: version(package) for package in ("torch", "lightning", "megatron-core", "lightning-mimo")},
+        **{package: _version(package) for package in ("torch", "lightning", "megatron-core", "lightning-mimo")},
     }
     return {"machine": machine, "benchmarks": {name: asdict(report) for name, report in reports.items()}}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "run from its sources"
 
 
 def _in_words(cell: Cell) -> str:

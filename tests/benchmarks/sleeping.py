@@ -154,6 +154,8 @@ class SleepingModule(MimoModule):
             tensor_model_parallel_size=sizes.tp,
             pipeline_model_parallel_size=sizes.pp,
             pipeline_dtype=torch.float32,
+            hidden_dropout=0.0,
+            attention_dropout=0.0,
         )
         encoders = [name for name in self._costs if name != LANGUAGE]
         return MimoModelConfig(

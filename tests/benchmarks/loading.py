@@ -1,0 +1,197 @@
+"""What each rank decodes, over what its modules need; and whether loading hides behind the step.
+
+A dataset counts what it is asked for, in seven layouts. Another one sleeps while it loads, and the steps of a sleeping
+model are compared with those of the same training whose dataset does not sleep.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_mimo import MimoStrategy
+from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.parallelism import LANGUAGE
+from tests.benchmarks.paired import Comparison, compare
+from tests.benchmarks.report import Cell, Report
+from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
+from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
+from tests.multiprocess.rank_pool import RankPool
+
+BATCH, STEPS = 16, 4
+LAYOUTS = {
+    "images_dp4-language_dp1 (fan-in)": Layout(modules={"images": Cut(dp=4), "language": Cut(dp=1)}),
+    "images_dp1-language_dp4 (fan-out)": Layout(modules={"images": Cut(dp=1), "language": Cut(dp=4)}),
+    "images_tp2dp2-language_tp2": Layout(modules={"images": Cut(tp=2, dp=2), "language": Cut(tp=2, dp=1)}),
+    "images_dp2-language_pp2, 4 microbatches": Layout(
+        modules={"images": Cut(dp=2), "language": Cut(pp=2, dp=1)}, num_microbatches=4
+    ),
+    "images_pp2-language_pp2, 4 microbatches": Layout(
+        modules={"images": Cut(pp=2, dp=1), "language": Cut(pp=2, dp=1)}, num_microbatches=4
+    ),
+    "images_dp2-audio_dp1-language_tp2": Layout(
+        modules={"images": Cut(dp=2), "audio": Cut(dp=1), "language": Cut(tp=2, dp=1)}
+    ),
+    "colocated images_dp4-language_tp2dp2": Layout(
+        modules={"images": Cut(dp=4), "language": Cut(tp=2, dp=2)}, colocate=True
+    ),
+}
+
+HIDDEN = Layout(modules={"images": Cut(dp=2), "language": Cut(tp=2, dp=1)})
+HIDDEN_BATCH = 8
+COSTS = {"images": Cost(forward=0.002, backward=0.004), "language": Cost(forward=0.012, backward=0.024)}
+# On a rank of its own an encoder replica takes 4 * 6 ms, then the language module 8 * 36 ms / tp=2: 168 ms a step.
+SHORT, LONG = 0.02, 0.063  # seconds to load one image, 4 of them in a batch: 80 ms, and 252 ms, 1.5 times the step
+
+
+class Counting(SleepingData):
+    """Counts what it is asked for, in this process, and takes its time over every item."""
+
+    def __init__(self, encoders: list[str], *, length: int, seconds: float = 0.0) -> None:
+        super().__init__(encoders, length=length)
+        self.counts: Counter[str] = Counter()
+        self._seconds = seconds
+
+    def load(self, index: int, modules: frozenset[str]) -> dict[str, Any]:
+        sample = super().load(index, modules)
+        self.counts["samples"] += 1
+        self.counts.update(sample["modality_inputs"].keys())
+        if self._seconds:
+            time.sleep(self._seconds * len(sample["modality_inputs"]))
+        return sample
+
+
+class Moments(pl.Callback):
+    """When each batch had been trained on."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def _fit(
+    layout: Layout, costs: Mapping[str, Cost], dataset: Counting, *, batch: int, num_workers: int = 0
+) -> list[float]:
+    """Train on a dataset once; when each step was done."""
+    strategy = MimoStrategy(
+        dict(layout.modules),
+        batch,
+        layout.num_microbatches,
+        colocate=layout.colocate,
+        cluster_environment=PoolEnvironment(),
+    )
+    moments = Moments()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=dist.get_world_size(),
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[moments],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(SleepingModule(costs), DataLoader(dataset, batch_size=batch, num_workers=num_workers))
+    strategy.infra.destroy()
+    return moments.ends
+
+
+def _count(layout: Layout) -> Counter[str]:
+    encoders = [name for name in layout.modules if name != LANGUAGE]
+    costs = dict.fromkeys([*encoders, LANGUAGE], Cost(forward=0.0, backward=0.0))
+    dataset = Counting(encoders, length=BATCH * STEPS)
+    _fit(layout, costs, dataset, batch=BATCH)
+    return dataset.counts
+
+
+def _seconds_per_step(seconds: float, num_workers: int, steps: int) -> float:
+    """Median time of a step on this rank; the first three, in which workers start, are not counted."""
+    dataset = Counting(["images"], length=HIDDEN_BATCH * steps, seconds=seconds)
+    ends = _fit(HIDDEN, COSTS, dataset, batch=HIDDEN_BATCH, num_workers=num_workers)
+    return statistics.median(later - earlier for earlier, later in zip(ends[2:], ends[3:], strict=False))
+
+
+def _needed(layout: Layout, rank: int) -> Counter[str]:
+    """What one rank has to load in all steps. Only the first pipeline stage of an encoder looks at its items."""
+    resolved = MimoLayout.resolve(layout.modules, world_size=layout.ranks, colocate=layout.colocate)
+    names = resolved.modules_on(rank)
+    share = {name: BATCH * STEPS // resolved.modules[name].dp for name in names}
+    first = [name for name in names if name != LANGUAGE and resolved.modules[name].coordinates(rank)["pp"] == 0]
+    return Counter({"samples": max(share.values()), **{name: share[name] for name in first}})
+
+
+def _counted(pool: RankPool, name: str, layout: Layout) -> list[list[Cell]]:
+    counts = pool.run(_count, layout, world_size=layout.ranks)
+    needed = [_needed(layout, rank) for rank in range(layout.ranks)]
+    encoders = [encoder for encoder in layout.modules if encoder != LANGUAGE]
+    samples = [counts[rank]["samples"] / needed[rank]["samples"] for rank in range(layout.ranks)]
+    items = [
+        counts[rank][each] / needed[rank][each] for rank in range(layout.ranks) for each in encoders if needed[rank][each]
+    ]
+    unneeded = [
+        counts[rank][each] / (BATCH * STEPS)
+        for rank in range(layout.ranks)
+        for each in encoders
+        if not needed[rank][each]
+    ]
+    rows: list[list[Cell]] = [
+        ["samples loaded / needed, all ranks", name, statistics.median(samples), min(samples), max(samples), "1"],
+        ["items decoded / needed, ranks that encode them", name, statistics.median(items), min(items), max(items), "1"],
+    ]
+    if unneeded:
+        what = "items decoded on other ranks / items of the data"
+        rows.append([what, name, statistics.median(unneeded), min(unneeded), max(unneeded), "0"])
+    return rows
+
+
+def _compared(pool: RankPool, slow: tuple[float, int], *, steps: int, rounds: int) -> Comparison:
+    """Training whose dataset sleeps, and with workers, against one whose dataset does not."""
+
+    def block(seconds: float, num_workers: int) -> float:
+        found = pool.run(_seconds_per_step, seconds, num_workers, steps, world_size=HIDDEN.ranks)
+        return max(found)
+
+    return compare(partial(block, *slow), partial(block, 0.0, 0), rounds=rounds)
+
+
+def measure(pool: RankPool, *, quick: bool) -> Report:
+    rows = [row for name, layout in LAYOUTS.items() for row in _counted(pool, name, layout)]
+    details: dict[str, Any] = {}
+    steps, rounds = (8, 1) if quick else (14, 3)
+    cases = {
+        "no time, 1 worker": (0.0, 1, "1"),
+        "0.5 steps, no worker": (SHORT, 0, "1.5"),
+        "0.5 steps, 1 worker": (SHORT, 1, "1"),
+        "0.5 steps, 2 workers": (SHORT, 2, "1"),
+        "1.5 steps, 1 worker": (LONG, 1, "1.5"),
+        "1.5 steps, 2 workers": (LONG, 2, "1"),
+    }
+    name = "images_dp2-language_tp2"
+    for what, (seconds, num_workers, target) in cases.items():
+        found = _compared(pool, (seconds, num_workers), steps=steps, rounds=rounds)
+        what = f"step, loading takes {what} / step, it takes none"
+        rows.append([what, name, found.ratio, min(found.ratios), max(found.ratios), target, *found.control])
+        details[what] = {"slow": found.a, "fast": found.b}
+    rows = [[*row, *[None] * (8 - len(row))] for row in rows]
+    return Report(
+        title="Loading: what each rank decodes, and what of it the step has to wait for",
+        columns=("ratio", "layout", "median", "least", "most", "target", "control from", "to"),
+        rows=rows,
+        notes=(
+            "Counts: over ranks. Steps: over the rounds of A B B A; control: neighbouring blocks of the same training.",
+            "Without a worker a batch is loaded between two steps, so its time is added to the step.",
+        ),
+        details=details,
+    )
