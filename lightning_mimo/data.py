@@ -33,6 +33,7 @@ from torch.utils.data import (
 from lightning_mimo.batching import RankBatchPlan
 from lightning_mimo.bridges import ModalityCounts
 from lightning_mimo.initialization import seed_for
+from lightning_mimo.packing import PackedList
 from lightning_mimo.parallelism import LANGUAGE
 
 Sample = Mapping[str, Any]
@@ -182,7 +183,7 @@ class MicrobatchCollator:
 
     def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[dict[str, Any]]:
         by_position = {request.position: (request, sample) for request, sample in loaded}
-        return [self._microbatch(by_position, microbatch) for microbatch in range(self._plan.num_microbatches)]
+        return PackedList(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
 
     def _microbatch(self, loaded: Mapping[int, tuple[SampleRequest, Sample]], microbatch: int) -> dict[str, Any]:
         texts = [loaded[position] for position in self._plan.text(microbatch)]

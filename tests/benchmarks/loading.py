@@ -6,10 +6,11 @@ model are compared with those of the same training whose dataset does not sleep.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.batching import RankBatchPlan
+from lightning_mimo.data import shard_dataloader
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import LANGUAGE
 from tests.benchmarks.paired import Comparison, compare
@@ -49,8 +52,10 @@ LAYOUTS = {
 HIDDEN = Layout(modules={"images": Cut(dp=2), "language": Cut(tp=2, dp=1)})
 HIDDEN_BATCH = 8
 COSTS = {"images": Cost(forward=0.002, backward=0.004), "language": Cost(forward=0.012, backward=0.024)}
-# On a rank of its own an encoder replica takes 4 * 6 ms, then the language module 8 * 36 ms / tp=2: 168 ms a step.
-SHORT, LONG = 0.02, 0.063  # seconds to load one image, 4 of them in a batch: 80 ms, and 252 ms, 1.5 times the step
+# An encoder replica sleeps 4 * 6 ms, the language module 8 * 36 ms / tp=2: a step takes 168 ms and what Python takes.
+SHORT, LONG = 0.02, 0.1  # seconds to load one image, 4 of them in a batch of each encoder rank: 80 ms and 400 ms
+IMAGES = 4
+MANY = 16  # microbatches
 
 
 class Counting(SleepingData):
@@ -120,7 +125,7 @@ def _seconds_per_step(seconds: float, num_workers: int, steps: int) -> float:
     """Median time of a step on this rank; the first three, in which workers start, are not counted."""
     dataset = Counting(["images"], length=HIDDEN_BATCH * steps, seconds=seconds)
     ends = _fit(HIDDEN, COSTS, dataset, batch=HIDDEN_BATCH, num_workers=num_workers)
-    return statistics.median(later - earlier for earlier, later in zip(ends[2:], ends[3:], strict=False))
+    return statistics.median(later - earlier for earlier, later in itertools.pairwise(ends[2:]))
 
 
 def _needed(layout: Layout, rank: int) -> Counter[str]:
@@ -137,15 +142,9 @@ def _counted(pool: RankPool, name: str, layout: Layout) -> list[list[Cell]]:
     needed = [_needed(layout, rank) for rank in range(layout.ranks)]
     encoders = [encoder for encoder in layout.modules if encoder != LANGUAGE]
     samples = [counts[rank]["samples"] / needed[rank]["samples"] for rank in range(layout.ranks)]
-    items = [
-        counts[rank][each] / needed[rank][each] for rank in range(layout.ranks) for each in encoders if needed[rank][each]
-    ]
-    unneeded = [
-        counts[rank][each] / (BATCH * STEPS)
-        for rank in range(layout.ranks)
-        for each in encoders
-        if not needed[rank][each]
-    ]
+    each = [(rank, encoder) for rank in range(layout.ranks) for encoder in encoders]
+    items = [counts[rank][name] / needed[rank][name] for rank, name in each if needed[rank][name]]
+    unneeded = [counts[rank][name] / (BATCH * STEPS) for rank, name in each if not needed[rank][name]]
     rows: list[list[Cell]] = [
         ["samples loaded / needed, all ranks", name, statistics.median(samples), min(samples), max(samples), "1"],
         ["items decoded / needed, ranks that encode them", name, statistics.median(items), min(items), max(items), "1"],
@@ -166,24 +165,54 @@ def _compared(pool: RankPool, slow: tuple[float, int], *, steps: int, rounds: in
     return compare(partial(block, *slow), partial(block, 0.0, 0), rounds=rounds)
 
 
+class _Unpacked:
+    """A collate function whose tensors go to the rank one by one."""
+
+    def __init__(self, collate: Callable[[Any], list[Any]]) -> None:
+        self._collate = collate
+
+    def __call__(self, loaded: Any) -> list[Any]:
+        return list(self._collate(loaded))
+
+
+def _taking(rounds: int) -> Comparison:
+    """Seconds in which this process takes batches that lie ready, in one process."""
+    layout = MimoLayout.resolve({LANGUAGE: Cut()}, world_size=1)
+    plan = RankBatchPlan.build(layout, 0, global_batch_size=4 * MANY, num_microbatches=MANY)
+
+    def block(packed: bool) -> float:
+        loader = DataLoader(SleepingData([]), batch_size=4 * MANY, num_workers=1)
+        loader = shard_dataloader(loader, plan, special_token_ids={}, pad_token_id=0, seed=1)
+        if not packed:
+            loader.collate_fn = _Unpacked(loader.collate_fn)
+        batches, taken = iter(loader), []
+        for _ in range(8):
+            time.sleep(0.1)
+            began = time.perf_counter()
+            next(batches)
+            taken.append(time.perf_counter() - began)
+        return statistics.median(taken[2:])
+
+    return compare(partial(block, True), partial(block, False), rounds=rounds)
+
+
 def measure(pool: RankPool, *, quick: bool) -> Report:
     rows = [row for name, layout in LAYOUTS.items() for row in _counted(pool, name, layout)]
     details: dict[str, Any] = {}
     steps, rounds = (8, 1) if quick else (14, 3)
-    cases = {
-        "no time, 1 worker": (0.0, 1, "1"),
-        "0.5 steps, no worker": (SHORT, 0, "1.5"),
-        "0.5 steps, 1 worker": (SHORT, 1, "1"),
-        "0.5 steps, 2 workers": (SHORT, 2, "1"),
-        "1.5 steps, 1 worker": (LONG, 1, "1.5"),
-        "1.5 steps, 2 workers": (LONG, 2, "1"),
-    }
     name = "images_dp2-language_tp2"
-    for what, (seconds, num_workers, target) in cases.items():
+    for seconds, num_workers in ((0.0, 1), (SHORT, 0), (SHORT, 1), (SHORT, 2), (LONG, 1), (LONG, 2)):
         found = _compared(pool, (seconds, num_workers), steps=steps, rounds=rounds)
-        what = f"step, loading takes {what} / step, it takes none"
-        rows.append([what, name, found.ratio, min(found.ratios), max(found.ratios), target, *found.control])
+        step, load = statistics.median(found.b), IMAGES * seconds
+        # A worker loads one batch after the other, beside the steps; without one it is loaded between them.
+        target = max(1.0, load / (num_workers * step)) if num_workers else 1 + load / step
+        what = f"step, loading takes {load * 1000:.0f} ms, {num_workers} workers / step, it takes none"
+        rows.append([what, name, found.ratio, min(found.ratios), max(found.ratios), f"{target:.2f}", *found.control])
         details[what] = {"slow": found.a, "fast": found.b}
+    found = pool.run(_taking, 2 * rounds, world_size=1)[0]
+    what = f"take a batch of {MANY} microbatches from a worker: in one tensor / each in its own"
+    rows.append([what, "language_dp1", found.ratio, min(found.ratios), max(found.ratios), None, *found.control])
+    details[what] = {"one": found.a, "own": found.b}
     rows = [[*row, *[None] * (8 - len(row))] for row in rows]
     return Report(
         title="Loading: what each rank decodes, and what of it the step has to wait for",

@@ -1,0 +1,89 @@
+"""Batches on their way from a worker: the same values, in one tensor."""
+
+from __future__ import annotations
+
+import multiprocessing
+from multiprocessing.reduction import ForkingPickler
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_mimo.bridges import ModalityCounts
+from lightning_mimo.packing import PackedList
+
+COUNTS = ModalityCounts(sample_indices=(4, 5), placeholders=(2, 0), own=range(1), items=(1,))
+
+
+def batch() -> PackedList:
+    """What a batch may hold: any dtype, shape and nesting, views, the same tensor twice, and what is no tensor."""
+    twice = torch.arange(5)
+    return PackedList(
+        [
+            {
+                "ids": twice,
+                "again": twice,
+                "expanded": torch.arange(3).expand(2, 3),
+                "transposed": torch.arange(6.0).view(2, 3).T,
+                "inputs": {"images": {"vit": {"pixels": torch.rand(3, 1, 2, 2)}}, "audio": None},
+                "half": torch.rand(3).half(),
+                "brain": torch.rand(3).bfloat16(),
+                "bool": torch.tensor([True, False, True]),
+                "scalar": torch.tensor(7),
+                "complex": torch.tensor([1 + 2j]),
+                "none": torch.empty(0, 4),
+                "counts": COUNTS,
+                "fillers": (False, True),
+            },
+            {"ids": torch.zeros(2, 2, dtype=torch.int32), "sparse": torch.eye(2).to_sparse()},
+        ]
+    )
+
+
+class Once(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+def test_what_a_worker_sends_arrives_as_it_was() -> None:
+    torch.manual_seed(1)
+    sent = batch()
+    loader = DataLoader(Once(), num_workers=1, collate_fn=lambda _: sent, multiprocessing_context="fork")
+    (received,) = loader
+    assert type(received) is list
+    assert received[0].keys() == sent[0].keys()
+    for mine, theirs in zip(received, sent, strict=True):
+        for name, value in theirs.items():
+            if isinstance(value, torch.Tensor):
+                assert mine[name].dtype == value.dtype and mine[name].shape == value.shape, name
+                assert torch.equal(mine[name].to_dense(), value.to_dense()), name
+    pixels = [each[0]["inputs"]["images"]["vit"]["pixels"] for each in (received, sent)]
+    assert torch.equal(*pixels)
+    assert received[0]["inputs"]["audio"] is None
+    assert (received[0]["counts"], received[0]["fillers"]) == (COUNTS, (False, True))
+
+
+def test_tensors_do_not_share_what_they_hold() -> None:
+    loader = DataLoader(Once(), num_workers=1, collate_fn=lambda _: batch(), multiprocessing_context="fork")
+    (received,) = loader
+    half = received[0]["half"].clone()
+    received[0]["expanded"].fill_(-1)
+    received[0]["transposed"].fill_(-1)
+    received[0]["brain"].fill_(-1)
+    assert torch.equal(received[0]["ids"], torch.arange(5))
+    assert torch.equal(received[0]["half"], half)
+
+
+@pytest.mark.parametrize("microbatches", [1, 8])
+def test_one_descriptor_is_sent_whatever_the_number_of_microbatches(
+    monkeypatch: pytest.MonkeyPatch, microbatches: int
+) -> None:
+    sent: list[int] = []
+    real = multiprocessing.reduction.DupFd
+    monkeypatch.setattr(multiprocessing.reduction, "DupFd", lambda fd: sent.append(fd) or real(fd))
+    microbatch = {"input_ids": torch.zeros(4, 8, dtype=torch.long), "labels": torch.zeros(4, 8, dtype=torch.long)}
+    ForkingPickler.dumps(PackedList([{name: each.clone() for name, each in microbatch.items()}] * microbatches))
+    assert len(sent) == 1
