@@ -57,19 +57,20 @@ class _Sleep(torch.autograd.Function):
 class SleepingEncoder(torch.nn.Module):
     """One pipeline stage of an encoder that makes some tokens of every item."""
 
-    def __init__(self, cost: Cost, tokens: int, width: int, groups: Any) -> None:
+    def __init__(self, cost: Cost, tokens: int, width: int, groups: Any, weights: int = 0) -> None:
         super().__init__()
         self._cost = _share(cost, groups)
         self._tokens = tokens
         self._first, self._last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         # By stage: no two stages may hold a parameter of the same name.
         self.scale = torch.nn.ParameterDict({f"stage{groups.pp.rank()}": torch.ones(width)})
+        self.ballast = _ballast(weights, groups)
 
     def forward(self, input: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """``[n, 1]`` or, from the stage before, ``[tokens, n, width]`` -> the latter, or ``[n, tokens, width]``."""
         if self._first:
             hidden_states = input.expand(self._tokens, *input.shape)
-        (scale,) = self.scale.values()
+        scale = _scale(self.scale, self.ballast)
         hidden_states = _sleep(hidden_states * scale, self._cost, samples=hidden_states.size(1))
         return hidden_states.transpose(0, 1).contiguous() if self._last else hidden_states
 
@@ -83,13 +84,14 @@ class SleepingLanguage(MegatronModule):
 
     share_embeddings_and_output_weights = False
 
-    def __init__(self, config: TransformerConfig, cost: Cost, groups: Any) -> None:
+    def __init__(self, config: TransformerConfig, cost: Cost, groups: Any, weights: int = 0) -> None:
         super().__init__(config=config)
         stage, last = groups.pp.rank(), groups.pp.size() - 1
         self.pre_process, self.post_process = stage == 0, stage == last
         self._cost = _share(cost, groups)
         self._input: torch.Tensor | None = None
         self.scale = torch.nn.ParameterDict({f"stage{stage}": torch.ones(config.hidden_size)})
+        self.ballast = _ballast(weights, groups)
         self.embedding = _Embedding(config.hidden_size) if self.pre_process else None
         self.head = None
         if self.post_process:
@@ -117,7 +119,7 @@ class SleepingLanguage(MegatronModule):
     ) -> torch.Tensor:
         """``[s, b, width]``, or logits ``[b, s, vocabulary / tp]`` on the last stage."""
         hidden = decoder_input if self.embedding is not None else self._input
-        (scale,) = self.scale.values()
+        scale = _scale(self.scale, self.ballast)
         hidden = _sleep(hidden * scale, self._cost, samples=hidden.size(1))
         return hidden if self.head is None else self.head(hidden)[0].transpose(0, 1).contiguous()
 
@@ -134,14 +136,25 @@ class _Embedding(torch.nn.Module):
 class SleepingModule(MimoModule):
     """Trains a model of sleeping modules."""
 
-    def __init__(self, costs: Mapping[str, Cost], *, tokens: int = 4, width: int = 16) -> None:
+    def __init__(
+        self,
+        costs: Mapping[str, Cost],
+        *,
+        tokens: int = 4,
+        width: int = 16,
+        weights: Mapping[str, int] | None = None,
+        optimizer: str = "sgd",
+    ) -> None:
         """
         Args:
             costs: of every module, ``language`` last.
             tokens: embeddings of one item, of every encoder.
             width: hidden size of everything.
+            weights: module name -> parameters that it has for their memory only, over all its ranks.
+            optimizer: Megatron's name of it.
         """
         super().__init__(pad_token_id=0)
+        self._weights, self._optimizer = dict(weights or {}), optimizer
         self._costs, self._tokens, self._width = dict(costs), tokens, width
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -161,18 +174,29 @@ class SleepingModule(MimoModule):
         return MimoModelConfig(
             language_model_spec=ModuleSpec(
                 module=SleepingLanguage,
-                params={"config": config, "cost": self._costs[LANGUAGE], "groups": language},
+                params={
+                    "config": config,
+                    "cost": self._costs[LANGUAGE],
+                    "groups": language,
+                    "weights": self._weights.get(LANGUAGE, 0),
+                },
             ),
             modality_submodules_spec={name: self._encoder(infra, name) for name in encoders},
             special_token_ids={name: FIRST_PLACEHOLDER + i for i, name in enumerate(encoders)},
         )
 
     def configure_optimizers(self):
-        return self.build_optimizer(OptimizerConfig(optimizer="sgd", lr=1e-3))
+        return self.build_optimizer(OptimizerConfig(optimizer=self._optimizer, lr=1e-3))
 
     def _encoder(self, infra: MimoModelInfra, name: str) -> ModuleSpec:
         groups = infra.pg_collections.get(name)
-        params = {"cost": self._costs[name], "tokens": self._tokens, "width": self._width, "groups": groups}
+        params = {
+            "cost": self._costs[name],
+            "tokens": self._tokens,
+            "width": self._width,
+            "groups": groups,
+            "weights": self._weights.get(name, 0),
+        }
         return ModuleSpec(
             module=PipelinedSleepers,
             params={"pg_collection": groups},
@@ -204,6 +228,23 @@ class SleepingData(Dataset):
         }
         labels = torch.full_like(self._input_ids, index % 7)
         return {"input_ids": self._input_ids, "labels": labels, "loss_mask": self._mask, "modality_inputs": inputs}
+
+
+def _ballast(weights: int, groups: Any) -> torch.nn.ParameterDict:
+    """This rank's share of parameters that are there for their memory: they get gradients, of zero."""
+    ballast = torch.nn.ParameterDict()
+    if weights:
+        share = torch.nn.Parameter(torch.zeros(weights // (groups.tp.size() * groups.pp.size())))
+        share.tensor_model_parallel, share.partition_dim, share.partition_stride = True, 0, 1
+        ballast[f"stage{groups.pp.rank()}"] = share
+    return ballast
+
+
+def _scale(scale: torch.nn.ParameterDict, ballast: torch.nn.ParameterDict) -> torch.Tensor:
+    (values,) = scale.values()
+    for share in ballast.values():
+        values = values + 0 * share[0]
+    return values
 
 
 def _share(cost: Cost, groups: Any) -> Cost:
