@@ -9,8 +9,8 @@ takes 2 * parameters * tokens operations, a backward pass twice as many. An imag
     images    2 * 0.3e9 * 576 = 0.35e12      language  2 * 7e9 * 640 = 8.96e12, 26 times as many
 
 Matrices cut by tensor parallelism take their share of the time. What is exchanged takes none here: the activations
-inside of tensor-parallel layers, and under DDPStrategy the gradients of 7.3 B parameters. Memory is measured apart, with
-parameters of 1/200 of the size.
+inside of tensor-parallel layers, and under DDPStrategy the gradients of 7.3 B parameters. Memory is measured apart,
+with parameters of 1/200 of the size.
 """
 
 from __future__ import annotations
