@@ -1,0 +1,131 @@
+"""A training loop around megatron-core's schedule with nothing else in it: what MimoStrategy is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch.utils.data import DataLoader
+
+from lightning_mimo.data_parallel import wrap_with_ddp
+from lightning_mimo.mimo_parallel_utils import build_pg_collection_for_schedule, multimodule_no_sync
+from lightning_mimo.model import build_mimo_model
+from lightning_mimo.module import MimoModule
+from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.schedule import GlobalBatchSchedule, Microbatch
+
+
+class BareLoop:
+    """Steps a model of its own, beside the one that a Trainer fits: the same start, batches and optimizer.
+
+    Modules with ranks of their own only. All methods are collective over the world.
+
+    Attributes:
+        losses: of every step.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: MimoModule, loader: DataLoader, *, as_bridge: bool) -> None:
+        """To be called in ``on_train_start``.
+
+        Args:
+            trainer: fits ``module``; its strategy's grids are used.
+            module: says how the model, the optimizer and the loss are made.
+            loader: as for one process.
+            as_bridge: also tell the ranks one by one, in every step, what Megatron-Bridge tells them.
+        """
+        strategy, self._infra = trainer.strategy, trainer.strategy.infra
+        numerics = trainer.precision_plugin.numerics
+        self._model = build_mimo_model(
+            module.configure_mimo(self._infra), self._infra, seed=strategy.seed, numerics=numerics
+        )
+        wrap_with_ddp(self._model, self._infra, strategy.ddp_by_module, numerics)
+        self._model.train()
+        fitted, module.model = module.model, self._model
+        made = module.configure_optimizers()
+        module.model = fitted
+        is_scheduled = isinstance(made, dict)
+        self._optimizer = made["optimizer"] if is_scheduled else made
+        self._scheduler = made["lr_scheduler"]["scheduler"] if is_scheduled else None
+        # For its communicator and for what it does at the end of the backward passes.
+        self._schedule = GlobalBatchSchedule(self._model, self._infra)
+        self._modules = self._schedule._modules
+        self._model.config.no_sync_func = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
+        groups = build_pg_collection_for_schedule(self._infra)
+        self._run = partial(
+            get_forward_backward_func(schedule_pg_collection=groups),
+            forward_step_func=self._forward_step,
+            model=self._model,
+            seq_length=0,
+            micro_batch_size=0,
+            forward_only=False,
+            pg_collection=groups,
+            p2p_communicator=self._schedule._communicator,
+        )
+        self._loss = module.loss
+        self._batches = _forever(strategy.process_dataloader(loader))
+        self._as_bridge = as_bridge
+        self._last = dist.get_world_size() - 1
+        language = self._infra.layout.modules[LANGUAGE]
+        self._counts = self._schedule.computes_loss and language.coordinates(dist.get_rank())["tp"] == 0
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        """One batch: forward, backward, one all-reduce of the loss and the norms, update."""
+        batch, mimo = next(self._batches), self._optimizer.mimo
+        for module, _ in self._modules:
+            module.zero_grad_buffer()
+        self._schedule._communicator.reset()
+        store = self._run(data_iterator=iter(batch), num_microbatches=len(batch))
+        sums = torch.zeros(2, dtype=torch.float64)
+        if self._counts:
+            sums += torch.stack([torch.stack(each) for each in store]).sum(dim=0)
+        sums = torch.cat([sums, mimo.gradient_squares()])
+        dist.all_reduce(sums)
+        loss, tokens, squares = sums[0], sums[1].clamp(min=1), sums[2:]
+        for module, _ in self._modules:
+            module.scale_gradients(1 / tokens)
+        nothing = torch.zeros(())
+        mimo.receive(squares=squares / tokens**2, loss=loss, stops=nothing.double(), also=sums[:0])
+        if self._as_bridge:
+            self._tell(loss / tokens, tokens)
+        self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        self.losses.append(self._optimizer.outcome.loss)
+
+    def _tell(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
+        """The token count, what megatron-core's MimoOptimizer reduces and reads, and the loss twice."""
+        dist.broadcast(tokens.clone(), src=self._last)
+        for _ in range(3):  # overflow, norm, success
+            found = torch.zeros(1)
+            dist.all_reduce(found, op=dist.ReduceOp.MAX)
+            found.item()
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        dist.broadcast_object_list([float(loss)], src=self._last)
+
+    def _forward_step(self, iterator: Iterator[Microbatch], model: Any) -> tuple[Any, Any]:
+        batch = next(iterator)
+        inputs = {name: each for name, each in batch["modality_inputs"].items() if model.role.is_first_stage(name)}
+        output, _ = model(
+            input_ids=batch["input_ids"],
+            position_ids=batch["position_ids"],
+            attention_mask=None,
+            modality_inputs=inputs,
+            modality_counts=batch["modality_counts"],
+        )
+        return output, partial(self._loss_of, batch)
+
+    def _loss_of(self, batch: Microbatch, output: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        loss, tokens, _ = self._loss(output, batch)
+        return loss, tokens.int(), [loss.detach().double(), tokens.double()]
+
+
+def _forever(loader: DataLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
