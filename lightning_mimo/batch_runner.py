@@ -23,6 +23,7 @@ from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
 from lightning_mimo.spans import Span
+from lightning_mimo.step_metrics import log_step_metric
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""
@@ -119,9 +120,11 @@ class BatchRunner:
         now = time.perf_counter()
         if self._step_started:
             rate = totals.tokens.float() / (now - self._step_started)
-            self._module.log("train/tokens_per_s", rate, prog_bar=True)
+            log_step_metric(self._module, "train/tokens_per_s", rate, prog_bar=True)
         self._step_started = now
-        self._log("train", totals, prog_bar=True, on_step=True, on_epoch=False)
+        log_step_metric(self._module, "train/loss", totals.loss.float(), prog_bar=True)
+        for name, (total, count) in totals.metrics.items():
+            log_step_metric(self._module, f"train/{name}", (total / count).float(), prog_bar=True)
         return totals.loss.float()
 
     def close_window(self, outcome: StepOutcome) -> None:
@@ -204,7 +207,7 @@ class BatchRunner:
                 self._module.loss,
                 stop=self._signals.received is not None,
             )
-        self._log(stage, totals, prog_bar=True, on_step=False, on_epoch=True)
+        self._log(stage, totals)
         return totals.loss.float()
 
     def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
@@ -242,13 +245,12 @@ class BatchRunner:
         if self._check == "always" or (self._check == "first" and batch_idx == 0):
             check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
 
-    def _log(self, stage: str, totals: BatchTotals, **how: Any) -> None:
+    def _log(self, stage: str, totals: BatchTotals) -> None:
         """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
-        tokens = int(totals.tokens) if how["on_epoch"] else 1
-        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=tokens, **how)
+        how = {"prog_bar": True, "on_step": False, "on_epoch": True}
+        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=int(totals.tokens), **how)
         for name, (total, count) in totals.metrics.items():
-            counted = int(count) if how["on_epoch"] else 1
-            if counted:
+            if counted := int(count):
                 self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
 
 

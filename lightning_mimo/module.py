@@ -22,6 +22,7 @@ from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.param_groups import OptimizerOverride
 from lightning_mimo.registration import register
 from lightning_mimo.schedule import Metrics, Microbatch
+from lightning_mimo.step_metrics import log_step_metric
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 
 # Here, because nobody trains anything without a MimoModule.
@@ -223,12 +224,12 @@ class MimoModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         if (outcome := optimizer.outcome) is None:
             return
-        self.log("train/skipped_steps", float(optimizer.skipped_steps))
-        self.log_dict(self.trainer.strategy.telemetry)
+        metrics = {"train/skipped_steps": float(optimizer.skipped_steps), **self.trainer.strategy.telemetry}
         if outcome.updated:
-            self.log("train/grad_norm", outcome.grad_norm)
-            for name, norm in outcome.module_norms.items():
-                self.log(f"train/grad_norm/{name}", norm)
+            metrics["train/grad_norm"] = outcome.grad_norm
+            metrics |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
+        for name, value in metrics.items():
+            log_step_metric(self, name, value)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""

@@ -105,6 +105,12 @@ class RunningStrategy(WorldStrategy):
     # ------------------------------------------------------------------ steps
 
     @override
+    def barrier(self, name: str | None = None) -> None:
+        if name == "run-stage":  # the first thing that the Trainer does after installing handlers that broadcast
+            self._signals.install(self.cluster_environment)
+        super().barrier(name)
+
+    @override
     def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
         return self._runner.train(batch, batch_idx, self.optimizers[0])

@@ -25,6 +25,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from lightning_mimo.batch_runner import BatchRunner
 from lightning_mimo.batching import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.data_parallel import check_options, options_by_module, wrap_with_ddp
+from lightning_mimo.epoch_loop import take_the_place_of_epoch_loop
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launcher import ForkLauncher, can_fork
@@ -230,6 +231,7 @@ class MimoStrategy(RunningStrategy):
         # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
         trainer._accelerator_connector.use_distributed_sampler = False
         take_the_place(trainer.callbacks)
+        take_the_place_of_epoch_loop(trainer)
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

@@ -8,6 +8,7 @@ block of the Trainer's.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import tempfile
 import time
@@ -159,7 +160,7 @@ class TakesTurns(pl.Callback):
     def _end_block(self) -> None:
         counted = self._marks[self._case.skipped :]
         for figures, at in ((self._wall, 0), (self._processor, 1)):
-            steps = [after[at] - before[at] for before, after in zip(counted, counted[1:], strict=False)]
+            steps = [after[at] - before[at] for before, after in itertools.pairwise(counted)]
             figures[self._kind].append(statistics.median(steps))
         self._kind = next(self._todo, "")
 
