@@ -79,8 +79,10 @@ class BareLoop:
         batch, mimo = next(self._batches), self._optimizer.mimo
         for module, _ in self._modules:
             module.zero_grad_buffer()
-        self._schedule._communicator.reset()
+        communicator = self._schedule._communicator
+        communicator.begin(batch, forward_only=False)
         store = self._run(data_iterator=iter(batch), num_microbatches=len(batch))
+        communicator.finish()
         sums = torch.zeros(2, dtype=torch.float64)
         if self._counts:
             sums += torch.stack([torch.stack(each) for each in store]).sum(dim=0)
