@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,8 +26,8 @@ from tests.multiprocess.rank_pool import RankPool
 SIZES = (2, 4, 8, 16)
 LANGUAGE: dict[str, Callable[[int], Cut]] = {  # half of the ranks -> how the language module lies on them
     "dp": lambda half: Cut(dp=half),
-    "tp": lambda half: Cut(tp=half),
-    "pp": lambda half: Cut(pp=half),
+    "tp": lambda half: Cut(tp=half, dp=1),
+    "pp": lambda half: Cut(pp=half, dp=1),
     "tp dp pp": lambda half: Cut(tp=min(2, half), dp=2 if half > 2 else 1, pp=2 if half > 4 else 1),
 }
 
@@ -82,8 +82,8 @@ def _threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def _compare(layout: MimoLayout, rounds: int) -> tuple[Comparison, dict[str, list[int]]]:
-    builds = _Builds(layout)
+def _compare(modules: Mapping[str, Cut], rounds: int) -> tuple[Comparison, dict[str, list[int]]]:
+    builds = _Builds(MimoLayout.resolve(modules, world_size=dist.get_world_size()))
     return compare(builds.shared, builds.unshared, rounds=rounds), builds.counts
 
 
@@ -93,8 +93,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
         medians: dict[str, list[float]] = {"shared": [], "unshared": []}
         for ranks in SIZES:
             modules = {"images": Cut(dp=ranks // 2), "language": cut(ranks // 2)}
-            layout = MimoLayout.resolve(modules, world_size=ranks)
-            compared, counts = pool.run(_compare, layout, 1 if quick else 5, world_size=ranks, timeout=400)[0]
+            compared, counts = pool.run(_compare, modules, 1 if quick else 5, world_size=ranks, timeout=400)[0]
             shared, unshared = _median(compared.a), _median(compared.b)
             medians["shared"].append(shared)
             medians["unshared"].append(unshared)
