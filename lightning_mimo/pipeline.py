@@ -70,6 +70,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         self._infra = infra
         self._needs_gradient = needs_gradient
         self._ends: list[tuple[Inlet | Outlet, ShapesOf]] = []
+        # Here, where every rank comes by, whatever edges it has.
+        self._forward_group = infra.group_of_all("activations sent")
+        self._backward_group = infra.group_of_all("gradients sent")
         super().__init__(infra.module_to_grid_map, infra.topology, config)
 
     @property
@@ -156,8 +159,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             dtype=self.config.pipeline_dtype,
             # By itself 1F1B has no more under way in either direction; where no gradient comes back, this holds it.
             in_flight=self.total_stages,
-            forward_group=self._infra.group_of_all("activations sent"),
-            backward_group=self._infra.group_of_all("gradients sent"),
+            forward_group=self._forward_group,
+            backward_group=self._backward_group,
             spans=self._infra.spans,
         )
 
