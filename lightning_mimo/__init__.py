@@ -11,9 +11,9 @@ The package is built in rings; a file imports from its own ring or from one furt
             param_groups, lr_schedulers, nonfinite,
             gradient_flow, data_parallel,
             vocab_parallel, generation, random_state,
-            packing, sample_check, footprint, cpu,
-            checkpoint/, models/, spans, transfers,
-            observe/
+            packing, sample_check, token_order, cpu,
+            footprint, checkpoint/, models/, spans,
+            transfers, observe/
     ring 2  cluster, registration, module, data,       Lightning: what users subclass and what the Trainer calls
             precision, launcher, preemption, position,
             trainer_check, model_summary,

@@ -35,6 +35,7 @@ from lightning_mimo.bridges import ModalityCounts
 from lightning_mimo.initialization import seed_for
 from lightning_mimo.packing import PackedList
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.token_order import token_order
 
 Sample = Mapping[str, Any]
 """``{"input_ids": [S], "labels": [S], "loss_mask": [S], "modality_inputs": {module: {encoder: {arg: [n, …]}}}}``"""
@@ -214,7 +215,7 @@ class MicrobatchCollator:
             "lengths": torch.tensor([len(sample["input_ids"]) for _, sample in texts]),
             # Plain numbers: both sides of a bridge know from them what comes, without asking the device.
             "placeholders": {
-                module: tuple((input_ids == token).sum(dim=1).tolist())
+                module: tuple(_occurrences(sample, token) for _, sample in texts)
                 for module, token in self._special_token_ids.items()
             },
         }
@@ -222,16 +223,16 @@ class MicrobatchCollator:
             masks = [sample["loss_mask"] * (0 if request.filler else 1) for request, sample in texts]
             batch["labels"] = _pad([sample["labels"] for _, sample in texts], 0)
             batch["loss_mask"] = _pad(masks, 0)
+            batch["token_order"] = token_order(input_ids, self._special_token_ids)
         return batch
 
     def _counts(
         self, module: str, loaded: Mapping[int, tuple[SampleRequest, Sample]], seen: range, own: range
     ) -> ModalityCounts:
         token = self._special_token_ids[module]
-        placeholders = [int((loaded[position][1]["input_ids"] == token).sum()) for position in seen]
         return ModalityCounts(
             sample_indices=tuple(loaded[position][0].index for position in seen),
-            placeholders=tuple(placeholders),
+            placeholders=tuple(_occurrences(loaded[position][1], token) for position in seen),
             own=range(own.start - seen.start, own.stop - seen.start),
             items=tuple(_items(module, *loaded[position]) for position in own),
         )
@@ -344,6 +345,10 @@ def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
 def _identity(request: SampleRequest, sample: Sample) -> tuple[int, int, int]:
     """Position, index and checksum of the text: what :func:`lightning_mimo.sample_check.check_samples` compares."""
     return request.position, request.index, zlib.crc32(sample["input_ids"].numpy().tobytes())
+
+
+def _occurrences(sample: Sample, token: int) -> int:
+    return int(np.count_nonzero(sample["input_ids"].numpy() == token))
 
 
 def _pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:

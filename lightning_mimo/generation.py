@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_mimo.schedule import ForwardStep, GlobalBatchSchedule, Microbatch
+from lightning_mimo.token_order import TokenOrder, token_order
 from lightning_mimo.vocab_parallel import greedy_tokens
 
 
@@ -61,7 +62,7 @@ def greedy_decode(
     """
     for microbatch in microbatches:
         _check_prompts(microbatch, placeholders)
-    prompts = [_with_room(microbatch, max_new_tokens, pad_token_id) for microbatch in microbatches]
+    prompts = [_with_room(microbatch, max_new_tokens, pad_token_id, placeholders) for microbatch in microbatches]
     lengths = [prompt_lengths(microbatch) for microbatch in microbatches]
     device = prompts[0]["input_ids"].device
     written = torch.zeros((global_batch_size, max_new_tokens), dtype=torch.int64, device=device)
@@ -118,8 +119,10 @@ def _check_prompts(microbatch: Microbatch, placeholders: Mapping[str, int]) -> N
             )
 
 
-def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int) -> Microbatch:
+def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int, placeholders: Mapping[str, int]) -> Microbatch:
     """A copy whose sequences are longer by ``columns``; what stands there comes after all that is read."""
     input_ids = torch.nn.functional.pad(microbatch["input_ids"], (0, columns), value=pad_token_id)
     positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
-    return {**microbatch, "input_ids": input_ids, "position_ids": positions}
+    # Only text is written, and no placeholder comes behind the prompt: the order stays.
+    order = TokenOrder(*(each.to(input_ids.device) for each in token_order(input_ids.cpu(), placeholders)))
+    return {**microbatch, "input_ids": input_ids, "position_ids": positions, "token_order": order}

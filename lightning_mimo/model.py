@@ -20,6 +20,7 @@ from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name, seed_for
 from lightning_mimo.numerics import FLOAT32, Numerics, transformer_configs
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.token_order import TokenOrder, combine
 
 
 class SampleAlignedMimoModel(MimoModel):
@@ -39,6 +40,7 @@ class SampleAlignedMimoModel(MimoModel):
         self._infra = infra
         self._seed = seed
         self._modality_counts: Mapping[str, ModalityCounts] = {}
+        self._token_order: TokenOrder | None = None
         self._output_ndim: dict[torch.nn.Module, int] = {}
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
@@ -76,6 +78,7 @@ class SampleAlignedMimoModel(MimoModel):
         packing_kwargs: dict[str, Any] | None = None,
         *,
         modality_counts: Mapping[str, ModalityCounts] | None = None,
+        token_order: TokenOrder | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
 
@@ -91,8 +94,10 @@ class SampleAlignedMimoModel(MimoModel):
             modality_inputs: encoder name -> its inputs.
             packing_kwargs: for packed sequences.
             modality_counts: encoder name -> counts, for the encoders of this rank.
+            token_order: of ``input_ids``, for the language module; ``None`` to find it out on the device.
         """
         self._modality_counts = modality_counts or {}
+        self._token_order = token_order
         length = input_ids.size(1)
         missing = -length % self._sequence_divisor
 
@@ -100,7 +105,8 @@ class SampleAlignedMimoModel(MimoModel):
             return tensor if tensor is None or not missing else pad(tensor, (0, missing), value=value)
 
         output, mask = super().forward(
-            fill(input_ids, self._text_token),
+            # What has an order is filled up when everything is in its place.
+            input_ids if token_order is not None else fill(input_ids, self._text_token),
             fill(position_ids),
             attention_mask,
             fill(loss_mask),
@@ -111,6 +117,34 @@ class SampleAlignedMimoModel(MimoModel):
         if missing and isinstance(output, torch.Tensor):
             output = output[:, :length]
         return output, mask if mask is None else mask[:, :length]
+
+    def get_text_embeddings(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, special_token_ids: dict[str, int]
+    ) -> torch.Tensor:
+        """As upstream's, ``[text tokens, hidden]``, without a search on the device where their order is known."""
+        if self._token_order is None:
+            return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+        text = self._token_order.text
+        if position_ids is not None:
+            # Multimodal rotary positions have three rows; an embedding looks at the first.
+            positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+            position_ids = positions[:, : input_ids.size(1)].flatten().index_select(0, text).unsqueeze(0)
+        embedding = unwrap_model(self.language_model).embedding
+        return embedding(input_ids.flatten().index_select(0, text).unsqueeze(0), position_ids).squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: dict[str, int],
+    ) -> torch.Tensor:
+        """As upstream's, ``[s, b, hidden]``, without a search on the device where the order is known."""
+        if self._token_order is None:
+            return super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+        ordered = [modality_embeddings[name] for name in ("text", *special_token_ids) if name in modality_embeddings]
+        combined = combine(ordered, self._token_order, input_ids.shape)
+        missing = -combined.size(0) % self._sequence_divisor
+        return pad(combined, (0, 0, 0, 0, 0, missing)) if missing else combined
 
     def _initialize_submodules(self) -> None:
         # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
@@ -221,6 +255,7 @@ def construct_mimo_model(
         numerics.apply_to(transformer)
     _prepare_language_config(config.language_model_spec.params["config"])
     model = SampleAlignedMimoModel(config, infra, seed=seed)
+    _check_embedding(model)
     _check_dropout(model, infra)
     _check_batch_norm(model)
     return model
@@ -235,6 +270,17 @@ def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
     if name == LANGUAGE:
         return model.language_model, "language_model"
     return model.modality_submodules[name], f"modality_submodules.{name}"
+
+
+def _check_embedding(model: SampleAlignedMimoModel) -> None:
+    """Refuse a language module that would divide the sequence before text and images are together."""
+    embedding = getattr(model.language_model, "embedding", None)
+    if model.config.sequence_parallel and getattr(embedding, "scatter_to_sequence_parallel", False):
+        raise ValueError(
+            "sequence_parallel=True divides the sequence over the tensor-parallel ranks. MimoModel does it when text "
+            "and the embeddings of encoders are together, but the language module's embedding would divide the text by "
+            "itself. Pass scatter_embedding_sequence_parallel=False to GPTModel, as lightning_mimo.models.gpt does."
+        )
 
 
 def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:

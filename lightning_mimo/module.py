@@ -153,6 +153,7 @@ class MimoModule(pl.LightningModule):
             attention_mask=None,
             modality_inputs=self._first_stage_inputs(batch["modality_inputs"]),
             modality_counts=batch["modality_counts"],
+            token_order=batch.get("token_order"),
         )
         return output
 
@@ -171,6 +172,10 @@ class MimoModule(pl.LightningModule):
     def predict_step(self, batch: Microbatch, batch_idx: int) -> Any:
         """Forward of one microbatch; the strategy takes the next token from it."""
         return self(batch)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's; but a batch for the CPU is there already, and need not be walked through."""
+        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     @contextlib.contextmanager
     def microbatches(self) -> Iterator[None]:

@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
+from torch.nn.functional import cross_entropy
+
+_IGNORED = -100  # what torch's cross_entropy ignores
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Cross-entropy of every token. Collective over the tensor-parallel group.
 
+    megatron-core's has three collectives, also where there is nobody to talk to, and rounds float64 to float32. Here is
+    one: each rank's log-sum-exp and the label's logit, where the rank has it, say all that the others need.
+
     Args:
-        logits: ``[b, s, vocabulary / tp]``, this rank's part; may be overwritten.
-        labels: int64 ``[b, s]``, ids of the whole vocabulary.
+        logits: ``[b, s, vocabulary / tp]``, this rank's part.
+        labels: int64 ``[b, s]``, ids of the whole vocabulary. Where one is outside of it, the loss is 0.
         group: the language module's tensor-parallel group.
 
     Returns:
         ``[b, s]``, float64 for float64 logits, else float32.
     """
-    if logits.dtype == torch.float64:  # megatron-core's would round it to float32
-        return _token_losses_in_float64(logits, labels, group)
-    losses = vocab_parallel_cross_entropy(
-        logits.transpose(0, 1).contiguous(), labels.transpose(0, 1).contiguous(), tp_group=group
-    )
-    return losses.transpose(0, 1)
+    inside = (labels >= 0) & (labels < logits.size(-1) * group.size())
+    if group.size() > 1:
+        return _TokenLosses.apply(logits, labels, inside, group)
+    precise = logits.to(_precise(logits)).flatten(0, 1)
+    labels_or_none = torch.where(inside, labels, _IGNORED).flatten()
+    return cross_entropy(precise, labels_or_none, ignore_index=_IGNORED, reduction="none").view_as(labels)
 
 
-def _token_losses_in_float64(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """log(sum(exp(logits))) - logits[label], with both terms summed over the parts of the vocabulary."""
-    largest = logits.detach().amax(dim=-1)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-    shifted = logits - largest.unsqueeze(-1)
-    local = labels - group.rank() * logits.size(-1)
-    mine = (local >= 0) & (local < logits.size(-1))
-    wanted = shifted.gather(-1, torch.where(mine, local, 0).unsqueeze(-1)).squeeze(-1) * mine
-    total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(dim=-1), group=group)
-    return total.log() - reduce_from_tensor_model_parallel_region(wanted, group=group)
+class _TokenLosses(torch.autograd.Function):
+    """log(sum(exp(logits))) - logits[label]; the gradient is softmax(logits), less 1 at the label."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, inside: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        precise = logits.to(_precise(logits))
+        local = labels - group.rank() * logits.size(-1)
+        mine = (local >= 0) & (local < logits.size(-1))
+        local = torch.where(mine, local, 0).unsqueeze(-1)
+        wanted = precise.gather(-1, local).squeeze(-1) * mine
+        parts, wanted_parts = _gather(torch.stack([precise.logsumexp(dim=-1), wanted]), group).unbind(dim=1)
+        total = parts.logsumexp(dim=0)
+        ctx.save_for_backward(logits, total, local, mine, inside)
+        return (total - wanted_parts.sum(dim=0)) * inside
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, total, local, mine, inside = ctx.saved_tensors
+        gradient = (gradient * inside).unsqueeze(-1)
+        probabilities = (logits.to(total.dtype) - total.unsqueeze(-1)).exp_()
+        at_logits = probabilities.mul_(gradient).scatter_add_(-1, local, -gradient * mine.unsqueeze(-1))
+        return at_logits.to(logits.dtype), None, None, None
 
 
 @torch.no_grad()
@@ -56,10 +76,16 @@ def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup, *, without: Co
     if mine := [token - first for token in without if first <= token < first + logits.size(-1)]:
         logits = logits.index_fill(-1, torch.tensor(mine, device=logits.device), -torch.inf)
     best, local = logits.max(dim=-1)
-    tokens = local + first
-    all_best, all_tokens = _gather(best, group), _gather(tokens, group)
+    if group.size() == 1:
+        return local
+    # float64 holds every token id, and every logit of a smaller dtype.
+    all_best, all_tokens = _gather(torch.stack([best.double(), (local + first).double()]), group).unbind(dim=1)
     winner = all_best.argmax(dim=0, keepdim=True)
-    return all_tokens.gather(0, winner).squeeze(0)
+    return all_tokens.gather(0, winner).squeeze(0).long()
+
+
+def _precise(logits: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _gather(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
