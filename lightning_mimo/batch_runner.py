@@ -50,6 +50,7 @@ class BatchRunner:
         infra: MimoModelInfra,
         *,
         global_batch_size: int,
+        encoder_run_ahead: int,
         device: torch.device,
         check_samples: str,
         on_nonfinite: str,
@@ -62,6 +63,7 @@ class BatchRunner:
             module: the user's module, its model ready to run.
             infra: grids and process groups.
             global_batch_size: samples of a batch over all ranks.
+            encoder_run_ahead: as for MimoStrategy.
             device: of this rank.
             check_samples: as for MimoStrategy.
             on_nonfinite: as for MimoStrategy.
@@ -81,7 +83,7 @@ class BatchRunner:
         self._device = device
         self._check = check_samples
         self._on_nonfinite = on_nonfinite
-        self._schedule = GlobalBatchSchedule(module.model, infra)
+        self._schedule = GlobalBatchSchedule(module.model, infra, encoder_run_ahead=encoder_run_ahead)
         self._window: Generators | None = None
         self._last: tuple[Batch, int] | None = None
         self._losses: list[tuple[int, torch.Tensor]] = []  # of the window's batches

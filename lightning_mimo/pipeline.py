@@ -57,7 +57,12 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
     """What Megatron's 1F1B schedule calls to move activations and gradients."""
 
     def __init__(
-        self, infra: MimoModelInfra, config: TransformerConfig, *, needs_gradient: Callable[[str, int], bool]
+        self,
+        infra: MimoModelInfra,
+        config: TransformerConfig,
+        *,
+        needs_gradient: Callable[[str, int], bool],
+        encoder_run_ahead: int,
     ) -> None:
         """Collective over the world the first time for an infra: it creates a process group for each direction.
 
@@ -66,8 +71,10 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             config: the language module's; ``pipeline_dtype`` is the dtype on the wire.
             needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; the same
                 on every rank. Nothing is sent back where it does not.
+            encoder_run_ahead: microbatches that encoders compute before it is their turn.
         """
         self._infra = infra
+        self._run_ahead = encoder_run_ahead
         self._needs_gradient = needs_gradient
         self._ends: list[tuple[Inlet | Outlet, ShapesOf]] = []
         # Here, where every rank comes by, whatever edges it has.
@@ -80,11 +87,14 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         """This rank's stage, counted from the end of the pipeline, where all modules meet.
 
         Upstream counts from the beginning, so that an encoder with fewer stages than another would run ahead of it by
-        the difference and keep that many more microbatches.
+        the difference and keep that many more microbatches. The schedule begins with as many forward passes as there
+        are stages behind this one, so an encoder runs ahead of its turn by standing further from the end.
         """
         modules = self._infra.layout.modules
         name, place = next(iter(self.rank_module_map.items()))
-        behind = place.pp_size - 1 - place.pp_rank + (0 if name == LANGUAGE else modules[LANGUAGE].pp)
+        behind = place.pp_size - 1 - place.pp_rank
+        if name != LANGUAGE:
+            behind += modules[LANGUAGE].pp + self._run_ahead
         return self.total_stages - 1 - behind
 
     def begin(self, microbatches: Sequence[Mapping[str, Any]], *, forward_only: bool) -> None:
@@ -158,7 +168,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             routes=routes_between(modules[mine], modules[theirs], rank=dist.get_rank(), stage=stage),
             dtype=self.config.pipeline_dtype,
             # By itself 1F1B has no more under way in either direction; where no gradient comes back, this holds it.
-            in_flight=self.total_stages,
+            in_flight=self.total_stages + self._run_ahead,
             forward_group=self._forward_group,
             backward_group=self._backward_group,
             spans=self._infra.spans,

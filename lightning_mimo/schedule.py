@@ -61,13 +61,14 @@ class GlobalBatchSchedule:
     Every method that runs a batch is collective over the world.
     """
 
-    def __init__(self, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> None:
+    def __init__(self, model: SampleAlignedMimoModel, infra: MimoModelInfra, *, encoder_run_ahead: int = 0) -> None:
         """Collective over the world: builds the bridges between disjoint modules.
 
         Args:
             model: the model, its modules wrapped in DDP (or bare, for forward passes only). The hooks of its
                 ``config`` are set here. What is to be frozen must be so already.
             infra: grids and process groups.
+            encoder_run_ahead: as for MimoStrategy.
         """
         self._model = model
         self._infra = infra
@@ -81,7 +82,9 @@ class GlobalBatchSchedule:
         self._flow = GradientFlow.build(model, infra)
         self._communicator = None
         if not infra.colocated:
-            self._communicator = MimoPipelineCommunicator(infra, model.config, needs_gradient=self._flow.leaves)
+            self._communicator = MimoPipelineCommunicator(
+                infra, model.config, needs_gradient=self._flow.leaves, encoder_run_ahead=encoder_run_ahead
+            )
         model.config.finalize_model_grads_func = self._finalize
         language = infra.layout.modules[LANGUAGE]
         self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)

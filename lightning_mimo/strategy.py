@@ -72,6 +72,7 @@ class MimoStrategy(RunningStrategy):
         num_microbatches: int = 1,
         *,
         colocate: bool = False,
+        encoder_run_ahead: int = 1,
         check_samples: Literal["first", "always", "never"] = "first",
         on_nonfinite: Literal["raise", "skip"] = "raise",
         async_save: bool = False,
@@ -94,6 +95,9 @@ class MimoStrategy(RunningStrategy):
                 sees k of them.
             num_microbatches: pipeline microbatches that a global batch is cut into.
             colocate: put every module on all ranks instead.
+            encoder_run_ahead: microbatches that an encoder on ranks of its own computes before 1F1B asks for them, so
+                that the language module need not wait for one that takes longer than others. Each costs an encoder
+                rank the memory of one more microbatch's activations.
             check_samples: when to check that all ranks hold the same samples: in the first batch of every epoch and
                 evaluation, in every batch, or never. It costs one small all-reduce.
             on_nonfinite: what to do where a loss or a gradient is not finite: stop on all ranks, with the module, rank,
@@ -125,6 +129,7 @@ class MimoStrategy(RunningStrategy):
         self.modules = dict(modules)
         self.num_microbatches = num_microbatches
         self.colocate = colocate
+        self.encoder_run_ahead = encoder_run_ahead
         self.check_samples = check_samples
         self.on_nonfinite = on_nonfinite
         self.async_save = async_save
@@ -159,6 +164,11 @@ class MimoStrategy(RunningStrategy):
         for argument, choices in _CHOICES.items():
             if (value := getattr(self, argument)) not in choices:
                 raise ValueError(f"MimoStrategy({argument}={value!r}): choose one of {choices}.")
+        ahead = self.encoder_run_ahead
+        if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0:
+            raise ValueError(
+                f"MimoStrategy(encoder_run_ahead={ahead!r}) must be a whole number of microbatches, 0 or more."
+            )
         return layout
 
     @property
@@ -249,6 +259,7 @@ class MimoStrategy(RunningStrategy):
             module,
             self.infra,
             global_batch_size=self.global_batch_size,
+            encoder_run_ahead=self.encoder_run_ahead,
             device=self.root_device,
             check_samples=self.check_samples,
             on_nonfinite=self.on_nonfinite,

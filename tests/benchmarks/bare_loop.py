@@ -52,7 +52,7 @@ class BareLoop:
         self._optimizer = made["optimizer"] if is_scheduled else made
         self._scheduler = made["lr_scheduler"]["scheduler"] if is_scheduled else None
         # For its communicator and for what it does at the end of the backward passes.
-        self._schedule = GlobalBatchSchedule(self._model, self._infra)
+        self._schedule = GlobalBatchSchedule(self._model, self._infra, encoder_run_ahead=strategy.encoder_run_ahead)
         self._modules = self._schedule._modules
         self._model.config.no_sync_func = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
         groups = build_pg_collection_for_schedule(self._infra)
