@@ -71,11 +71,13 @@ class RankBatchPlan:
         rank: the global rank.
         global_batch_size: samples per step over all ranks.
         shards: module name -> one range of positions in the global batch per microbatch. Only modules of this rank.
+        loads: those of these modules whose inputs this rank loads: of an encoder, its first pipeline stage does.
     """
 
     rank: int
     global_batch_size: int
     shards: Mapping[str, tuple[range, ...]]
+    loads: frozenset[str]
 
     @classmethod
     def build(cls, layout: MimoLayout, rank: int, *, global_batch_size: int, num_microbatches: int) -> RankBatchPlan:
@@ -102,7 +104,10 @@ class RankBatchPlan:
             )
             for name in layout.modules_on(rank)
         }
-        return cls(rank=rank, global_batch_size=global_batch_size, shards=shards)
+        loads = frozenset(
+            name for name in shards if name == LANGUAGE or layout.modules[name].coordinates(rank)["pp"] == 0
+        )
+        return cls(rank=rank, global_batch_size=global_batch_size, shards=shards, loads=loads)
 
     @property
     def num_microbatches(self) -> int:
@@ -124,5 +129,5 @@ class RankBatchPlan:
         return self.shards[LANGUAGE][microbatch] if LANGUAGE in self.shards else self.union(microbatch)
 
     def needed_by(self, position: int, microbatch: int) -> frozenset[str]:
-        """Modules of this rank that use the sample at a position."""
-        return frozenset(name for name, runs in self.shards.items() if position in runs[microbatch])
+        """Modules of this rank for which it loads the sample at a position."""
+        return frozenset(name for name in self.loads if position in self.shards[name][microbatch])

@@ -28,7 +28,8 @@ class ModalityCounts:
         sample_indices: index in the dataset of every sample that the bridge of this rank sees.
         placeholders: placeholder tokens in each of these samples, the number of embeddings it must get.
         own: which of these samples this rank's encoder replica encodes.
-        items: images, clips, … of each of the encoder's own samples.
+        items: images, clips, … of each of the encoder's own samples. Later pipeline stages of an encoder, which load
+            none, are told them with the first activations.
     """
 
     sample_indices: tuple[int, ...]

@@ -234,7 +234,7 @@ class MicrobatchCollator:
             sample_indices=tuple(loaded[position][0].index for position in seen),
             placeholders=tuple(_occurrences(loaded[position][1], token) for position in seen),
             own=range(own.start - seen.start, own.stop - seen.start),
-            items=tuple(_items(module, *loaded[position]) for position in own),
+            items=tuple(_items(module, *loaded[position]) if module in self._plan.loads else 0 for position in own),
         )
 
 

@@ -4,6 +4,8 @@ and hops between the stages of one module."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.routes import routes_between
-from lightning_mimo.transfers import Edge, Inlet, Outlet, Shapes
+from lightning_mimo.transfers import Announced, Edge, Inlet, Outlet, Shapes
 
-ShapesOf = Callable[[Mapping[str, Any]], Shapes | None]
-"""Microbatch -> shapes of its parts; ``None`` where the other side cannot know them."""
+ShapesOf = Callable[[Mapping[str, Any]], Shapes | Announced]
+"""Microbatch -> shapes of its parts."""
 
 
 class StageLink:
@@ -77,6 +79,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         self._run_ahead = encoder_run_ahead
         self._needs_gradient = needs_gradient
         self._ends: list[tuple[Inlet | Outlet, ShapesOf]] = []
+        self._encoder_hops: dict[str, tuple[Inlet | None, Outlet | None]] = {}
         # Here, where every rank comes by, whatever edges it has.
         self._forward_group = infra.group_of_all("activations sent")
         self._backward_group = infra.group_of_all("gradients sent")
@@ -107,6 +110,19 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         for end, shapes_of in self._ends:
             end.expect([shapes_of(microbatch) for microbatch in microbatches], forward_only=forward_only)
 
+    def complete(self, microbatch: Mapping[str, Any]) -> None:
+        """Call it before every forward pass: fill in what only the first stage of an encoder has loaded.
+
+        Args:
+            microbatch: the next one; its numbers of items are changed.
+        """
+        for name, (previous, following) in self._encoder_hops.items():
+            counts = microbatch["modality_counts"]
+            if previous is not None:
+                counts[name] = replace(counts[name], items=previous.told)
+            if following is not None:
+                following.tell(counts[name].items)
+
     def finish(self) -> None:
         """Call it after every pass. Waits for what is still on its way."""
         for end, _ in self._ends:
@@ -121,13 +137,14 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             stage, stages = modules[name].coordinates(rank)["pp"], modules[name].pp
             is_first, is_last = stage == 0, stage == stages - 1
             into = self._infra.layout.encoders if name == LANGUAGE and is_first else ()
+            previous = None if is_first else self._hop(Inlet, name, stage, other=stage - 1)
+            following = None if is_last else self._hop(Outlet, name, stage, other=stage + 1)
+            if name != LANGUAGE:
+                self._encoder_hops[name] = previous, following
             self.rank_module_map[name] = RankModuleInfo(
                 pp_rank=stage,
                 pp_size=stages,
-                p2p_communicator=StageLink(
-                    None if is_first else self._hop(Inlet, name, stage, other=stage - 1),
-                    None if is_last else self._hop(Outlet, name, stage, other=stage + 1),
-                ),
+                p2p_communicator=StageLink(previous, following),
                 bridge_comms_as_src_module=[self._bridge(Outlet, name, name)] if name != LANGUAGE and is_last else [],
                 bridge_comms_as_dest_module=[self._bridge(Inlet, encoder, name) for encoder in into],
             )
@@ -151,7 +168,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         """This rank's end of what lies between two pipeline stages of a module."""
         first = min(stage, other)
         edge = self._edge("pipeline", f"{name} stage {first} -> {first + 1}", name, name, other)
-        shapes_of = self._language_stage if name == LANGUAGE else _unknown
+        shapes_of = self._language_stage if name == LANGUAGE else partial(_announced_by, name)
         return self._keep(kind(edge, source=name, gradients=self._needs_gradient(name, first)), shapes_of)
 
     def _language_stage(self, microbatch: Mapping[str, Any]) -> Shapes:
@@ -179,5 +196,6 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         return end
 
 
-def _unknown(microbatch: Mapping[str, Any]) -> None:
-    """What an encoder passes on between its stages, only its own code knows."""
+def _announced_by(encoder: str, microbatch: Mapping[str, Any]) -> Announced:
+    """What an encoder passes on between its stages only its own code knows; the items of every sample go with it."""
+    return Announced(numbers=len(microbatch["modality_counts"][encoder].items))

@@ -201,6 +201,8 @@ class GlobalBatchSchedule:
     ) -> list[Any]:
         def step(iterator, model):
             microbatch = next(iterator)
+            if self._communicator is not None:
+                self._communicator.complete(microbatch)
             self._cut_frozen_inputs()
             with self._computing.forward():
                 output = forward(microbatch)

@@ -22,6 +22,18 @@ Shape = tuple[int, ...]
 Shapes = Sequence[Shape]
 """Of the parts of one microbatch; what is empty is not sent."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Announced:
+    """Stands for the shape of a microbatch that the other side cannot know: it is told.
+
+    Attributes:
+        numbers: how many numbers it is told with the shape.
+    """
+
+    numbers: int = 0
+
+
 _DATA, _ANNOUNCEMENT = 1, 2  # tags: a receive of the latter may be posted ahead of one of the former
 _DIMENSIONS = 3  # of what is announced
 
@@ -69,7 +81,11 @@ class Edge:
 
 
 class SendLane:
-    """Sends one microbatch after the other, and keeps what is on its way."""
+    """Sends one microbatch after the other, and keeps what is on its way.
+
+    Attributes:
+        numbers: that are told with the next shape that is announced.
+    """
 
     def __init__(self, edge: Edge, direction: str) -> None:
         self._edge = edge
@@ -77,14 +93,15 @@ class SendLane:
         self._waiting = edge.work("finish sending", direction, edge.routes.receivers)
         self._group = edge.group(direction)
         self._flying: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
-        self._shapes: Sequence[Shapes | None] = ()
+        self._shapes: Sequence[Shapes | Announced] = ()
         self._number = 0
+        self.numbers: tuple[int, ...] = ()
 
-    def expect(self, shapes: Sequence[Shapes | None]) -> None:
+    def expect(self, shapes: Sequence[Shapes | Announced]) -> None:
         """Begin a pass.
 
         Args:
-            shapes: of every microbatch; ``None`` where the other side cannot know: it is told.
+            shapes: of every microbatch.
         """
         assert not self._flying, "the pass before was not finished"
         self._shapes, self._number = shapes, 0
@@ -104,7 +121,11 @@ class SendLane:
             self._wait_for_oldest()
         with self._edge.spans.span(self._work, self._number):
             shapes = self._shapes[self._number]
-            self._flying.append(self._announced(tensor) if shapes is None else self._parts(tensor, shapes))
+            if isinstance(shapes, Announced):
+                assert len(self.numbers) == shapes.numbers, "the other side waits for another number of them"
+                self._flying.append(self._announced(tensor))
+            else:
+                self._flying.append(self._parts(tensor, shapes))
         self._number += 1
 
     def finish(self) -> None:
@@ -135,10 +156,10 @@ class SendLane:
 
     def _announced(self, tensor: torch.Tensor) -> list[tuple[dist.Work, torch.Tensor]]:
         assert tensor.ndim == _DIMENSIONS and self._edge.routes.parts == 1
-        shape = torch.tensor(tensor.shape, device=tensor.device)
+        announcement = torch.tensor([*tensor.shape, *self.numbers], device=tensor.device)
         posted = []
         for peer in self._work.peers:
-            posted.append(self._post(shape, peer, _ANNOUNCEMENT))
+            posted.append(self._post(announcement, peer, _ANNOUNCEMENT))
             if tensor.numel():
                 posted.append(self._post(tensor.detach().contiguous(), peer, _DATA))
         return posted
@@ -148,7 +169,11 @@ class SendLane:
 
 
 class ReceiveLane:
-    """Receives one microbatch after the other."""
+    """Receives one microbatch after the other.
+
+    Attributes:
+        numbers: that were told with the last shape that was announced.
+    """
 
     def __init__(self, edge: Edge, direction: str) -> None:
         self._edge = edge
@@ -157,10 +182,11 @@ class ReceiveLane:
         # NCCL's receives occupy the device until the data come.
         self._ahead = 1 if dist.get_backend(self._group) == "gloo" else 0
         self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
-        self._shapes: Sequence[Shapes | None] = ()
+        self._shapes: Sequence[Shapes | Announced] = ()
         self._number = 0
+        self.numbers: tuple[int, ...] = ()
 
-    def expect(self, shapes: Sequence[Shapes | None]) -> None:
+    def expect(self, shapes: Sequence[Shapes | Announced]) -> None:
         """Begin a pass, in which every one of these microbatches is received; arguments as for :class:`SendLane`."""
         assert not self._posted, "the pass before was not finished"
         self._shapes, self._number = shapes, 0
@@ -173,7 +199,7 @@ class ReceiveLane:
             parts, works = self._posted.popleft()
             for work in works:
                 work.wait()
-            if self._shapes[self._number] is None:
+            if isinstance(self._shapes[self._number], Announced):
                 parts = [self._receive_announced(*parts)]
         self._number += 1
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -182,21 +208,22 @@ class ReceiveLane:
         for shapes in self._shapes[self._number + len(self._posted) : end]:
             self._posted.append(self._post(shapes))
 
-    def _post(self, shapes: Shapes | None) -> tuple[list[torch.Tensor], list[dist.Work]]:
+    def _post(self, shapes: Shapes | Announced) -> tuple[list[torch.Tensor], list[dist.Work]]:
         device = torch.cuda.current_device()
-        if shapes is None:
-            parts = [torch.empty(_DIMENSIONS, dtype=torch.int64, device=device)]
+        if isinstance(shapes, Announced):
+            parts, tag = [torch.empty(_DIMENSIONS + shapes.numbers, dtype=torch.int64, device=device)], _ANNOUNCEMENT
         else:
-            parts = [torch.empty(shape, dtype=self._edge.dtype, device=device) for shape in shapes]
-        tag = _ANNOUNCEMENT if shapes is None else _DATA
+            parts, tag = [torch.empty(shape, dtype=self._edge.dtype, device=device) for shape in shapes], _DATA
         return parts, [
             dist.irecv(part, src=peer, group=self._group, tag=tag)
             for part, peer in zip(parts, self._edge.routes.receives, strict=True)
             if part.numel()
         ]
 
-    def _receive_announced(self, shape: torch.Tensor) -> torch.Tensor:
-        part = torch.empty(shape.tolist(), dtype=self._edge.dtype, device=shape.device)
+    def _receive_announced(self, announcement: torch.Tensor) -> torch.Tensor:
+        told = announcement.tolist()
+        shape, self.numbers = told[:_DIMENSIONS], tuple(told[_DIMENSIONS:])
+        part = torch.empty(shape, dtype=self._edge.dtype, device=announcement.device)
         if part.numel():
             dist.irecv(part, src=self._work.peers[0], group=self._group, tag=_DATA).wait()
         return part
@@ -219,7 +246,7 @@ class Outlet:
         self._forward = SendLane(edge, FORWARD)
         self._backward = ReceiveLane(edge, BACKWARD) if gradients else None
 
-    def expect(self, shapes: Sequence[Shapes | None], *, forward_only: bool) -> None:
+    def expect(self, shapes: Sequence[Shapes | Announced], *, forward_only: bool) -> None:
         """Begin a pass with microbatches of these shapes."""
         self._forward.expect(shapes)
         if self._backward is not None:
@@ -228,6 +255,10 @@ class Outlet:
     def finish(self) -> None:
         """End the pass."""
         self._forward.finish()
+
+    def tell(self, numbers: tuple[int, ...]) -> None:
+        """Numbers that go with the next activations, where their shape is announced."""
+        self._forward.numbers = numbers
 
     def send_forward(self, activations: torch.Tensor) -> None:
         self._forward.send(activations)
@@ -249,7 +280,7 @@ class Inlet:
         self._forward = ReceiveLane(edge, FORWARD)
         self._backward = SendLane(edge, BACKWARD) if gradients else None
 
-    def expect(self, shapes: Sequence[Shapes | None], *, forward_only: bool) -> None:
+    def expect(self, shapes: Sequence[Shapes | Announced], *, forward_only: bool) -> None:
         """Begin a pass with microbatches of these shapes."""
         self._forward.expect(shapes)
         if self._backward is not None:
@@ -259,6 +290,11 @@ class Inlet:
         """End the pass."""
         if self._backward is not None:
             self._backward.finish()
+
+    @property
+    def told(self) -> tuple[int, ...]:
+        """Numbers that came with the last activations, where their shape was announced."""
+        return self._forward.numbers
 
     def recv_forward(self) -> torch.Tensor:
         # The graph of this rank begins here.

@@ -43,6 +43,7 @@ from lightning_mimo.models.sizes import TransformerSize
 from lightning_mimo.random_state import seed_megatron
 from tests.benchmarks.loading import Moments
 from tests.benchmarks.paired import compare
+from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
 from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
@@ -161,12 +162,13 @@ def _train(kind: str, layout: Layout | None, steps: int, memory: bool) -> Run:
     batch = PER_RANK[kind] * dist.get_world_size()
     dataset, module = _digits(batch * steps) if kind == "digits" else _sleeping(batch * steps, memory)
     moments = Moments()
+    how = {"max_epochs": 1, "gradient_clip_val": 1.0, "callbacks": [moments]}
     with ExitStack() as stack:
         peak = stack.enter_context(PeakMemory()) if memory else None
         if layout is None:
             stack.enter_context(megatron_on_cpu())
             module = Whole(module, dataset, batch)
-            trainer = _trainer(DDPStrategy(cluster_environment=PoolEnvironment()), moments)
+            trainer = quiet_trainer(DDPStrategy(cluster_environment=PoolEnvironment()), **how)
             trainer.fit(module)
             loss, infra = module.last_loss, module.infra
         else:
@@ -177,7 +179,7 @@ def _train(kind: str, layout: Layout | None, steps: int, memory: bool) -> Run:
                 colocate=layout.colocate,
                 cluster_environment=PoolEnvironment(),
             )
-            trainer = _trainer(strategy, moments)
+            trainer = quiet_trainer(strategy, **how)
             trainer.fit(module, DataLoader(dataset, batch_size=batch))
             loss, infra = float(trainer.callback_metrics["train/loss"]), strategy.infra
         found = peak.take() if peak else 0
@@ -198,22 +200,6 @@ def _sleeping(samples: int, memory: bool) -> tuple[Dataset, MimoModule]:
     costs = dict.fromkeys(COSTS, Cost(forward=0.0, backward=0.0)) if memory else COSTS
     module = SleepingModule(costs, weights=WEIGHTS if memory else None, optimizer="adam")
     return SleepingData(["images"], length=samples), module
-
-
-def _trainer(strategy: Any, moments: Moments) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        use_distributed_sampler=False,
-        callbacks=[moments],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def _memory(kind: str, layout: Layout | None, ranks: int) -> list[Run]:

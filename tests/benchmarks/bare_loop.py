@@ -113,6 +113,7 @@ class BareLoop:
 
     def _forward_step(self, iterator: Iterator[Microbatch], model: Any) -> tuple[Any, Any]:
         batch = next(iterator)
+        self._schedule._communicator.complete(batch)
         inputs = {name: each for name, each in batch["modality_inputs"].items() if model.role.is_first_stage(name)}
         output, _ = model(
             input_ids=batch["input_ids"],
@@ -120,6 +121,7 @@ class BareLoop:
             attention_mask=None,
             modality_inputs=inputs,
             modality_counts=batch["modality_counts"],
+            token_order=batch.get("token_order"),
         )
         return output, partial(self._loss_of, batch)
 

@@ -22,6 +22,7 @@ from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.models.sizes import TransformerSize
+from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Report
 from tests.multiprocess.parity.layouts import PoolEnvironment
 from tests.multiprocess.rank_pool import RankPool
@@ -73,17 +74,7 @@ def _save_and_load(model: str, layout: str, path: str, async_save: bool) -> tupl
     vision, language = MODELS[model]
     measures = Measures(path)
     strategy = MimoStrategy(dict(LAYOUTS[layout][0]), 8, async_save=async_save, cluster_environment=PoolEnvironment())
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        max_steps=1,
-        callbacks=[measures],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy, max_steps=1, callbacks=[measures])
     data = DigitsData(global_batch_size=8, train_samples=64, val_samples=8)
     data.setup("fit")
     module = DigitsModule(vision=vision, language=language)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import LANGUAGE
@@ -12,7 +12,14 @@ Task = tuple[str, int, int, str]
 """(module, stage, microbatch, "forward" or "backward")."""
 
 
-def ideal_seconds(layout: MimoLayout, costs: Mapping[str, Cost], *, num_microbatches: int) -> float:
+def ideal_seconds(
+    layout: MimoLayout,
+    costs: Mapping[str, Cost],
+    *,
+    num_microbatches: int,
+    encoder_run_ahead: int = 0,
+    uneven: Sequence[float] = (1.0,),
+) -> float:
     """Seconds of one step if every stage began each task as soon as it is its turn and its inputs exist.
 
     The order of a stage's tasks is that of Megatron's schedule, as it is run: as many forward passes first as there are
@@ -22,12 +29,14 @@ def ideal_seconds(layout: MimoLayout, costs: Mapping[str, Cost], *, num_microbat
         layout: of modules with ranks of their own.
         costs: seconds of one pipeline stage for one microbatch, by module.
         num_microbatches: of the step.
+        encoder_run_ahead: forward passes that encoders begin with beside those.
+        uneven: how much longer than that encoders take for one microbatch and the next, over and over.
     """
     sizes = layout.modules
     orders: dict[tuple[str, int], list[Task]] = {}
     for name, each in sizes.items():
         for stage in range(each.pp):
-            behind = each.pp - 1 - stage + (0 if name == LANGUAGE else sizes[LANGUAGE].pp)
+            behind = each.pp - 1 - stage + (0 if name == LANGUAGE else sizes[LANGUAGE].pp + encoder_run_ahead)
             orders[name, stage] = _one_f_one_b(name, stage, min(behind, num_microbatches), num_microbatches)
     ends: dict[Task, float] = {}
     free = dict.fromkeys(orders, 0.0)
@@ -37,8 +46,10 @@ def ideal_seconds(layout: MimoLayout, costs: Mapping[str, Cost], *, num_microbat
             while order and all(need in ends for need in _needs(layout, order[0])):
                 task = order.pop(0)
                 start = max([free[place], *(ends[need] for need in _needs(layout, task))])
-                cost = costs[task[0]]
-                free[place] = ends[task] = start + (cost.forward if task[3] == "forward" else cost.backward)
+                name, _, microbatch, direction = task
+                seconds = costs[name].forward if direction == "forward" else costs[name].backward
+                factor = 1.0 if name == LANGUAGE else uneven[microbatch % len(uneven)]
+                free[place] = ends[task] = start + factor * seconds
                 progress = True
         assert progress, "no task can begin"
     return max(ends.values())

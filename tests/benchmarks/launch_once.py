@@ -20,6 +20,7 @@ from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.models.sizes import TransformerSize
+from tests.benchmarks.quiet import quiet_trainer
 
 SIZE = TransformerSize(num_layers=2, hidden_size=64, num_attention_heads=4)
 
@@ -68,16 +69,7 @@ def main(folder: str, ranks: int, began: float) -> None:
     data = DigitsData(global_batch_size=2 * ranks, train_samples=4 * ranks, val_samples=ranks)
     data.setup("fit")
     marks.reach("data")
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy,
-        max_steps=1,
-        callbacks=[Clock(marks, folder)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(strategy, devices=ranks, max_steps=1, callbacks=[Clock(marks, folder)])
     trainer.fit(DigitsModule(vision=SIZE, language=SIZE), DataLoader(data.train_set, batch_size=2 * ranks))
 
 

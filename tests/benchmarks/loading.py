@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy
@@ -25,6 +24,7 @@ from lightning_mimo.data import shard_dataloader
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import LANGUAGE
 from tests.benchmarks.paired import Comparison, compare
+from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
 from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
@@ -97,17 +97,7 @@ def _fit(
         cluster_environment=PoolEnvironment(),
     )
     moments = Moments()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=dist.get_world_size(),
-        strategy=strategy,
-        max_epochs=1,
-        callbacks=[moments],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = quiet_trainer(strategy, max_epochs=1, callbacks=[moments])
     trainer.fit(SleepingModule(costs), DataLoader(dataset, batch_size=batch, num_workers=num_workers))
     strategy.infra.destroy()
     return moments.ends

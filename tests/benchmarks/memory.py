@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from examples.digits.data import DigitsData
@@ -21,6 +20,7 @@ from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy
 from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.models.sizes import TransformerSize
+from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
 from tests.multiprocess.rank_pool import RankPool
@@ -84,17 +84,7 @@ def run(layout: Layout, path: Path, vision: TransformerSize = VISION, language: 
     module = DigitsModule(vision=vision, language=language)
     with PeakMemory() as memory, counted_parameters() as made:
         stages = Stages(memory, path)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=dist.get_world_size(),
-            strategy=strategy,
-            max_steps=1,
-            callbacks=[stages],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(strategy, max_steps=1, callbacks=[stages])
         trainer.fit(module, DataLoader(data.train_set, batch_size=8))
     held = Held(
         modules=tuple(strategy.infra.participating_modules),

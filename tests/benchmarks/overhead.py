@@ -29,6 +29,7 @@ from lightning_mimo import ModuleParallelism as Cut
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.bare_loop import BareLoop
 from tests.benchmarks.paired import Comparison
+from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
 from tests.multiprocess.parity.layouts import PoolEnvironment
@@ -172,18 +173,7 @@ def _run(name: str, rounds: int) -> Turns:
     turns = TakesTurns(Case(**{**vars(case), "rounds": rounds}))
     strategy = MimoStrategy(dict(LAYOUT), case.batch, case.microbatches, cluster_environment=PoolEnvironment())
     with tempfile.TemporaryDirectory() as folder:
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=dist.get_world_size(),
-            strategy=strategy,
-            max_steps=100_000,
-            callbacks=[turns],
-            logger=CSVLogger(folder),
-            log_every_n_steps=10,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(strategy, max_steps=100_000, callbacks=[turns], logger=CSVLogger(folder))
         trainer.fit(module, loader)
     strategy.infra.destroy()
     return turns.turns

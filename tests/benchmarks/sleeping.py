@@ -6,8 +6,9 @@ backward. Parameters are a few numbers, activations are as wide as asked for.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +67,18 @@ def _sleep_exactly(seconds: float) -> None:
 class SleepingEncoder(torch.nn.Module):
     """One pipeline stage of an encoder that makes some tokens of every item."""
 
-    def __init__(self, cost: Cost, tokens: int, width: int, groups: Any, weights: int = 0) -> None:
+    def __init__(
+        self,
+        cost: Cost,
+        tokens: int,
+        width: int,
+        groups: Any,
+        weights: int = 0,
+        uneven: Sequence[float] = (1.0,),
+    ) -> None:
         super().__init__()
-        self._cost = _share(cost, groups)
+        share = _share(cost, groups)
+        self._costs = itertools.cycle(Cost(forward=share.forward * f, backward=share.backward * f) for f in uneven)
         self._tokens = tokens
         self._first, self._last = groups.pp.rank() == 0, groups.pp.rank() == groups.pp.size() - 1
         # By stage: no two stages may hold a parameter of the same name.
@@ -80,7 +90,7 @@ class SleepingEncoder(torch.nn.Module):
         if self._first:
             hidden_states = input.expand(self._tokens, *input.shape)
         scale = _scale(self.scale, self.ballast)
-        hidden_states = _sleep(hidden_states * scale, self._cost, samples=hidden_states.size(1))
+        hidden_states = _sleep(hidden_states * scale, next(self._costs), samples=hidden_states.size(1))
         return hidden_states.transpose(0, 1).contiguous() if self._last else hidden_states
 
 
@@ -153,6 +163,7 @@ class SleepingModule(MimoModule):
         width: int = 16,
         weights: Mapping[str, int] | None = None,
         optimizer: str = "sgd",
+        uneven: Sequence[float] = (1.0,),
     ) -> None:
         """
         Args:
@@ -161,9 +172,10 @@ class SleepingModule(MimoModule):
             width: hidden size of everything.
             weights: module name -> parameters that it has for their memory only, over all its ranks.
             optimizer: Megatron's name of it.
+            uneven: how much longer encoders take for one microbatch and the next, over and over.
         """
         super().__init__(pad_token_id=0)
-        self._weights, self._optimizer = dict(weights or {}), optimizer
+        self._weights, self._optimizer, self._uneven = dict(weights or {}), optimizer, tuple(uneven)
         self._costs, self._tokens, self._width = dict(costs), tokens, width
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -205,6 +217,7 @@ class SleepingModule(MimoModule):
             "width": self._width,
             "groups": groups,
             "weights": self._weights.get(name, 0),
+            "uneven": self._uneven,
         }
         return ModuleSpec(
             module=PipelinedSleepers,

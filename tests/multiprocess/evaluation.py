@@ -63,12 +63,14 @@ class PicturesAndText(Dataset):
 class TinyModule(MimoModule):
     """Two layers each, four heads, so that tp and pp of 2 fit both modules."""
 
+    num_layers = 2
+
     def __init__(self, *, sequence_parallel: bool = False) -> None:
         super().__init__(pad_token_id=0, max_new_tokens=2)
         self._sequence_parallel = sequence_parallel
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
-        size = TransformerSize(num_layers=2, hidden_size=32, num_attention_heads=4)
+        size = TransformerSize(num_layers=self.num_layers, hidden_size=32, num_attention_heads=4)
         return vision_language_config(
             infra,
             grid=ImageGrid(image_size=4, patch_size=2, channels=1),

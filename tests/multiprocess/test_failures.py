@@ -33,21 +33,35 @@ class LongerOnRank1(PicturesAndText):
         super().__init__(length + torch.distributed.get_rank() % 2)
 
 
+class ThreeLayers(TinyModule):
+    num_layers = 3
+
+
 def fit(dataset: type[PicturesAndText], modules: dict[str, Cut], colocate: bool = False) -> None:
     torch.manual_seed(1)
     strategy = MimoStrategy(modules, 12, colocate=colocate, cluster_environment=PoolEnvironment())
     trainer = make_trainer(Run(steps=1), strategy)
-    trainer.fit(TinyModule(), DataLoader(dataset(24), batch_size=12))
+    trainer.fit(ThreeLayers(), DataLoader(dataset(24), batch_size=12))
 
 
-@pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
-def test_wrong_number_of_placeholders_names_sample_module_and_both_numbers(rank_pool: RankPool, colocate: bool) -> None:
-    modules = {"images": Cut(dp=2), "language": Cut(tp=2)} if colocate else {"images": Cut(), "language": Cut()}
+@pytest.mark.parametrize(
+    ("ranks", "modules", "colocate"),
+    [
+        (2, {"images": Cut(), "language": Cut()}, False),
+        (2, {"images": Cut(dp=2), "language": Cut(tp=2)}, True),
+        # The stage that counts the embeddings has not loaded the images, and is told of them through another.
+        (4, {"images": Cut(pp=3), "language": Cut()}, False),
+    ],
+    ids=["apart", "colocated", "pipelined encoder"],
+)
+def test_wrong_number_of_placeholders_names_sample_module_and_both_numbers(
+    rank_pool: RankPool, ranks: int, modules: dict[str, Cut], colocate: bool
+) -> None:
     with pytest.raises(
         RankFailure,
         match=r"Sample 5: input_ids has 3 placeholder tokens for 'images', but its 2 inputs give 2 embeddings",
     ):
-        rank_pool.run(fit, OnePlaceholderTooMany, modules, colocate, world_size=2)
+        rank_pool.run(fit, OnePlaceholderTooMany, modules, colocate, world_size=ranks)
 
 
 def test_datasets_of_different_length_are_refused_on_all_ranks(rank_pool: RankPool) -> None:

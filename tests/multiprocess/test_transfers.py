@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.routes import Routes
 from lightning_mimo.spans import Spans
-from lightning_mimo.transfers import Edge, Inlet, Outlet, Shapes
+from lightning_mimo.transfers import Announced, Edge, Inlet, Outlet, Shapes
 from tests.multiprocess.rank_pool import RankPool
 
 LATE = 1.0  # seconds after which the other side receives
@@ -67,22 +67,23 @@ def test_senders_go_on_and_every_sample_keeps_its_rows(rank_pool: RankPool) -> N
     assert [tensor[:, 1].tolist() for tensor in others] == [[], [], [35.0] * 3, [45.0]]
 
 
-def one_way() -> tuple[float, list[list[int]]]:
-    """Shapes that the receiver cannot know, two under way at most, and no gradients."""
+def one_way() -> tuple[float, list[tuple[list[int], tuple[int, ...]]]]:
+    """Shapes that the receiver cannot know, with two numbers, two under way at most, and no gradients."""
     groups = [dist.new_group(), dist.new_group()]
     shapes = [(2, 1, 3), (0, 3, 1), (1, 2, 3), (5, 1, 2)]
     if dist.get_rank() == 1:
         inlet = Inlet(edge(Routes(receives=(0,), sends=((0,),)), groups), source="images", gradients=False)
-        inlet.expect([None] * len(shapes), forward_only=False)
+        inlet.expect([Announced(numbers=2)] * len(shapes), forward_only=False)
         time.sleep(LATE)
-        got = [list(inlet.recv_forward().shape) for _ in shapes]
+        got = [(list(inlet.recv_forward().shape), inlet.told) for _ in shapes]
         inlet.send_backward(torch.ones(1))
         inlet.finish()
         return 0.0, got
     outlet = Outlet(edge(Routes(receives=(1,), sends=((1,),)), groups, in_flight=2), source="images", gradients=False)
-    outlet.expect([None] * len(shapes), forward_only=False)
+    outlet.expect([Announced(numbers=2)] * len(shapes), forward_only=False)
     began = time.perf_counter()
-    for shape in shapes:
+    for microbatch, shape in enumerate(shapes):
+        outlet.tell((microbatch, 7))
         outlet.send_forward(torch.zeros(shape, dtype=torch.float64))
     took = time.perf_counter() - began
     assert outlet.recv_backward() is None
@@ -92,7 +93,7 @@ def one_way() -> tuple[float, list[list[int]]]:
 
 def test_without_gradients_a_sender_runs_ahead_up_to_its_bound(rank_pool: RankPool) -> None:
     (took, _), (_, shapes) = rank_pool.run(call_on_cpu, "one_way", world_size=2)
-    assert shapes == [[2, 1, 3], [0, 3, 1], [1, 2, 3], [5, 1, 2]]
+    assert shapes == [([2, 1, 3], (0, 7)), ([0, 3, 1], (1, 7)), ([1, 2, 3], (2, 7)), ([5, 1, 2], (3, 7))]
     assert took > LATE / 2, "the third had to wait for the first"
 
 

@@ -120,6 +120,14 @@ def test_needed_by_names_the_modules_that_use_a_sample():
     assert plan.needed_by(3, 1) == frozenset()
 
 
+def test_only_the_first_stage_of_an_encoder_loads_its_inputs():
+    first, second, language = plans({"images": Sizes(pp=2), "language": Sizes()}, 3)
+    assert first.needed_by(0, 0) == {"images"}
+    assert second.needed_by(0, 0) == frozenset()
+    assert second.shards == first.shards
+    assert language.needed_by(0, 0) == {"language"}
+
+
 def test_plan_refuses_a_batch_that_does_not_divide():
     with pytest.raises(LayoutError, match=r"does not divide over module 'images': .* 2 \* 2 = 4"):
         plans({"images": Sizes(dp=2), "language": Sizes()}, 3, batch=6)
