@@ -180,6 +180,10 @@ class SampleAlignedMimoModel(MimoModel):
     ) -> None:
         """Nothing: upstream counts tokens on the device and refuses fan-in; here the counts came with the batch."""
 
+    def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
+        """As upstream's, without asking the device."""
+        return sum(self._modality_counts[encoder_name].own_placeholders) > 0
+
     def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
         """As upstream's, but nothing for autograd where the encoder is frozen: no gradient would come back for it."""
         empty = super()._empty_encoder_output(encoder_name)

@@ -27,5 +27,8 @@ def log_step_metric(
     if results is None or key not in results or module.trainer._logger_connector._first_loop_iter is not False:
         module.log(name, value, prog_bar=prog_bar, on_step=True, on_epoch=False)
         return
-    old = results[key].value
-    results.update_metrics(key, value.detach() if isinstance(value, torch.Tensor) else old.new_tensor(value), 1)
+    metric = results[key]
+    is_tensor = isinstance(value, torch.Tensor)
+    # What update() comes to for a value that is logged in steps only, as the type of the first one made sure.
+    metric.value = metric._forward_cache = value.detach() if is_tensor else metric.value.new_tensor(value)
+    metric.has_reset = False

@@ -229,6 +229,11 @@ class ReceiveLane:
         return part
 
 
+def _way_back(shapes: Sequence[Shapes | Announced]) -> list[Shapes | Announced]:
+    """Gradients have the shapes of activations; no numbers go with them."""
+    return [Announced() if isinstance(each, Announced) else each for each in shapes]
+
+
 class Outlet:
     """Where activations leave a module or a pipeline stage, and gradients come back if anybody needs them.
 
@@ -250,7 +255,7 @@ class Outlet:
         """Begin a pass with microbatches of these shapes."""
         self._forward.expect(shapes)
         if self._backward is not None:
-            self._backward.expect([] if forward_only else shapes)
+            self._backward.expect([] if forward_only else _way_back(shapes))
 
     def finish(self) -> None:
         """End the pass."""
@@ -284,7 +289,7 @@ class Inlet:
         """Begin a pass with microbatches of these shapes."""
         self._forward.expect(shapes)
         if self._backward is not None:
-            self._backward.expect([] if forward_only else shapes)
+            self._backward.expect([] if forward_only else _way_back(shapes))
 
     def finish(self) -> None:
         """End the pass."""
