@@ -71,6 +71,12 @@ def test_other_plugin_is_refused_by_its_name(plugin: type[Precision]) -> None:
         MimoPrecision.convert(plugin.__new__(plugin))
 
 
+@pytest.mark.parametrize("ahead", [-1, 1.5, True])
+def test_encoders_run_ahead_by_whole_microbatches(ahead: object) -> None:
+    with pytest.raises(ValueError, match=rf"encoder_run_ahead={ahead}\) must be a whole number of microbatches, 0 or"):
+        trainer(strategy(encoder_run_ahead=ahead)).strategy.validate()
+
+
 def test_wrong_number_of_devices_names_the_right_one() -> None:
     with pytest.raises(LayoutError, match=r"devices=2"):
         trainer(strategy(), devices=1).strategy.validate()
