@@ -8,6 +8,7 @@ loses its cores now and then, and its kernel counts for how long: steps in which
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping
@@ -190,7 +191,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
         calm = [case.ideal / step.seconds for step in steps if step.is_calm]
         efficiency = [case.ideal / step.seconds for step in steps]
         middle = statistics.median(calm or efficiency)
-        busiest = max(sum(step.processor for step in rank) / sum(step.seconds for step in rank) for rank in ranks)
+        shares = [sum(step.processor for step in rank) / sum(step.seconds for step in rank) for rank in ranks]
         rows.append(
             [
                 name,
@@ -201,7 +202,8 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
                 max(calm or efficiency),
                 f"{len(calm)} of {len(steps)}",
                 statistics.median(efficiency),
-                busiest,
+                max(shares),
+                sum(shares) / (os.cpu_count() or 1),
                 "" if middle >= TARGET else "missed",
             ]
         )
@@ -209,13 +211,25 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
     return Report(
         title="Schedule efficiency: a step with free communication over the measured step",
         columns=(
-            *("layout", "ranks", "ideal s", "efficiency", "least", "most", "calm", "of all", "CPU / wall"),
+            *(
+                "layout",
+                "ranks",
+                "ideal s",
+                "efficiency",
+                "least",
+                "most",
+                "calm",
+                "of all",
+                "CPU / wall",
+                "cores busy",
+            ),
             f"target {TARGET}",
         ),
         rows=rows,
         notes=(
             f"Of calm steps, if there are any: others had less than {CALM:.0%} of the time on this machine's cores.",
-            "of all: median of all steps. CPU / wall: of the busiest rank; above 0.3 the cores would limit it.",
+            "of all: median of all steps. CPU / wall: of the busiest rank. cores busy: by all ranks, which wake up",
+            "together and then wait for a core; above 0.3 the cores would limit what is measured.",
             "uneven images: microbatches take the encoder 0.3 to 1.7 of the mean; the ideal has the same run-ahead.",
         ),
         details=details,
