@@ -173,10 +173,6 @@ class MimoModule(pl.LightningModule):
         """Forward of one microbatch; the strategy takes the next token from it."""
         return self(batch)
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's; but a batch for the CPU is there already, and need not be walked through."""
-        return batch if device.type == "cpu" else super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     @contextlib.contextmanager
     def microbatches(self) -> Iterator[None]:
         """Around the steps and the loss of a global batch. The strategy opens it; nothing can be logged inside."""

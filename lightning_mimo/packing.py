@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import io
 import pickle
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 _ALIGNMENT = 64  # bytes
 
 
 class PackedList(list):
-    """A list that may hold tensors anywhere inside. A process that it is sent to gets a plain list of the same."""
+    """A list that may hold tensors, on the CPU, anywhere inside."""
+
+    def to(self, device: torch.device) -> list[Any]:
+        """Itself for the CPU, which need not be walked through; else a list of the same, moved. Lightning calls it."""
+        if device.type == "cpu":
+            return self
+        return tree_map(partial(_moved, device=device), list(self))
+
+    def __copy__(self) -> PackedList:
+        return PackedList(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         packer = _Packer()
@@ -65,8 +76,14 @@ class _Unpacker(pickle.Unpickler):
 
 def _unpack(
     skeleton: bytes, together: torch.Tensor, places: list[tuple[int, torch.dtype, tuple[int, ...]]]
-) -> list[Any]:
-    return _Unpacker(skeleton, [_view(together, *place) for place in places]).load()
+) -> PackedList:
+    return PackedList(_Unpacker(skeleton, [_view(together, *place) for place in places]).load())
+
+
+def _moved(leaf: Any, *, device: torch.device) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.to(device, non_blocking=True)
+    return leaf.to(device) if hasattr(leaf, "to") else leaf
 
 
 def _view(together: torch.Tensor, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_mimo.bridges import ModalityCounts
@@ -53,7 +56,7 @@ def test_what_a_worker_sends_arrives_as_it_was() -> None:
     sent = batch()
     loader = DataLoader(Once(), num_workers=1, collate_fn=lambda _: sent, multiprocessing_context="fork")
     (received,) = loader
-    assert type(received) is list
+    assert type(received) is PackedList
     assert received[0].keys() == sent[0].keys()
     for mine, theirs in zip(received, sent, strict=True):
         for name, value in theirs.items():
@@ -64,6 +67,25 @@ def test_what_a_worker_sends_arrives_as_it_was() -> None:
     assert torch.equal(*pixels)
     assert received[0]["inputs"]["audio"] is None
     assert (received[0]["counts"], received[0]["fillers"]) == (COUNTS, (False, True))
+
+
+def test_lightning_leaves_a_batch_on_the_cpu_and_moves_all_of_it_elsewhere() -> None:
+    mine = batch()
+    assert move_data_to_device(mine, torch.device("cpu")) is mine
+    moved = move_data_to_device(mine, torch.device("meta"))
+    tensors = [leaf for leaf in tree_leaves(moved) if isinstance(leaf, torch.Tensor)]
+    assert len(tensors) == len([leaf for leaf in tree_leaves(list(mine)) if isinstance(leaf, torch.Tensor)]) > 10
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert moved[0]["inputs"]["images"]["vit"]["pixels"].shape == (3, 1, 2, 2)
+    assert (moved[0]["counts"], moved[0]["fillers"]) == (COUNTS, (False, True))
+
+
+def test_a_copy_holds_the_same() -> None:
+    mine = batch()
+    theirs = copy.copy(mine)
+    assert type(theirs) is PackedList
+    assert theirs is not mine
+    assert theirs[0]["ids"] is mine[0]["ids"]
 
 
 def test_tensors_do_not_share_what_they_hold() -> None:
