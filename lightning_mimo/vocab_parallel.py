@@ -45,7 +45,7 @@ class _TokenLosses(torch.autograd.Function):
         local = labels - group.rank() * logits.size(-1)
         mine = (local >= 0) & (local < logits.size(-1))
         local = torch.where(mine, local, 0).unsqueeze(-1)
-        wanted = precise.gather(-1, local).squeeze(-1) * mine
+        wanted = torch.where(mine, precise.gather(-1, local).squeeze(-1), 0)  # a logit may be -inf
         parts, wanted_parts = _gather(torch.stack([precise.logsumexp(dim=-1), wanted]), group).unbind(dim=1)
         total = parts.logsumexp(dim=0)
         ctx.save_for_backward(logits, total, local, mine, inside)

@@ -50,6 +50,21 @@ def divided_losses(dtype: torch.dtype) -> dict[str, float]:
     }
 
 
+def losses_of_a_padded_vocabulary() -> bool:
+    """Whether the last third of the vocabulary, which is never meant, may have logits of -inf."""
+    logits, labels, weights = whole(torch.float32)
+    used = VOCABULARY * 2 // 3
+    logits[..., used:], labels = -torch.inf, labels % used
+    part = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].clone().requires_grad_()
+    losses = token_losses(part, labels, dist.group.WORLD)
+    (losses * weights).sum().backward()
+    right, gradient = expected(logits, labels, weights)
+    gradient = gradient.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()]
+    return all(
+        torch.allclose(found.double(), wanted, atol=5e-6) for found, wanted in ((losses, right), (part.grad, gradient))
+    )
+
+
 def difference_from_upstream() -> float:
     logits, labels, _ = whole(torch.float32)
     part = logits.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()].contiguous()
@@ -82,6 +97,11 @@ def test_losses_and_gradients(rank_pool: RankPool, ranks: int, dtype: torch.dtyp
     for found in rank_pool.run(divided_losses, dtype, world_size=ranks):
         assert found["loss"] < min(precision, 5e-6)  # the logits are what they are; no rounding comes after them
         assert found["gradient"] < precision
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_vocabulary_may_be_padded(rank_pool: RankPool, ranks: int) -> None:
+    assert all(rank_pool.run(losses_of_a_padded_vocabulary, world_size=ranks))
 
 
 def test_as_megatron_computes_it(rank_pool: RankPool) -> None:
