@@ -127,6 +127,7 @@ class Whole(pl.LightningModule):
             attention_mask=None,
             modality_inputs=one["modality_inputs"],
             modality_counts=one["modality_counts"],
+            token_order=one["token_order"],
         )
         losses = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), one["labels"].flatten(), reduction="none"
