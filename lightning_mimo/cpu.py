@@ -2,8 +2,9 @@
 
 megatron-core writes ``device="cuda"`` and ``backend="nccl"`` in many places and reads and writes the CUDA random
 generator. :func:`megatron_on_cpu` makes those mean the CPU and gloo while it is open, and puts everything back when
-it closes. What is replaced, and why, is one table (:data:`REPLACEMENTS`); tensors are redirected by a
-``TorchFunctionMode``, so no list of call sites has to be kept.
+it closes. What is replaced, and why, is one table (:data:`REPLACEMENTS`). Of torch it has everything that takes a
+device, so no list of call sites has to be kept. A ``TorchFunctionMode`` would be shorter, but every call of torch would
+pay for it, and it is not there in autograd's backward passes and in other threads.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
+# torch's own list of functions that take a device, of those that are called as torch.NAME; its cached answer must be
+# there before any of them is replaced.
+_FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) is each)
+_FACTORIES += ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.float64: "torch.cuda.DoubleTensor",
@@ -67,6 +74,47 @@ def _get_rng_state(*args: object, **kwargs: object) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *args: object, **kwargs: object) -> None:
     torch.set_rng_state(new_state)
+
+
+def _is_cuda(device: object) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _factory_on_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _to_cpu(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return function(self, *args, **kwargs)
+
+    return to
+
+
+def _self(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    return tensor
+
+
+def _type_as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = None if args or kwargs else _CUDA_TYPE_NAMES.get(self.dtype)
+        return name or function(self, *args, **kwargs)
+
+    return type
 
 
 def _with_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,15 +174,24 @@ def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., 
     return call
 
 
-def _with_mode(function: Callable[[], contextlib.AbstractContextManager[None]]) -> Callable[..., Any]:
-    """``function``, a context manager, in which :class:`CudaMeansCpu` is on."""
+def _with_one_device(process_group: type) -> type:
+    """``ProcessGroupGloo`` whose groups have one device together, that of the first of them."""
 
-    @contextlib.contextmanager
-    def call() -> Iterator[None]:
-        with CudaMeansCpu(), function():
-            yield
+    class SharingProcessGroupGloo(process_group):
+        _first: Any = None
 
-    return call
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, enable_reconfigure: bool = False):
+            cls = type(self)
+            if cls._first is None:
+                super().__init__(store, rank, size, timeout=timeout)
+                cls._first = self.options
+                return
+            options = process_group._Options()
+            options._devices, options._threads = cls._first._devices, cls._first._threads
+            options._timeout = timeout
+            super().__init__(store, rank, size, options)
+
+    return SharingProcessGroupGloo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +220,22 @@ _GENERATOR = "the RNG tracker saves and restores the CUDA generator; on a CPU th
 _STREAMS = "streams order work on a GPU; on a CPU work is in order"
 
 REPLACEMENTS = (
+    *(
+        Replacement(module="torch", name=name, make=_factory_on_cpu, reason="tensors are made on device 'cuda' by name")
+        for name in _FACTORIES
+    ),
+    *(
+        Replacement(module="torch", name=f"Tensor.{name}", make=_factory_on_cpu, reason="as for those of torch")
+        for name in _NEW
+    ),
+    Replacement(module="torch", name="Tensor.to", make=_to_cpu, reason="tensors are moved to 'cuda' by name"),
+    Replacement(module="torch", name="Tensor.cuda", make=_always(_self), reason="tensors are moved to 'cuda' by name"),
+    Replacement(
+        module="torch",
+        name="Tensor.type",
+        make=_type_as_on_cuda,
+        reason="optimizers sort parameters by tensor.type() == 'torch.cuda.FloatTensor'",
+    ),
     Replacement(
         module="torch.cuda",
         name="current_device",
@@ -187,12 +260,6 @@ REPLACEMENTS = (
     Replacement(module=_RANDOM, name="_get_cuda_rng_state", make=_always(_get_rng_state), reason=_GENERATOR),
     Replacement(module=_RANDOM, name="_set_cuda_rng_state", make=_always(_set_rng_state), reason=_GENERATOR),
     Replacement(
-        module=_RANDOM,
-        name="_fork_rng",
-        make=_with_mode,
-        reason="recomputed activations are computed inside of backward, where torch has switched CudaMeansCpu off",
-    ),
-    Replacement(
         module="megatron.core.transformer.moe.token_dispatcher",
         name="maybe_move_tensor_to_cpu",
         make=_always_as_numpy,
@@ -216,34 +283,13 @@ REPLACEMENTS = (
         make=_with_gloo,
         reason="ColocatedBridgeCommunicator asks for backend='nccl' by name",
     ),
+    Replacement(
+        module="torch.distributed.distributed_c10d",
+        name="ProcessGroupGloo",
+        make=_with_one_device,
+        reason="every group would have a thread of its own that wakes up a hundred times a second",
+    ),
 )
-
-
-class CudaMeansCpu(TorchFunctionMode):
-    """Turns every ``device="cuda"`` and ``.cuda()`` into the CPU and gives tensors their CUDA type names.
-
-    megatron-core's optimizers sort parameters by ``tensor.type() == "torch.cuda.FloatTensor"``.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
-            kwargs = {**kwargs, "device": _CPU}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return _CUDA_TYPE_NAMES.get(args[0].dtype) or func(*args)
-        return func(*args, **kwargs)
-
-
-def _is_cuda(device: object) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    return isinstance(device, str) and device.startswith("cuda")
 
 
 @contextlib.contextmanager
@@ -255,19 +301,22 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(_without_rng_warning())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS")
-        stack.enter_context(CudaMeansCpu())
         yield
 
 
 @contextlib.contextmanager
 def _replaced(replacement: Replacement) -> Iterator[None]:
-    owner = importlib.import_module(replacement.module)
-    original = getattr(owner, replacement.name)
-    setattr(owner, replacement.name, replacement.make(original))
+    *place, name = replacement.name.split(".")
+    owner = functools.reduce(getattr, place, importlib.import_module(replacement.module))
+    original, is_inherited = getattr(owner, name), name not in vars(owner)
+    setattr(owner, name, replacement.make(original))
     try:
         yield
     finally:
-        setattr(owner, replacement.name, original)
+        if is_inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
 
 
 @contextlib.contextmanager

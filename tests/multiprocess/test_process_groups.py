@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 from lightning_mimo import MimoLayout, MimoModelInfra
 from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.infra import _DENSE_GROUPS, _EXPERT_GROUPS
 from lightning_mimo.process_groups import EXPERT_VIEW, GroupPool, PooledGrid
 from tests.multiprocess.rank_pool import RankPool
@@ -86,3 +88,26 @@ def before_it_is_made() -> None:
 
 def test_group_that_was_not_made(rank_pool: RankPool) -> None:
     rank_pool.run(before_it_is_made, world_size=2)
+
+
+def threads_of_new_groups() -> tuple[int, int]:
+    """How many threads of gloo's are there beside those that were before, and what a group sums to at the end."""
+
+    def loops() -> int:
+        names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return names.count("gloo_tcp_loop")
+
+    before = loops()
+    with megatron_on_cpu():
+        first, *groups = [dist.new_group() for _ in range(5)]
+        made = loops() - before
+    dist.destroy_process_group(first)
+    total = torch.tensor(dist.get_rank())
+    for group in groups:
+        dist.all_reduce(total, group=group)
+    return made, int(total)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc, which only Linux has")
+def test_groups_share_what_waits_for_data(rank_pool: RankPool) -> None:
+    assert rank_pool.run(threads_of_new_groups, world_size=2) == [(1, 2**3)] * 2

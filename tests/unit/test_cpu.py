@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from lightning_mimo.cpu import REPLACEMENTS, Replacement, megatron_on_cpu
 
 
 def current(replacement: Replacement) -> Any:
-    return getattr(importlib.import_module(replacement.module), replacement.name)
+    return attrgetter(replacement.name)(importlib.import_module(replacement.module))
 
 
 def by_id(replacement: Replacement) -> str:
@@ -67,6 +69,39 @@ def test_cuda_means_cpu(device):
         ]
     assert {tensor.device for tensor in tensors} == {torch.device("cpu")}
     assert [tensor.dtype for tensor in tensors[5:7]] == [torch.float64] * 2
+
+
+class _MakesOnCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient + torch.ones(2, device="cuda").cuda()
+
+
+def test_cuda_means_cpu_in_backward_passes_and_other_threads():
+    leaf = torch.zeros(2, requires_grad=True)
+    with megatron_on_cpu(), ThreadPoolExecutor() as pool:
+        _MakesOnCuda.apply(leaf).sum().backward()
+        made = pool.submit(lambda: torch.empty_like(leaf, device="cuda").new_zeros(1, device="cuda:0")).result()
+    assert leaf.grad.tolist() == [2, 2]
+    assert made.device.type == "cpu"
+
+
+def test_inherited_methods_are_inherited_again():
+    before = dict(vars(torch.Tensor))
+    with megatron_on_cpu():
+        assert "to" in vars(torch.Tensor)
+    assert dict(vars(torch.Tensor)) == before
+
+
+def test_torch_still_knows_what_takes_a_device():
+    with megatron_on_cpu(), torch.device("meta"):
+        assert torch.zeros(2).device.type == "meta"
+    with torch.device("meta"):
+        assert torch.arange(2).device.type == "meta"
 
 
 def test_other_devices_are_left_alone():
