@@ -22,8 +22,8 @@ from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
 from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
-from lightning_mimo.spans import Span
-from lightning_mimo.step_metrics import log_step_metric
+from lightning_mimo.spans import LOADING, Span, Work
+from lightning_mimo.step_metrics import log_step_metrics
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""
@@ -32,6 +32,9 @@ Step = Callable[[Microbatch, int], Any]
 
 StepListener = Callable[[list[Span]], None]
 """Is given what this rank recorded of an optimizer step."""
+
+
+_LOAD = Work(kind=LOADING, words="load the next batch")
 
 
 class BatchRunner:
@@ -56,6 +59,7 @@ class BatchRunner:
         on_nonfinite: str,
         signals: Signals,
         telemetry: bool,
+        load_ahead: Callable[[], None],
     ) -> None:
         """Collective over the world: builds the bridges.
 
@@ -69,6 +73,7 @@ class BatchRunner:
             on_nonfinite: as for MimoStrategy.
             signals: what this rank was told.
             telemetry: whether to find out what each module does.
+            load_ahead: loads the next batch to train on.
         """
         self.hold = False
         self.must_stop = False
@@ -77,6 +82,7 @@ class BatchRunner:
         self._telemetry = Telemetry(infra, device) if telemetry else None
         self._step_ended = 0.0
         self._signals = signals
+        self._load_ahead = load_ahead
         self._module = module
         self._infra = infra
         self._global_batch_size = global_batch_size
@@ -117,17 +123,17 @@ class BatchRunner:
                 optimizer=None if self.hold else optimizer.mimo,
                 stop=self._signals.received is not None,
                 also=self._figures_to_share(batch),
+                meanwhile=self._load_next if self._another_follows(batch_idx) else None,
             )
         self._losses.append((batch_idx, totals.loss))
-        now = time.perf_counter()
+        loss, now, shown = totals.loss.float(), time.perf_counter(), {}
         if self._step_started:
-            rate = totals.tokens.float() / (now - self._step_started)
-            log_step_metric(self._module, "train/tokens_per_s", rate, prog_bar=True)
+            shown["train/tokens_per_s"] = totals.tokens.float() / (now - self._step_started)
         self._step_started = now
-        log_step_metric(self._module, "train/loss", totals.loss.float(), prog_bar=True)
-        for name, (total, count) in totals.metrics.items():
-            log_step_metric(self._module, f"train/{name}", (total / count).float(), prog_bar=True)
-        return totals.loss.float()
+        shown["train/loss"] = loss
+        shown |= {f"train/{name}": (total / count).float() for name, (total, count) in totals.metrics.items()}
+        log_step_metrics(self._module, shown, prog_bar=True)
+        return loss
 
     def close_window(self, outcome: StepOutcome) -> None:
         """The optimizer has stepped: the next batch begins a new accumulation window.
@@ -159,6 +165,16 @@ class BatchRunner:
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
             f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
         )
+
+    def _another_follows(self, batch_idx: int) -> bool:
+        """Whether the epoch has another batch that is trained on, as far as can be known."""
+        trainer = self._module.trainer
+        is_last_step = not self.hold and trainer.global_step + 1 == trainer.max_steps
+        return batch_idx + 1 < trainer.num_training_batches and not is_last_step
+
+    def _load_next(self) -> None:
+        with self._infra.spans.span(_LOAD):
+            self._load_ahead()
 
     def _figures_to_share(self, batch: Batch) -> torch.Tensor | None:
         """What the other ranks are to learn of this one with the step, if it is one of those that are logged."""

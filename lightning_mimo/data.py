@@ -33,6 +33,7 @@ from torch.utils.data import (
 from lightning_mimo.batching import RankBatchPlan
 from lightning_mimo.bridges import ModalityCounts
 from lightning_mimo.initialization import seed_for
+from lightning_mimo.loading_ahead import LoadsAhead
 from lightning_mimo.packing import PackedList
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.token_order import token_order
@@ -239,7 +240,24 @@ class MicrobatchCollator:
 
 
 class ResumableLoader(DataLoader):
-    """A DataLoader that can begin in the middle of an epoch. How far a run has come, the strategy knows."""
+    """A DataLoader that can begin in the middle of an epoch. How far a run has come, the strategy knows.
+
+    Without workers, the next batch can be loaded early. That changes no random number: every sample has its own.
+    """
+
+    _batches: LoadsAhead | None = None
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches = super().__iter__()
+        if self.num_workers:
+            return batches
+        self._batches = LoadsAhead(batches)
+        return self._batches
+
+    def load_ahead(self) -> None:
+        """Load the next batch now, unless there are workers that do so anyway."""
+        if self._batches is not None:
+            self._batches.load_ahead()
 
     def state_dict(self) -> dict[str, int]:
         """What the strategy fills in when it saves a checkpoint."""
@@ -257,7 +275,7 @@ def shard_dataloader(
     special_token_ids: Mapping[str, int],
     pad_token_id: int,
     seed: int,
-) -> DataLoader:
+) -> ResumableLoader:
     """Rebuild a DataLoader that was written for one process for one rank.
 
     Args:

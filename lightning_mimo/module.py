@@ -22,7 +22,7 @@ from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.param_groups import OptimizerOverride
 from lightning_mimo.registration import register
 from lightning_mimo.schedule import Metrics, Microbatch
-from lightning_mimo.step_metrics import log_step_metric
+from lightning_mimo.step_metrics import forget_step_metrics, log_step_metrics
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 
 # Here, because nobody trains anything without a MimoModule.
@@ -57,6 +57,13 @@ class MimoModule(pl.LightningModule):
         self.frozen = tuple(frozen)
         self.model: SampleAlignedMimoModel | None = None
         self._sees_microbatches = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            # Set by Lightning before and after every hook; torch would ask each time whether it is a parameter.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         """Describe the model. Called on every rank, once, after the process groups exist.
@@ -225,12 +232,14 @@ class MimoModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         if (outcome := optimizer.outcome) is None:
             return
-        metrics = {"train/skipped_steps": float(optimizer.skipped_steps), **self.trainer.strategy.telemetry}
+        telemetry = self.trainer.strategy.telemetry
+        metrics = {"train/skipped_steps": float(optimizer.skipped_steps), **telemetry}
         if outcome.updated:
             metrics["train/grad_norm"] = outcome.grad_norm
             metrics |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
-        for name, value in metrics.items():
-            log_step_metric(self, name, value)
+        if not telemetry:
+            forget_step_metrics(self, "telemetry/")
+        log_step_metrics(self, metrics)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.routes import routes_between
-from lightning_mimo.transfers import Announced, Edge, Inlet, Outlet, Shapes
+from lightning_mimo.transfers import Announced, Edge, Inlet, Meanwhile, Outlet, Shapes
 
 ShapesOf = Callable[[Mapping[str, Any]], Shapes | Announced]
 """Microbatch -> shapes of its parts."""
@@ -78,6 +78,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         self._infra = infra
         self._run_ahead = encoder_run_ahead
         self._needs_gradient = needs_gradient
+        self._meanwhile = Meanwhile()
         self._ends: list[tuple[Inlet | Outlet, ShapesOf]] = []
         self._encoder_hops: dict[str, tuple[Inlet | None, Outlet | None]] = {}
         # Here, where every rank comes by, whatever edges it has.
@@ -100,13 +101,21 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             behind += modules[LANGUAGE].pp + self._run_ahead
         return self.total_stages - 1 - behind
 
-    def begin(self, microbatches: Sequence[Mapping[str, Any]], *, forward_only: bool) -> None:
+    def begin(
+        self,
+        microbatches: Sequence[Mapping[str, Any]],
+        *,
+        forward_only: bool,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> None:
         """Call it before every pass.
 
         Args:
             microbatches: that go through the schedule, as :class:`lightning_mimo.data.MicrobatchCollator` makes them.
             forward_only: whether no gradient comes back.
+            meanwhile: what this rank does before it waits for others first; never, if it receives nothing.
         """
+        self._meanwhile.plan(meanwhile)
         for end, shapes_of in self._ends:
             end.expect([shapes_of(microbatch) for microbatch in microbatches], forward_only=forward_only)
 
@@ -189,6 +198,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             forward_group=self._forward_group,
             backward_group=self._backward_group,
             spans=self._infra.spans,
+            meanwhile=self._meanwhile,
         )
 
     def _keep[End: (Inlet, Outlet)](self, end: End, shapes_of: ShapesOf) -> End:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_mimo.batching import RankBatchPlan
-from lightning_mimo.data import shard_dataloader
+from lightning_mimo.data import ResumableLoader, shard_dataloader
 from lightning_mimo.module import MimoModule
 from lightning_mimo.position import Position
 
@@ -23,6 +23,7 @@ class RunData:
         """
         self._plan = plan
         self._training_samples: int | None = None
+        self._training: ResumableLoader | None = None
         self._saved: Position | None = None
 
     def go_on(self, saved: Position) -> None:
@@ -57,9 +58,13 @@ class RunData:
         samples = len(loader.dataset)
         _check_same_length(samples)
         if training:
-            self._training_samples = samples
+            self._training_samples, self._training = samples, sharded
             self._check_saved(samples)
         return sharded
+
+    def load_ahead(self) -> None:
+        """Load the next batch to train on now."""
+        self._training.load_ahead()
 
     def position(self, *, seed: int, batches: int) -> Position | None:
         """Where the run is after some batches of the epoch; ``None`` where nothing is trained on."""

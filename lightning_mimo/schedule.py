@@ -59,6 +59,10 @@ class GlobalBatchSchedule:
     """Runs global batches through a wrapped model on the grids of an infra.
 
     Every method that runs a batch is collective over the world.
+
+    Attributes:
+        computes_loss: whether this rank is on the last stage of the language module.
+        counts_loss: whether this rank's loss counts: the first tensor-parallel rank of each replica's last stage.
     """
 
     def __init__(self, model: SampleAlignedMimoModel, infra: MimoModelInfra, *, encoder_run_ahead: int = 0) -> None:
@@ -88,17 +92,9 @@ class GlobalBatchSchedule:
         model.config.finalize_model_grads_func = self._finalize
         language = infra.layout.modules[LANGUAGE]
         self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
-
-    @property
-    def computes_loss(self) -> bool:
-        """Whether this rank is on the last stage of the language module."""
-        return dist.get_rank() in self._last_stage
-
-    @property
-    def counts_loss(self) -> bool:
-        """Whether this rank's loss counts: the first tensor-parallel rank of each replica's last stage."""
-        language = self._infra.layout.modules[LANGUAGE]
-        return self.computes_loss and language.coordinates(dist.get_rank())["tp"] == 0
+        rank = dist.get_rank()
+        self.computes_loss = rank in self._last_stage
+        self.counts_loss = self.computes_loss and language.coordinates(rank)["tp"] == 0
 
     def zero_grad(self) -> None:
         """Start a new accumulation window: zero all gradient buffers and the token count."""
@@ -114,6 +110,7 @@ class GlobalBatchSchedule:
         optimizer: OneReadMimoOptimizer | None,
         stop: bool = False,
         also: torch.Tensor | None = None,
+        meanwhile: Callable[[], None] | None = None,
     ) -> BatchTotals:
         """Forward and backward of all microbatches.
 
@@ -128,6 +125,7 @@ class GlobalBatchSchedule:
             stop: whether this rank wants the run to end after the window; the optimizer is told of it on every rank.
             also: float64 ``[n]``, the same n on every rank: added up over all ranks on the way, and handed to the
                 optimizer, which reads it with everything else. Only with an optimizer.
+            meanwhile: what this rank does, once, before it waits for others.
         """
         self._holding = hold = optimizer is None
         config = self._model.config
@@ -135,7 +133,7 @@ class GlobalBatchSchedule:
         # them and the schedule gets none of its own (Megatron's no_sync does not nest).
         config.no_sync_func = contextlib.nullcontext if hold else self._no_sync
         with self._no_sync() if hold else contextlib.nullcontext():
-            store = self._run(microbatches, forward, loss, forward_only=False)
+            store = self._run(microbatches, forward, loss, forward_only=False, meanwhile=meanwhile)
         # The one collective of a step over all ranks brings what was lost and learned from together.
         own = None if hold else self._found_by_this_rank(optimizer, stop, also)
         totals, found = self._total(store, training=True, and_also=own)
@@ -198,6 +196,7 @@ class GlobalBatchSchedule:
         *,
         forward_only: bool,
         collect_non_loss_data: bool = False,
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Any]:
         def step(iterator, model):
             microbatch = next(iterator)
@@ -217,7 +216,7 @@ class GlobalBatchSchedule:
             arguments = {"pg_collection": groups}
             run = get_forward_backward_func(pp_size=1, vp_size=None)
         else:
-            self._communicator.begin(microbatches, forward_only=forward_only)
+            self._communicator.begin(microbatches, forward_only=forward_only, meanwhile=meanwhile)
             run = get_forward_backward_func(schedule_pg_collection=groups)
         store = run(
             forward_step_func=step,

@@ -15,6 +15,8 @@ import torch
 FORWARD, BACKWARD = "forward", "backward"
 COMPUTING = (FORWARD, BACKWARD)
 """Kinds of work that wait for nobody, but for tensor-parallel peers."""
+LOADING = "loading"
+"""Kind of work that waits for no rank at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,8 @@ class Work:
     """What a span is spent on. Made once and used for many spans.
 
     Attributes:
-        kind: ``forward`` (with the loss), ``backward``, ``bridge``, ``pipeline``, ``reduce``, ``sum`` (over all ranks),
-            ``optimizer`` or ``world`` (between steps).
+        kind: ``forward`` (with the loss), ``backward``, ``bridge``, ``pipeline``, ``loading``, ``reduce``, ``sum``
+            (over all ranks), ``optimizer`` or ``world`` (between steps).
         words: as in "has waited to ...".
         module: whose work it is; empty where it belongs to none.
         sends: direction of what is sent, ``forward`` or ``backward``.

@@ -265,6 +265,7 @@ class MimoStrategy(RunningStrategy):
             on_nonfinite=self.on_nonfinite,
             signals=self._signals,
             telemetry=self.log_telemetry and trainer.state.fn == TrainerFn.FITTING,
+            load_ahead=self._data.load_ahead,
         )
         self._watch()
         if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):

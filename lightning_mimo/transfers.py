@@ -9,7 +9,7 @@ while the rank still computes, so that data move meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,23 @@ _DATA, _ANNOUNCEMENT = 1, 2  # tags: a receive of the latter may be posted ahead
 _DIMENSIONS = 3  # of what is announced
 
 
+class Meanwhile:
+    """What a rank does instead of waiting, once in a pass: before it waits for what it receives first."""
+
+    def __init__(self) -> None:
+        self._todo: Callable[[], None] | None = None
+
+    def plan(self, todo: Callable[[], None] | None) -> None:
+        """For the pass that begins."""
+        self._todo = todo
+
+    def do(self) -> None:
+        """Do it, if it has not been done."""
+        todo, self._todo = self._todo, None
+        if todo is not None:
+            todo()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Edge:
     """Two sides that exchange activations and gradients, seen from one rank.
@@ -53,6 +70,7 @@ class Edge:
         backward_group: has all ranks; only gradients go over it. With groups of their own, the two directions keep
             their own order in NCCL, and none waits behind the other.
         spans: where transfers are recorded.
+        meanwhile: done where the rank would wait.
     """
 
     kind: str
@@ -64,6 +82,7 @@ class Edge:
     forward_group: dist.ProcessGroup
     backward_group: dist.ProcessGroup
     spans: Spans
+    meanwhile: Meanwhile
 
     def group(self, direction: str) -> dist.ProcessGroup:
         return self.forward_group if direction == FORWARD else self.backward_group
@@ -197,6 +216,7 @@ class ReceiveLane:
         with self._edge.spans.span(self._work, self._number):
             self._post_up_to(self._number + 1 + self._ahead)
             parts, works = self._posted.popleft()
+            self._edge.meanwhile.do()
             for work in works:
                 work.wait()
             if isinstance(self._shapes[self._number], Announced):

@@ -47,9 +47,14 @@ class Telemetry:
             infra: layout and recorder.
             device: of this rank.
         """
-        self._layout = infra.layout
         self._spans = infra.spans
         self._device = device
+        self._rank = dist.get_rank()
+        self._counted = []  # modules of which this rank counts what it reads: each replica does once
+        for name in infra.participating_modules:
+            place = infra.layout.modules[name].coordinates(self._rank)
+            if not place["tp"] and not place["pp"]:
+                self._counted.append(name)
         self._places = [
             (rank, name) for rank in range(infra.layout.world_size) for name in infra.layout.modules_on(rank)
         ]
@@ -59,10 +64,8 @@ class Telemetry:
 
     def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
         """A batch of the window that is running. Reads sizes only, no tensors."""
-        for name, sums in self._in_window.items():
-            place = self._layout.modules[name].coordinates(dist.get_rank())
-            if place["tp"] or place["pp"]:
-                continue  # each replica counts once
+        for name in self._counted:
+            sums = self._in_window[name]
             for microbatch in microbatches:
                 if name == LANGUAGE:
                     sums["samples"] += microbatch["input_ids"].size(0)
@@ -92,7 +95,7 @@ class Telemetry:
         self._read()
         numbers = torch.zeros(len(self._places), len(_FIGURES), dtype=torch.float64)
         for place, (rank, name) in enumerate(self._places):
-            if rank == dist.get_rank():
+            if rank == self._rank:
                 sums = self._sums[name]
                 sums["memory"] = peak_memory(self._device)
                 numbers[place] = torch.tensor([sums[figure] for figure in _FIGURES], dtype=torch.float64)

@@ -18,6 +18,7 @@ _COLOURS = {
     "backward": "#0072b2",
     "bridge": "#f0bc5e",
     "pipeline": "#f6ec8f",
+    "loading": "#d55e00",
     "reduce": "#cc79a7",
     "optimizer": "#009e73",
     "sum": "#c9c9c9",

@@ -15,6 +15,7 @@ KINDS = {
     "backward": "backward",
     "bridge": "bridge: wait, transfer",
     "pipeline": "pipeline: wait, transfer",
+    "loading": "loading the next batch",
     "reduce": "gradient reduction",
     "optimizer": "norms, update",
     "sum": "all ranks: wait, add up",

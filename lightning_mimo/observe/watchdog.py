@@ -23,7 +23,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from lightning_mimo.layout import MimoLayout
-from lightning_mimo.spans import COMPUTING, Spans
+from lightning_mimo.spans import COMPUTING, LOADING, Spans
 
 _FRAMES = 4
 _COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
@@ -120,7 +120,7 @@ class Watchdog:
             verb = "waited" if in_collective else "not gone on"
             return Report(waits=in_collective, words=f"has {verb} for {silent:.0f} s after: {last}; {_place(frame)}")
         peers = f", {_preposition(span.work.words)} {_ranks(span.work.peers)}" if span.work.peers else ""
-        if span.work.kind not in COMPUTING:
+        if span.work.kind not in (*COMPUTING, LOADING):
             return Report(waits=True, words=f"has waited {silent:.0f} s to {span}{peers}")
         if in_collective:
             return Report(waits=True, words=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.routes import Routes
 from lightning_mimo.spans import Spans
-from lightning_mimo.transfers import Announced, Edge, Inlet, Outlet, Shapes
+from lightning_mimo.transfers import Announced, Edge, Inlet, Meanwhile, Outlet, Shapes
 from tests.multiprocess.rank_pool import RankPool
 
 LATE = 1.0  # seconds after which the other side receives
@@ -28,6 +28,7 @@ def edge(routes: Routes, groups: list[dist.ProcessGroup], *, in_flight: int = 8)
         forward_group=groups[0],
         backward_group=groups[1],
         spans=Spans(),
+        meanwhile=Meanwhile(),
     )
 
 

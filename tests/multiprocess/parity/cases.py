@@ -103,6 +103,10 @@ CASES = {
     **{name: Case(layout=layout) for name, layout in LAYOUTS.items()},
     # ---- sequence parallel
     "sequence_parallel-language_tp2": Case(layout=apart(Cut(dp=2), Cut(tp=2), sequence_parallel=True)),
+    "images_pp3-language_dp2": Case(task=task(image_layers=3), layout=apart(Cut(pp=3), Cut(dp=2), num_microbatches=6)),
+    "images_pp4-language_tp2pp2": Case(
+        task=task(image_layers=4), layout=apart(Cut(pp=4), Cut(tp=2, pp=2), num_microbatches=6)
+    ),
     "sequence_parallel-language_tp4pp2": Case(layout=apart(Cut(), Cut(tp=2, pp=2), sequence_parallel=True)),
     "sequence_parallel-colocated-language_tp4": Case(
         layout=together(Cut(dp=4), Cut(tp=4), num_microbatches=3, sequence_parallel=True)

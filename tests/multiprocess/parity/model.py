@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -119,6 +119,7 @@ class Model:
     """Which model is trained, the same in every layout.
 
     Attributes:
+        image_layers: of the image encoder.
         audio: with a second encoder.
         clip_encoder: the class of that encoder; None is an AudioEncoder, which wants Samples(dense=True).
         style: of the language module, with fewer heads of keys and values where it is "llama".
@@ -130,6 +131,7 @@ class Model:
         overrides: as for build_optimizer.
     """
 
+    image_layers: int = 2
     audio: bool = False
     clip_encoder: type[torch.nn.Module] | None = ClipEncoder
     style: Literal["gpt", "llama"] = "gpt"
@@ -142,7 +144,7 @@ class Model:
 
 
 class ParityModule(MimoModule):
-    """The model of a case; two image and four language layers of four heads."""
+    """The model of a case; four language layers, and of everything four heads."""
 
     def __init__(self, model: Model, *, sequence_parallel: bool = False, recompute: Recompute | None = None) -> None:
         super().__init__(pad_token_id=0, frozen=model.frozen)
@@ -161,7 +163,8 @@ class ParityModule(MimoModule):
             recompute=self._recompute,
         )
         grid = ImageGrid(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE)
-        encoders = {"images": Encoder(grid=grid, size=small, token_id=IMAGE)}
+        pictures = replace(small, num_layers=choice.image_layers)
+        encoders = {"images": Encoder(grid=grid, size=pictures, token_id=IMAGE)}
         if choice.audio and choice.clip_encoder is None:
             encoders["audio"] = Encoder(grid=CLIP_GRID, size=small, token_id=CLIP)
         config = multimodal_config(
