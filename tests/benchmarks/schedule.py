@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -130,11 +131,13 @@ class Step:
         seconds: from one batch to the next.
         processor: seconds of this rank.
         stolen: seconds in which the machine's cores belonged to others, as far as its kernel knows.
+        queued: seconds in which this rank could have gone on, but all cores were taken; 0 where no kernel tells.
     """
 
     seconds: float
     processor: float
     stolen: float
+    queued: float
 
     @property
     def is_calm(self) -> bool:
@@ -143,11 +146,18 @@ class Step:
 
 class _Steps(pl.Callback):
     def __init__(self) -> None:
-        self.marks: list[tuple[float, float, float]] = []
+        self.marks: list[Step] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
         stolen = getattr(psutil.cpu_times(), "steal", 0.0)
-        self.marks.append((time.perf_counter(), time.process_time(), stolen))
+        clocks = time.perf_counter(), time.process_time()
+        self.marks.append(Step(seconds=clocks[0], processor=clocks[1], stolen=stolen, queued=_queued()))
+
+
+def _queued() -> float:
+    """Seconds that this thread has waited for a core so far, as Linux counts them."""
+    file = Path("/proc/thread-self/schedstat")
+    return int(file.read_text().split()[1]) / 1e9 if file.exists() else 0.0
 
 
 def _train(case: Case, steps: int) -> list[Step]:
@@ -175,7 +185,7 @@ def _train(case: Case, steps: int) -> list[Step]:
     trainer.fit(SleepingModule(costs, uneven=case.uneven), DataLoader(data, batch_size=batch))
     strategy.infra.destroy()
     return [
-        Step(seconds=end[0] - begin[0], processor=end[1] - begin[1], stolen=end[2] - begin[2])
+        Step(**{name: value - getattr(begin, name) for name, value in asdict(end).items()})
         for begin, end in pairwise(timer.marks[1:])
     ]
 
@@ -191,7 +201,10 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
         calm = [case.ideal / step.seconds for step in steps if step.is_calm]
         efficiency = [case.ideal / step.seconds for step in steps]
         middle = statistics.median(calm or efficiency)
-        shares = [sum(step.processor for step in rank) / sum(step.seconds for step in rank) for rank in ranks]
+        shares, queued = (
+            [sum(getattr(step, what) for step in rank) / sum(step.seconds for step in rank) for rank in ranks]
+            for what in ("processor", "queued")
+        )
         rows.append(
             [
                 name,
@@ -204,6 +217,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
                 statistics.median(efficiency),
                 max(shares),
                 sum(shares) / (os.cpu_count() or 1),
+                sum(queued) / len(queued),
                 "" if middle >= TARGET else "missed",
             ]
         )
@@ -222,6 +236,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
                 "of all",
                 "CPU / wall",
                 "cores busy",
+                "no core",
             ),
             f"target {TARGET}",
         ),
@@ -229,7 +244,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
         notes=(
             f"Of calm steps, if there are any: others had less than {CALM:.0%} of the time on this machine's cores.",
             "of all: median of all steps. CPU / wall: of the busiest rank. cores busy: by all ranks, which wake up",
-            "together and then wait for a core; above 0.3 the cores would limit what is measured.",
+            "together and then wait for a core: no core is that part of the time, mean of the ranks' main threads.",
             "uneven images: microbatches take the encoder 0.3 to 1.7 of the mean; the ideal has the same run-ahead.",
         ),
         details=details,
