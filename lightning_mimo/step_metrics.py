@@ -52,11 +52,10 @@ def forget_step_metrics(module: pl.LightningModule, prefix: str) -> None:
     """
     begin = f"{module._current_fx_name}.{prefix}"
     for key, metric in (module.trainer._results or {}).items():
-        if key.startswith(begin):
+        if not metric.has_reset and key.startswith(begin):
             metric.has_reset = True
 
 
 def _put(metric: torch.nn.Module, value: torch.Tensor) -> None:
     """What update() comes to for a value that is logged in steps only, as the type of the first one made sure."""
-    metric.value = metric._forward_cache = value
-    metric.has_reset = False
+    vars(metric).update(value=value, _forward_cache=value, has_reset=False)
