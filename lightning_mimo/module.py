@@ -29,6 +29,9 @@ from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 register()
 
 
+_SET_IN_EVERY_STEP = ("_current_fx_name", "_sees_microbatches")  # the former by Lightning, around every hook
+
+
 class MimoModule(pl.LightningModule):
     """A MimoModel under Lightning. Override :meth:`configure_mimo`, :meth:`configure_optimizers`, maybe :meth:`loss`.
 
@@ -59,8 +62,8 @@ class MimoModule(pl.LightningModule):
         self._sees_microbatches = False
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_current_fx_name":
-            # Set by Lightning before and after every hook; torch would ask each time whether it is a parameter.
+        if name in _SET_IN_EVERY_STEP:
+            # torch would ask each time whether it is a parameter.
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)

@@ -89,6 +89,17 @@ class GlobalBatchSchedule:
             self._communicator = MimoPipelineCommunicator(
                 infra, model.config, needs_gradient=self._flow.leaves, encoder_run_ahead=encoder_run_ahead
             )
+        groups, pass_of_all = self._groups_and_pass()
+        self._pass = partial(
+            pass_of_all,
+            model=model,
+            pg_collection=groups,
+            p2p_communicator=self._communicator,
+            # Both are read off the tensors, since variable_seq_lengths is set.
+            seq_length=0,
+            micro_batch_size=0,
+        )
+        self._frozen_inputs = [name for name in infra.layout.modules if not self._needs_gradient_here(name)]
         model.config.finalize_model_grads_func = self._finalize
         language = infra.layout.modules[LANGUAGE]
         self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
@@ -209,30 +220,31 @@ class GlobalBatchSchedule:
             return self._computing.output(output), after
 
         self._computing.begin()
-        groups = build_pg_collection_for_schedule(self._infra)
-        arguments: dict[str, Any] = {"pg_collection": groups, "p2p_communicator": self._communicator}
-        if self._communicator is None:
-            groups = self._infra.pg_collections[LANGUAGE]
-            arguments = {"pg_collection": groups}
-            run = get_forward_backward_func(pp_size=1, vp_size=None)
-        else:
+        if self._communicator is not None:
             self._communicator.begin(microbatches, forward_only=forward_only, meanwhile=meanwhile)
-            run = get_forward_backward_func(schedule_pg_collection=groups)
-        store = run(
+        store = self._pass(
             forward_step_func=step,
             data_iterator=iter(microbatches),
-            model=self._model,
             num_microbatches=len(microbatches),
-            # Both are read off the tensors, since variable_seq_lengths is set.
-            seq_length=0,
-            micro_batch_size=0,
             forward_only=forward_only,
             collect_non_loss_data=collect_non_loss_data,
-            **arguments,
         )
         if self._communicator is not None:
             self._communicator.finish()
         return store
+
+    def _groups_and_pass(self) -> tuple[Any, Callable[..., list[Any]]]:
+        """Process groups in the form that a schedule of Megatron's takes, and the schedule."""
+        if self._communicator is None:
+            return self._infra.pg_collections[LANGUAGE], get_forward_backward_func(pp_size=1, vp_size=None)
+        groups = build_pg_collection_for_schedule(self._infra)
+        return groups, get_forward_backward_func(schedule_pg_collection=groups)
+
+    def _needs_gradient_here(self, name: str) -> bool:
+        """Whether what this rank receives of a module needs a gradient."""
+        sizes = self._infra.layout.modules[name]
+        is_own = name in self._infra.participating_modules
+        return self._flow.leaves(name, (sizes.coordinates(dist.get_rank())["pp"] if is_own else sizes.pp) - 1)
 
     def _cut_frozen_inputs(self) -> None:
         """Begin no graph at an activation that needs no gradient: the stage behind it may be frozen as well.
@@ -240,11 +252,8 @@ class GlobalBatchSchedule:
         megatron-core receives all of them as if they needed one.
         """
         inputs = getattr(self._model, "input_tensors", None)
-        for name in list(inputs) if isinstance(inputs, dict) else ():
-            sizes = self._infra.layout.modules[name]
-            is_own = name in self._infra.participating_modules
-            sender = sizes.coordinates(dist.get_rank())["pp"] - 1 if is_own else sizes.pp - 1
-            if not self._flow.leaves(name, sender):
+        for name in self._frozen_inputs if isinstance(inputs, dict) else ():
+            if name in inputs:
                 inputs[name] = inputs[name].detach()
 
     def _finalize(

@@ -32,6 +32,7 @@ from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model_summary import take_the_place
+from lightning_mimo.no_profiler import take_the_place_of_no_profiler
 from lightning_mimo.observe.watchdog import Watchdog
 from lightning_mimo.parallelism import ModuleParallelism
 from lightning_mimo.precision import MimoPrecision
@@ -242,6 +243,7 @@ class MimoStrategy(RunningStrategy):
         trainer._accelerator_connector.use_distributed_sampler = False
         take_the_place(trainer.callbacks)
         take_the_place_of_epoch_loop(trainer)
+        take_the_place_of_no_profiler(trainer)
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
