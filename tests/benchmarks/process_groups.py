@@ -16,6 +16,7 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 
 from lightning_mimo import MimoLayout, MimoModelInfra
 from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.infra import _DENSE_GROUPS, _EXPERT_GROUPS
 from lightning_mimo.parallelism import DENSE_AXES, EXPERT_AXES
 from lightning_mimo.process_groups import EXPERT_VIEW
@@ -53,7 +54,8 @@ class _Builds:
         self.counts: dict[str, list[int]] = {}
 
     def shared(self) -> float:
-        infra, seconds = self._timed("shared", lambda: MimoModelInfra.build(self._layout))
+        with megatron_on_cpu():  # as in a run: groups also share what waits for data
+            infra, seconds = self._timed("shared", lambda: MimoModelInfra.build(self._layout))
         infra.destroy()
         return seconds
 
