@@ -26,7 +26,16 @@ _CPU = torch.device("cpu")
 # torch's own list of functions that take a device, of those that are called as torch.NAME; its cached answer must be
 # there before any of them is replaced.
 _FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) is each)
-_FACTORIES += ["empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like"]
+_FACTORIES += [
+    "empty_like",
+    "full_like",
+    "normal",
+    "ones_like",
+    "rand_like",
+    "randint_like",
+    "randn_like",
+    "zeros_like",
+]
 _NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
@@ -182,14 +191,16 @@ def _with_one_device(process_group: type) -> type:
 
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, enable_reconfigure: bool = False):
             cls = type(self)
-            if cls._first is None:
+            if enable_reconfigure:  # older torch does not know of it, nor ask for it
+                super().__init__(store, rank, size, timeout=timeout, enable_reconfigure=True)
+            elif cls._first is None:
                 super().__init__(store, rank, size, timeout=timeout)
                 cls._first = self.options
-                return
-            options = process_group._Options()
-            options._devices, options._threads = cls._first._devices, cls._first._threads
-            options._timeout = timeout
-            super().__init__(store, rank, size, options)
+            else:
+                options = process_group._Options()
+                options._devices, options._threads = cls._first._devices, cls._first._threads
+                options._timeout = timeout
+                super().__init__(store, rank, size, options)
 
     return SharingProcessGroupGloo
 
