@@ -34,7 +34,7 @@ StepListener = Callable[[list[Span]], None]
 """Is given what this rank recorded of an optimizer step."""
 
 
-_LOAD = Work(kind=LOADING, words="load the next batch")
+_LOAD = Work(kind=LOADING, words="loading of the next batch")
 
 
 class BatchRunner:

@@ -111,7 +111,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         """Call it before every pass.
 
         Args:
-            microbatches: that go through the schedule, as :class:`lightning_mimo.data.MicrobatchCollator` makes them.
+            microbatches: that go through the schedule, made by :class:`lightning_mimo.collation.MicrobatchCollator`.
             forward_only: whether no gradient comes back.
             meanwhile: what this rank does before it waits for others first; never, if it receives nothing.
         """

@@ -25,7 +25,8 @@ from torch.utils.data import (
 )
 
 from lightning_mimo.batching import RankBatchPlan
-from lightning_mimo.data import GlobalOrder, MicrobatchCollator, RankBatchSampler, shard_dataloader
+from lightning_mimo.collation import MicrobatchCollator
+from lightning_mimo.data import GlobalOrder, RankBatchSampler, shard_dataloader
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import ModuleParallelism as Sizes
 
