@@ -17,7 +17,7 @@ The package is built in rings; a file imports from its own ring or from one furt
     ring 2  cluster, registration, module, data,       Lightning: what users subclass and what the Trainer calls
             precision, launcher, preemption, position,
             trainer_check, model_summary,
-            epoch_loop, step_metrics,
+            epoch_loop, used_hooks, step_metrics,
             batch_runner, run_checkpoints, run_data,
             world_strategy, running_strategy,
             strategy, step_trace

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,9 @@ from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.preemption import Signals
 from lightning_mimo.sample_check import check_samples
-from lightning_mimo.schedule import BatchTotals, GlobalBatchSchedule, Microbatch
+from lightning_mimo.schedule import BatchFigures, BatchTotals, GlobalBatchSchedule, Microbatch
 from lightning_mimo.spans import LOADING, Span, Work
-from lightning_mimo.step_metrics import log_step_metrics
+from lightning_mimo.step_metrics import StepMetrics
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""
@@ -43,7 +43,6 @@ class BatchRunner:
     Attributes:
         hold: whether more batches of the same accumulation window follow the next one.
         must_stop: whether the run is to end after the batch that was the last one; the same on every rank.
-        telemetry: what is to be logged of the modules after this step; the same on every rank.
         listeners: are given the spans of every step when it is done.
     """
 
@@ -60,6 +59,7 @@ class BatchRunner:
         signals: Signals,
         telemetry: bool,
         load_ahead: Callable[[], None],
+        metrics: StepMetrics | None,
     ) -> None:
         """Collective over the world: builds the bridges.
 
@@ -74,15 +74,16 @@ class BatchRunner:
             signals: what this rank was told.
             telemetry: whether to find out what each module does.
             load_ahead: loads the next batch to train on.
+            metrics: where what a step came to is shown; ``None`` for nowhere.
         """
         self.hold = False
         self.must_stop = False
-        self.telemetry: dict[str, float] = {}
         self.listeners: list[StepListener] = []
         self._telemetry = Telemetry(infra, device) if telemetry else None
         self._step_ended = 0.0
         self._signals = signals
         self._load_ahead = load_ahead
+        self._metrics = metrics
         self._module = module
         self._infra = infra
         self._global_batch_size = global_batch_size
@@ -91,7 +92,7 @@ class BatchRunner:
         self._on_nonfinite = on_nonfinite
         self._schedule = GlobalBatchSchedule(module.model, infra, encoder_run_ahead=encoder_run_ahead)
         self._window: Generators | None = None
-        self._last: tuple[Batch, int] | None = None
+        self._last: tuple[Batch, int, BatchTotals] | None = None
         self._losses: list[tuple[int, torch.Tensor]] = []  # of the window's batches
         self._step_started = 0.0
 
@@ -112,7 +113,6 @@ class BatchRunner:
             # To go back to if a checkpoint is saved inside of the window, which takes more than one batch.
             self._window = generators() if self.hold else {}
         optimizer.outcome = None
-        self._last = batch, batch_idx
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
         with self._module.microbatches():
@@ -125,27 +125,31 @@ class BatchRunner:
                 also=self._figures_to_share(batch),
                 meanwhile=self._load_next if self._another_follows(batch_idx) else None,
             )
-        self._losses.append((batch_idx, totals.loss))
-        loss, now, shown = totals.loss.float(), time.perf_counter(), {}
-        if self._step_started:
-            shown["train/tokens_per_s"] = totals.tokens.float() / (now - self._step_started)
-        self._step_started = now
-        shown["train/loss"] = loss
-        shown |= {f"train/{name}": (total / count).float() for name, (total, count) in totals.metrics.items()}
-        log_step_metrics(self._module, shown, prog_bar=True)
-        return loss
+        loss = totals.loss
+        self._losses.append((batch_idx, loss))
+        self._last = batch, batch_idx, totals
+        if self.hold:
+            self._show_held(totals)
+        return loss.float()
 
-    def close_window(self, outcome: StepOutcome) -> None:
+    def close_window(self, optimizer: MimoTorchOptimizer) -> None:
         """The optimizer has stepped: the next batch begins a new accumulation window.
+
+        Args:
+            optimizer: says what came of it.
 
         Raises:
             NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
                 merely too large or such steps are to be left out.
         """
         self._window = None
+        outcome = optimizer.outcome
         self.must_stop = outcome.stop
-        self._account_for_step(outcome)
-        (batch, batch_idx), self._last = self._last, None
+        (batch, batch_idx, totals), self._last = self._last, None
+        shared = len(outcome.also) - len(totals.sums)  # the batch's sums come last
+        of_modules = self._account_for_step(outcome.also[:shared])
+        of_step = _figures_of(outcome, optimizer.skipped_steps)
+        self._show(totals.figures(outcome.also[shared:]), of_step | of_modules)
         losses, self._losses = self._losses, []
         if outcome.updated or outcome.overflow:
             return
@@ -186,14 +190,43 @@ class BatchRunner:
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
         return None if self.hold or not every or steps % every else self._telemetry.figures()
 
-    def _account_for_step(self, outcome: StepOutcome) -> None:
+    def _account_for_step(self, shared: Sequence[float]) -> dict[str, float]:
+        """Tell the listeners what was done in it; what is to be logged of the modules, from what ranks have shared."""
         spans, now = self._infra.spans.take(), time.perf_counter()
+        described = {}
         if self._telemetry is not None:
-            self.telemetry = self._telemetry.describe(outcome.also) if outcome.also else {}
+            described = self._telemetry.describe(shared) if shared else {}
             self._telemetry.add(spans, now - self._step_ended)
         self._step_ended = now
         for listener in tuple(self.listeners):
             listener(spans)
+        return described
+
+    def _show(self, figures: BatchFigures, of_step: Mapping[str, float]) -> None:
+        """Loggers, callbacks and the progress bar get what the last batch of a window and its step came to."""
+        if self._metrics is None:
+            return
+        in_bar = {"train/loss": figures.loss}
+        if seconds := self._seconds_of_batch():
+            in_bar["train/tokens_per_s"] = figures.tokens / seconds
+        in_bar |= {f"train/{name}": mean for name, mean in figures.means().items()}
+        self._metrics.show({**in_bar, **of_step}, prog_bar=in_bar)
+
+    def _show_held(self, totals: BatchTotals) -> None:
+        """Callbacks get what an earlier batch of a window came to, as tensors that nobody has to wait for."""
+        if self._metrics is None:
+            return
+        values = {"train/loss": totals.loss}
+        if seconds := self._seconds_of_batch():
+            values["train/tokens_per_s"] = totals.sums[1] / seconds
+        means = totals.sums[2::2] / totals.sums[3::2]
+        values |= {f"train/{name}": mean for name, mean in zip(totals.names, means, strict=True)}
+        self._metrics.show_tensors({name: value.float() for name, value in values.items()})
+
+    def _seconds_of_batch(self) -> float | None:
+        """Since the end of the batch before, if it was one of training."""
+        before, self._step_started = self._step_started, time.perf_counter()
+        return self._step_started - before if before else None
 
     @property
     def open_window(self) -> tuple[int, Generators | None]:
@@ -225,7 +258,7 @@ class BatchRunner:
                 self._module.loss,
                 stop=self._signals.received is not None,
             )
-        self._log(stage, totals)
+        self._log(stage, totals.read())
         return totals.loss.float()
 
     def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
@@ -263,13 +296,22 @@ class BatchRunner:
         if self._check == "always" or (self._check == "first" and batch_idx == 0):
             check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
 
-    def _log(self, stage: str, totals: BatchTotals) -> None:
+    def _log(self, stage: str, figures: BatchFigures) -> None:
         """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
         how = {"prog_bar": True, "on_step": False, "on_epoch": True}
-        self._module.log(f"{stage}/loss", totals.loss.float(), batch_size=int(totals.tokens), **how)
-        for name, (total, count) in totals.metrics.items():
-            if counted := int(count):
-                self._module.log(f"{stage}/{name}", (total / count).float(), batch_size=counted, **how)
+        self._module.log(f"{stage}/loss", figures.loss, batch_size=int(figures.tokens), **how)
+        for name, mean in figures.means().items():
+            if counted := int(figures.metrics[name][1]):
+                self._module.log(f"{stage}/{name}", mean, batch_size=counted, **how)
+
+
+def _figures_of(outcome: StepOutcome, skipped_steps: int) -> dict[str, float]:
+    """What is logged of an optimizer step."""
+    figures = {"train/skipped_steps": float(skipped_steps)}
+    if outcome.updated:
+        figures["train/grad_norm"] = outcome.grad_norm
+        figures |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
+    return figures
 
 
 def _on_any_rank(here: bool, *, device: torch.device) -> bool:

@@ -22,7 +22,6 @@ from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.param_groups import OptimizerOverride
 from lightning_mimo.registration import register
 from lightning_mimo.schedule import Metrics, Microbatch
-from lightning_mimo.step_metrics import forget_step_metrics, log_step_metrics
 from lightning_mimo.vocab_parallel import greedy_tokens, token_losses
 
 # Here, because nobody trains anything without a MimoModule.
@@ -229,20 +228,6 @@ class MimoModule(pl.LightningModule):
             numerics = self.trainer.precision_plugin.numerics
             self.model = build_mimo_model(self.configure_mimo(self.infra), self.infra, seed=seed, numerics=numerics)
             freeze(self.model, self.infra, self.frozen)
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the optimizer step found, if this batch had one. Call ``super()`` where you override it."""
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        if (outcome := optimizer.outcome) is None:
-            return
-        telemetry = self.trainer.strategy.telemetry
-        metrics = {"train/skipped_steps": float(optimizer.skipped_steps), **telemetry}
-        if outcome.updated:
-            metrics["train/grad_norm"] = outcome.grad_norm
-            metrics |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
-        if not telemetry:
-            forget_step_metrics(self, "telemetry/")
-        log_step_metrics(self, metrics)
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""

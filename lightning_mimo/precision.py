@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, override
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 
 from lightning_mimo.numerics import Numerics
+from lightning_mimo.packing import PackedList
 
 _NUMERICS = {
     "32-true": Numerics(dtype=torch.float32),
@@ -71,12 +73,24 @@ class MimoPrecision(Precision):
         """What encoders are given in this dtype; text, masks and, with 32-true, everything as the dataset made it."""
         if self.numerics.dtype == torch.float32 or not isinstance(data, list):
             return data
-        return [
+        return PackedList(
             {**microbatch, "modality_inputs": apply_to_collection(inputs, torch.Tensor, self._convert)}
             if (inputs := microbatch.get("modality_inputs"))
             else microbatch
             for microbatch in data
-        ]
+        )
+
+    @override
+    def _after_closure(self, model: pl.LightningModule, optimizer: Any) -> None:
+        """The hooks between the backward passes and the update, as far as somebody has them."""
+        hooks, trainer = model.trainer.strategy.hooks, model.trainer
+        hooks.call("on_before_optimizer_step", optimizer)
+        hooks.call(
+            "configure_gradient_clipping",
+            optimizer,
+            gradient_clip_val=trainer.gradient_clip_val,
+            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+        )
 
     def _convert(self, value: torch.Tensor) -> torch.Tensor:
         return value.to(self.numerics.dtype) if value.is_floating_point() else value

@@ -27,6 +27,7 @@ from lightning_mimo.preemption import Signals
 from lightning_mimo.random_state import seed_megatron
 from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
 from lightning_mimo.run_data import RunData
+from lightning_mimo.used_hooks import UsedHooks
 from lightning_mimo.world_strategy import WorldStrategy
 
 
@@ -35,6 +36,7 @@ class RunningStrategy(WorldStrategy):
 
     Attributes:
         infra: layout, grids and process groups; ``None`` before there are any.
+        hooks: those of a batch; ``None`` before there is a run.
         seed: of initial weights, the order of samples and their augmentation, the same on every rank.
     """
 
@@ -66,6 +68,7 @@ class RunningStrategy(WorldStrategy):
         )
         self.global_batch_size = global_batch_size
         self.infra: MimoModelInfra | None = None
+        self.hooks: UsedHooks | None = None
         self.seed = 0
         self._signals = Signals()
         self._checkpoints: RunCheckpoints | None = None
@@ -133,7 +136,7 @@ class RunningStrategy(WorldStrategy):
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._runner.close_window(optimizer.outcome)
+        self._runner.close_window(optimizer)
         return result
 
     @override
@@ -183,11 +186,6 @@ class RunningStrategy(WorldStrategy):
             int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
         """
         return self._runner.generate(batch, max_new_tokens=max_new_tokens)
-
-    @property
-    def telemetry(self) -> dict[str, float]:
-        """What is to be logged of the modules after this step, the same on every rank; empty where it is not."""
-        return self._runner.telemetry
 
     @property
     def step_listeners(self) -> list[StepListener]:

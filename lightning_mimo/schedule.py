@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -41,18 +42,51 @@ _NORMS = Work(kind="optimizer", words="take the norms of the gradients")
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchFigures:
+    """:class:`BatchTotals`, read to the host.
+
+    Attributes:
+        loss: sum of the token losses / number of loss tokens.
+        tokens: number of loss tokens.
+        metrics: metric name -> (sum, count).
+    """
+
+    loss: float
+    tokens: float
+    metrics: Mapping[str, tuple[float, float]]
+
+    def means(self) -> dict[str, float]:
+        """Metric name -> sum / count; nan where nothing was counted."""
+        return {name: total / count if count else math.nan for name, (total, count) in self.metrics.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchTotals:
     """What one global batch came to, the same numbers on every rank of the world.
 
     Attributes:
-        loss: float64 scalar, sum of the token losses / number of loss tokens.
-        tokens: float64 scalar, number of loss tokens.
-        metrics: metric name -> (sum, count), float64 scalars.
+        sums: float64 ``[2 + 2 * metrics]``, on the device: of token losses, loss tokens, and each metric and its count.
+        names: of the metrics.
     """
 
-    loss: torch.Tensor
-    tokens: torch.Tensor
-    metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    sums: torch.Tensor
+    names: Sequence[str]
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Sum of the token losses / number of loss tokens: float64 scalar, on the device."""
+        return self.sums[0] / self.sums[1].clamp(min=1)
+
+    def read(self) -> BatchFigures:
+        """All of it, in one read from the device."""
+        return self.figures(self.sums.tolist())
+
+    def figures(self, sums: Sequence[float]) -> BatchFigures:
+        """The same where the sums have been read to the host."""
+        loss, tokens, *rest = sums
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        metrics = dict(zip(self.names, pairs, strict=True))
+        return BatchFigures(loss=loss / max(tokens, 1.0), tokens=tokens, metrics=metrics)
 
 
 class GlobalBatchSchedule:
@@ -135,7 +169,7 @@ class GlobalBatchSchedule:
                 their norms. ``None`` keeps them unreduced, because more batches of the same window follow.
             stop: whether this rank wants the run to end after the window; the optimizer is told of it on every rank.
             also: float64 ``[n]``, the same n on every rank: added up over all ranks on the way, and handed to the
-                optimizer, which reads it with everything else. Only with an optimizer.
+                optimizer, which reads it with everything else, and this batch's sums after it. Only with an optimizer.
             meanwhile: what this rank does, once, before it waits for others.
         """
         self._holding = hold = optimizer is None
@@ -148,15 +182,20 @@ class GlobalBatchSchedule:
         # The one collective of a step over all ranks brings what was lost and learned from together.
         own = None if hold else self._found_by_this_rank(optimizer, stop, also)
         totals, found = self._total(store, training=True, and_also=own)
-        self._window_tokens += totals.tokens
-        self._window_loss += totals.loss * totals.tokens
+        self._window_loss += totals.sums[0]
+        self._window_tokens += totals.sums[1]
         if not hold:
             scale = 1.0 / (self._window_tokens.clamp(min=1.0) * optimizer.get_loss_scale().double().reshape(()))
             for module, _ in self._modules:
                 # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
                 module.scale_gradients(scale)
             stops, squares, also = found.split([1, len(optimizer.parts), len(found) - 1 - len(optimizer.parts)])
-            optimizer.receive(squares=squares * scale.square(), loss=self._window_loss, stops=stops[0], also=also)
+            optimizer.receive(
+                squares=squares * scale.square(),
+                loss=self._window_loss,
+                stops=stops[0],
+                also=torch.cat([also, totals.sums]),
+            )
         return totals
 
     def _found_by_this_rank(
@@ -289,9 +328,7 @@ class GlobalBatchSchedule:
         everything = totals if and_also is None else torch.cat([totals, and_also])
         with self._infra.spans.span(_SUM):
             dist.all_reduce(everything)
-        loss, tokens, *pairs = everything[: len(totals)].unbind()
-        metrics = dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
-        batch = BatchTotals(loss=loss / tokens.clamp(min=1), tokens=tokens, metrics=metrics)
+        batch = BatchTotals(sums=everything[: len(totals)], names=names)
         return batch, None if and_also is None else everything[len(totals) :]
 
     def _names_of_metrics(self, store: list[Any], *, training: bool) -> list[str]:

@@ -1,61 +1,68 @@
-"""What is logged in every step, at a price that a step can pay."""
+"""What the strategy finds out in every step, put where Lightning's loggers, callbacks and progress bar look for it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 
 
-def log_step_metrics(
-    module: pl.LightningModule, values: Mapping[str, torch.Tensor | float], *, prog_bar: bool = False
-) -> None:
-    """``module.log(name, value, on_step=True, on_epoch=False)`` for each, from the second time on by a shorter way.
+class StepMetrics(_ResultCollection):
+    """What is logged in training: by the user's hooks as in Lightning, and by the strategy, anew in every batch.
 
-    Lightning's checks of a metric that is logged once more as before, and the copies that it makes of what it knows of
-    it, take longer than all that is left of a step. From the second batch of an epoch on, the new value takes the place
-    of the old one. The progress bar, callbacks and loggers find it where ``log`` would have put it.
-
-    Args:
-        module: in a hook in which it may log.
-        values: names of metrics and scalars, the same on every rank.
-        prog_bar: whether the progress bar shows them.
+    To ``log`` one number takes Lightning longer than all that is left of a step, and at its end it goes through all of
+    them once more, each with a read of its own from the device. The strategy has its numbers on the host already.
     """
-    results, hook = module.trainer._results, module._current_fx_name
-    # In the first batch of an epoch, log() may have to forget what the metrics were in the one before.
-    if results is None or module.trainer._logger_connector._first_loop_iter is not False:
-        results = {}
-    numbers = []
-    for name, value in values.items():
-        metric = results.get(f"{hook}.{name}")
-        if metric is None:
-            module.log(name, value, prog_bar=prog_bar, on_step=True, on_epoch=False)
-        elif isinstance(value, torch.Tensor):
-            _put(metric, value.detach())
-        else:
-            numbers.append((metric, value))
-    if numbers:
-        together = numbers[0][0].value.new_tensor([value for _, value in numbers])
-        for (metric, _), value in zip(numbers, together.unbind(), strict=True):
-            _put(metric, value)
+
+    def __init__(self) -> None:
+        super().__init__(training=True)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._in_bar: dict[str, float] = {}
+
+    def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
+        """What ``log(name, value, on_step=True, on_epoch=False)`` would do for each; in place of those shown before.
+
+        Args:
+            values: names of metrics and numbers, the same on every rank.
+            prog_bar: names of those that the progress bar shows.
+        """
+        tensors = torch.tensor(list(values.values()), dtype=torch.float32).unbind()
+        self._tensors = dict(zip(values, tensors, strict=True))
+        self._in_bar = {name: values[name] for name in prog_bar}
+
+    def show_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The same of numbers that are still on the device, but for the progress bar, which would have to read them.
+
+        Args:
+            tensors: names of metrics and float32 scalars, the same on every rank.
+        """
+        self._tensors = dict(tensors)
+
+    @override
+    def metrics(self, on_step: bool) -> Any:
+        metrics = super().metrics(on_step)
+        if on_step:
+            # What a hook has logged under the same name came later.
+            metrics["callback"] = self._tensors | metrics["callback"]
+            metrics["log"] = self._tensors | metrics["log"]
+            metrics["pbar"] = self._in_bar | metrics["pbar"]
+        return metrics
+
+    @override
+    def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
+        super().reset(metrics, fx)
+        if fx is None:
+            self._tensors, self._in_bar = {}, {}
+
+    def __bool__(self) -> bool:
+        # Also where only the strategy has logged: the Trainer does not look into an empty collection.
+        return True
 
 
-def forget_step_metrics(module: pl.LightningModule, prefix: str) -> None:
-    """Of metrics that are not logged in this step: do not log their last values once more.
-
-    Lightning would also go through them at the end of every step. Callbacks and the progress bar keep the last values.
-
-    Args:
-        module: in the hook in which they are logged.
-        prefix: of their names.
-    """
-    begin = f"{module._current_fx_name}.{prefix}"
-    for key, metric in (module.trainer._results or {}).items():
-        if not metric.has_reset and key.startswith(begin):
-            metric.has_reset = True
-
-
-def _put(metric: torch.nn.Module, value: torch.Tensor) -> None:
-    """What update() comes to for a value that is logged in steps only, as the type of the first one made sure."""
-    vars(metric).update(value=value, _forward_cache=value, has_reset=False)
+def collect_step_metrics(trainer: pl.Trainer) -> StepMetrics:
+    """Have a Trainer take what is logged in training from a collection that the strategy fills, too."""
+    trainer.fit_loop.epoch_loop._results = collection = StepMetrics()
+    return collection

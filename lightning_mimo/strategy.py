@@ -32,6 +32,7 @@ from lightning_mimo.launcher import ForkLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model_summary import take_the_place
+from lightning_mimo.module import MimoModule
 from lightning_mimo.no_profiler import take_the_place_of_no_profiler
 from lightning_mimo.observe.watchdog import Watchdog
 from lightning_mimo.parallelism import ModuleParallelism
@@ -42,7 +43,9 @@ from lightning_mimo.run_checkpoints import RunCheckpoints
 from lightning_mimo.run_data import RunData
 from lightning_mimo.running_strategy import RunningStrategy
 from lightning_mimo.spans import Spans, clock_of
+from lightning_mimo.step_metrics import collect_step_metrics
 from lightning_mimo.trainer_check import check_trainer
+from lightning_mimo.used_hooks import UsedHooks
 
 _CHOICES = {
     "check_samples": ("first", "always", "never"),
@@ -242,7 +245,8 @@ class MimoStrategy(RunningStrategy):
         # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
         trainer._accelerator_connector.use_distributed_sampler = False
         take_the_place(trainer.callbacks)
-        take_the_place_of_epoch_loop(trainer)
+        self.hooks = UsedHooks(trainer, MimoModule)
+        take_the_place_of_epoch_loop(trainer, self.hooks)
         take_the_place_of_no_profiler(trainer)
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
@@ -268,6 +272,7 @@ class MimoStrategy(RunningStrategy):
             signals=self._signals,
             telemetry=self.log_telemetry and trainer.state.fn == TrainerFn.FITTING,
             load_ahead=self._data.load_ahead,
+            metrics=None if trainer.barebones else collect_step_metrics(trainer),
         )
         self._watch()
         if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):

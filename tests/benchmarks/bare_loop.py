@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils.data import DataLoader
 
+from lightning_mimo.data import shard_dataloader
 from lightning_mimo.data_parallel import wrap_with_ddp
 from lightning_mimo.mimo_parallel_utils import build_pg_collection_for_schedule, multimodule_no_sync
 from lightning_mimo.model import build_mimo_model
@@ -67,7 +68,15 @@ class BareLoop:
             p2p_communicator=self._schedule._communicator,
         )
         self._loss = module.loss
-        self._batches = _forever(strategy.process_dataloader(loader))
+        # Not by the strategy, which would take it for what the Trainer trains on.
+        loader = shard_dataloader(
+            loader,
+            strategy._plan,
+            special_token_ids=self._model.special_token_ids,
+            pad_token_id=module.pad_token_id,
+            seed=strategy.seed,
+        )
+        self._batches = _forever(loader)
         self._as_bridge = as_bridge
         self._last = dist.get_world_size() - 1
         language = self._infra.layout.modules[LANGUAGE]

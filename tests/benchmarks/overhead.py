@@ -228,6 +228,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
             "4 ranks, images dp=2, language tp=2. processor: of the main thread, mean of the ranks; else of the clock.",
             "spread: smallest and largest ratio of a round; control: of two neighbouring blocks of the same.",
             "bridge: the bare loop with six collectives more, as Megatron-Bridge has them. Losses of all are equal.",
+            "The strategy loads the next batch while a rank waits for others, bare loops before a step begins.",
         ),
         details=details,
     )

@@ -133,7 +133,9 @@ class Recorder(pl.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
         if (outcome := trainer.optimizers[0].outcome) is not None:
             self.norms.append(outcome.grad_norm)
-            self.telemetry = trainer.strategy.telemetry or self.telemetry
+        for name, value in trainer.callback_metrics.items():
+            if name.startswith("telemetry/"):
+                self.telemetry[name] = float(value)
 
 
 def train(
