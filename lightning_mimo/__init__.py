@@ -3,7 +3,8 @@
 The package is built in rings; a file imports from its own ring or from one further in, never outwards.
 
     ring 0  parallelism, placement, layout, routes,    pure Python: what runs where, checked before anything starts
-            batching, picture, known_warnings
+            batching, picture, known_warnings,
+            frame_room
     ring 1  infra, process_groups, numerics, bridges,  torch + megatron-core: process groups, the model, the schedule,
             mimo_parallel_utils, pipeline, model,      the optimizer, weights on disk, megatron-core on a CPU
             parts, initialization,

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loops.fetchers import _DataFetcher, _DataLoaderIterDataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from lightning_mimo.frame_room import with_room_for_frames
 from lightning_mimo.no_profiler import NoProfiler
 from lightning_mimo.packing import PackedList
 from lightning_mimo.used_hooks import UsedHooks
@@ -47,7 +48,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     @override
     def run(self, data_fetcher: _DataFetcher) -> None:
         try:
-            super().run(data_fetcher)
+            with_room_for_frames(super().run, data_fetcher)
         finally:
             self._validates = None
 

@@ -94,8 +94,7 @@ class OneReadMimoOptimizer(MimoOptimizer):
         self.parts = list(parts)
         self.grad_scaler = _grad_scaler(config)
         self._clipping = [(limit, list(names)) for limit, names in clipping if limit > 0 and names]
-        self._found: torch.Tensor | None = None  # ranks that want to stop, the loss, squared norms
-        self._also: torch.Tensor | None = None
+        self._found: torch.Tensor | None = None  # ranks that want to stop, the loss, squared norms, what else to read
         for _, optimizer in self._inner():
             optimizer.grad_scaler = None
 
@@ -126,32 +125,34 @@ class OneReadMimoOptimizer(MimoOptimizer):
                     squares[self.parts.index(group["part"])] += share * torch.stack(norms).double().square().sum()
         return squares
 
-    def receive(self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor, also: torch.Tensor) -> None:
+    def receive(
+        self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor, also: Sequence[torch.Tensor] = ()
+    ) -> None:
         """What all ranks together came to; the next :meth:`step` goes by it.
 
         Args:
             squares: float64 ``[parts]``, squared norms of the gradients as they now are.
-            loss: float64 scalar, sum of the losses of the window's batches.
-            stops: float64 scalar, how many ranks want the run to end.
-            also: float64 ``[n]``, figures to read to the host on the same occasion.
+            loss: float64 ``[1]``, sum of the losses of the window's batches.
+            stops: float64 ``[1]``, how many ranks want the run to end.
+            also: float64 ``[n]`` each, figures to read to the host on the same occasion.
         """
-        self._found = torch.cat([torch.stack([stops, loss]), squares])
-        self._also = also
+        self._found = torch.cat([stops, loss, squares, *also])
 
     @torch.no_grad()
     def step(self) -> StepOutcome:
         """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange."""
         assert self._found is not None, "step() comes after the schedule's last batch of a window"
         found, self._found = self._found, None
-        is_finite = found.isfinite().all()
-        self._clip(found[2:])
+        own = found[: 2 + len(self.parts)]
+        is_finite = own.isfinite().all()
+        self._clip(own[2:])
         inner = [optimizer.optimizer for _, optimizer in self._inner()]
         decides_on_device = all(_can_skip_on_device(optimizer) for optimizer in inner)
         if decides_on_device:
             for optimizer in inner:
                 optimizer.found_inf = (~is_finite).float()
             self.step_with_ready_grads()
-        stops, loss, *rest = torch.cat([found, self._also]).tolist()
+        stops, loss, *rest = found.tolist()
         squares, also = rest[: len(self.parts)], rest[len(self.parts) :]
         updated = all(map(math.isfinite, (loss, *squares)))
         if updated and not decides_on_device:

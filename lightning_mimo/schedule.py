@@ -114,8 +114,7 @@ class GlobalBatchSchedule:
         self._computing = ComputeSpans(model, infra)
         self._no_sync = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
         self._holding = False
-        self._window_tokens: torch.Tensor | float = 0.0
-        self._window_loss: torch.Tensor | float = 0.0
+        self._window: torch.Tensor | None = None
         self._metric_names: dict[bool, list[str]] = {}
         self._flow = GradientFlow.build(model, infra)
         self._communicator = None
@@ -142,9 +141,9 @@ class GlobalBatchSchedule:
         self.counts_loss = self.computes_loss and language.coordinates(rank)["tp"] == 0
 
     def zero_grad(self) -> None:
-        """Start a new accumulation window: zero all gradient buffers and the token count."""
+        """Start a new accumulation window: zero all gradient buffers, and the sums of its batches."""
         zero_grad_buffer_for_multimodule(self._modules)
-        self._window_tokens = self._window_loss = 0.0
+        self._window = None
 
     def train(
         self,
@@ -180,32 +179,37 @@ class GlobalBatchSchedule:
         with self._no_sync() if hold else contextlib.nullcontext():
             store = self._run(microbatches, forward, loss, forward_only=False, meanwhile=meanwhile)
         # The one collective of a step over all ranks brings what was lost and learned from together.
-        own = None if hold else self._found_by_this_rank(optimizer, stop, also)
+        own = [] if hold else self._found_by_this_rank(optimizer, stop, also)
         totals, found = self._total(store, training=True, and_also=own)
-        self._window_loss += totals.sums[0]
-        self._window_tokens += totals.sums[1]
+        loss_and_tokens = totals.sums[:2]
+        self._window = loss_and_tokens if self._window is None else self._window + loss_and_tokens
         if not hold:
-            scale = 1.0 / (self._window_tokens.clamp(min=1.0) * optimizer.get_loss_scale().double().reshape(()))
-            for module, _ in self._modules:
-                # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
-                module.scale_gradients(scale)
-            stops, squares, also = found.split([1, len(optimizer.parts), len(found) - 1 - len(optimizer.parts)])
-            optimizer.receive(
-                squares=squares * scale.square(),
-                loss=self._window_loss,
-                stops=stops[0],
-                also=torch.cat([also, totals.sums]),
-            )
+            self._scale_and_tell(optimizer, found, totals)
         return totals
+
+    def _scale_and_tell(
+        self, optimizer: OneReadMimoOptimizer, found: Sequence[torch.Tensor], totals: BatchTotals
+    ) -> None:
+        """Divide the gradients by the loss tokens of the window, and tell the optimizer what all ranks came to."""
+        loss, tokens = self._window.split(1)
+        scale = tokens.clamp(min=1.0).reciprocal()
+        if optimizer.grad_scaler is not None:
+            scale = scale / optimizer.get_loss_scale().double()
+        # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
+        without_dimensions = scale.squeeze(0)
+        for module, _ in self._modules:
+            module.scale_gradients(without_dimensions)
+        stops, squares, *also = found
+        optimizer.receive(squares=squares * scale.square(), loss=loss, stops=stops, also=[*also, totals.sums])
 
     def _found_by_this_rank(
         self, optimizer: OneReadMimoOptimizer, stop: bool, also: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> list[torch.Tensor]:
         """What is added up over all ranks beside the loss: whether to stop, squared norms, and what else there is."""
         with self._infra.spans.span(_NORMS):
             squares = optimizer.gradient_squares()
-            stops = squares.new_full((1,), float(stop))
-            return torch.cat([stops, squares] if also is None else [stops, squares, also.to(squares.device)])
+        stops = squares.new_full((1,), float(stop))
+        return [stops, squares] if also is None else [stops, squares, also.to(squares.device)]
 
     @torch.no_grad()
     def evaluate(
@@ -218,7 +222,7 @@ class GlobalBatchSchedule:
         """
         store = self._run(microbatches, forward, loss, forward_only=True)
         stops = torch.full((1,), float(stop), dtype=torch.float64, device=torch.cuda.current_device())
-        totals, stops = self._total(store, training=False, and_also=stops)
+        totals, (stops,) = self._total(store, training=False, and_also=[stops])
         return totals, bool(stops)
 
     @torch.no_grad()
@@ -304,18 +308,18 @@ class GlobalBatchSchedule:
             reduce_gradients(self._infra, self._modules, force_all_reduce=bool(force_all_reduce))
 
     def _total(
-        self, store: list[Any], *, training: bool, and_also: torch.Tensor | None = None
-    ) -> tuple[BatchTotals, torch.Tensor | None]:
+        self, store: list[Any], *, training: bool, and_also: Sequence[torch.Tensor]
+    ) -> tuple[BatchTotals, Sequence[torch.Tensor]]:
         """Add up what the language ranks counted and tell every rank, in one small all-reduce.
 
         Args:
             store: what :func:`_apply_loss` returned for each microbatch.
             training: which metrics there are.
-            and_also: float64 ``[n]``, added up over all ranks on the same occasion.
+            and_also: float64, one dimension each; added up over all ranks on the same occasion, and returned.
         """
         names = self._names_of_metrics(store, training=training)
         device = torch.cuda.current_device()
-        totals = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
         if self.counts_loss:
             for loss, tokens, metrics in store:
                 if sorted(metrics) != names:
@@ -324,12 +328,12 @@ class GlobalBatchSchedule:
                         f"return the same metrics; a metric that does not apply has a count of 0."
                     )
                 flat = [loss, tokens, *(value for name in names for value in metrics[name])]
-                totals += torch.stack([torch.as_tensor(v, device=device).detach().double().reshape(()) for v in flat])
-        everything = totals if and_also is None else torch.cat([totals, and_also])
+                sums += torch.stack([_scalar(value, device) for value in flat])
+        together = torch.cat([sums, *and_also])
         with self._infra.spans.span(_SUM):
-            dist.all_reduce(everything)
-        batch = BatchTotals(sums=everything[: len(totals)], names=names)
-        return batch, None if and_also is None else everything[len(totals) :]
+            dist.all_reduce(together)
+        sums, *rest = together.split([len(sums), *map(len, and_also)])
+        return BatchTotals(sums=sums, names=names), rest
 
     def _names_of_metrics(self, store: list[Any], *, training: bool) -> list[str]:
         """Metric names; known where the loss is computed, told to the other ranks once."""
@@ -350,3 +354,11 @@ def _apply_loss(
     total, tokens, metrics = loss(output, microbatch)
     tokens = torch.as_tensor(tokens, device=total.device).detach()
     return total, tokens.to(torch.int), (total.detach(), tokens, metrics)
+
+
+def _scalar(value: torch.Tensor | float, device: torch.device | int) -> torch.Tensor:
+    """float64, without dimensions and without a graph."""
+    if not isinstance(value, torch.Tensor):
+        value = torch.tensor(value, dtype=torch.float64)
+    value = value.detach().to(device, torch.float64)
+    return value if value.dim() == 0 else value.reshape(())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,12 +54,10 @@ class ComputeSpans:
         self._backward = None
         self._forward.clear()
 
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around the forward pass of one microbatch."""
+    def forward(self) -> Span:
+        """Around the forward pass of one microbatch, in a ``with`` statement."""
         self._microbatch += 1
-        with self._spans.span(self._works[FORWARD, self._main], self._microbatch):
-            yield
+        return self._spans.span(self._works[FORWARD, self._main], self._microbatch)
 
     def output(self, output: Any) -> Any:
         """Watch the backward pass through what the forward pass returned, which is handed back."""

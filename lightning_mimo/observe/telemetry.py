@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +18,11 @@ from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.spans import COMPUTING, Span
 
-_KINDS = {"compute_s": COMPUTING, "bridge_s": ("bridge",), "pipeline_s": ("pipeline",), "reduce_s": ("reduce",)}
-_FIGURES = (*_KINDS, "memory", "samples", "tokens", "seconds", "steps")
+_TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeline": "pipeline_s", "reduce": "reduce_s"}
+"""Kind of work -> figure that it counts for."""
+_TIME_FIGURES = tuple(dict.fromkeys(_TIMES.values()))
+_COUNTS = ("samples", "tokens")
+_FIGURES = (*_TIME_FIGURES, "memory", *_COUNTS, "seconds", "steps")
 _MIB = 2**20
 
 
@@ -58,8 +60,8 @@ class Telemetry:
         self._places = [
             (rank, name) for rank in range(infra.layout.world_size) for name in infra.layout.modules_on(rank)
         ]
-        self._sums: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
-        self._in_window: dict[str, Counter[str]] = {name: Counter() for name in infra.participating_modules}
+        self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in infra.participating_modules}
+        self._in_window = {name: dict.fromkeys(_COUNTS, 0) for name in infra.participating_modules}
         self._unread: list[Span] = []
 
     def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
@@ -86,9 +88,12 @@ class Telemetry:
         self._read()
         self._unread = spans
         for name, sums in self._sums.items():
-            sums.update(self._in_window[name])
-            sums.update({"seconds": seconds, "steps": 1})
-            self._in_window[name].clear()
+            window = self._in_window[name]
+            for count in _COUNTS:
+                sums[count] += window[count]
+                window[count] = 0
+            sums["seconds"] += seconds
+            sums["steps"] += 1
 
     def figures(self) -> torch.Tensor:
         """This rank's figures since the last call: float64 ``[ranks and their modules * figures]``, for a sum."""
@@ -99,15 +104,14 @@ class Telemetry:
                 sums = self._sums[name]
                 sums["memory"] = peak_memory(self._device)
                 numbers[place] = torch.tensor([sums[figure] for figure in _FIGURES], dtype=torch.float64)
-                sums.clear()
+                sums.update(dict.fromkeys(_FIGURES, 0.0))
         return numbers.flatten()
 
     def _read(self) -> None:
-        own = self._spans.own_seconds(self._unread)
+        for (kind, name), seconds in self._spans.own_seconds(self._unread).items():
+            if name and kind in _TIMES:
+                self._sums[name][_TIMES[kind]] += seconds
         self._unread = []
-        for name, sums in self._sums.items():
-            for figure, kinds in _KINDS.items():
-                sums[figure] += sum(own.get((kind, name), 0.0) for kind in kinds)
 
     def describe(self, numbers: Sequence[float]) -> dict[str, float]:
         """Names and values to log, from the sum of :meth:`figures` over all ranks; nothing if no step was done."""
@@ -134,7 +138,7 @@ def peak_memory(device: torch.device) -> float:
 
 def _of_module(ranks: list[dict[str, float]], steps: float, seconds: float) -> dict[str, float]:
     values = {}
-    for figure in _KINDS:
+    for figure in _TIME_FIGURES:
         having = [row[figure] for row in ranks if row[figure] or figure == "compute_s"]
         if having:
             values[figure] = sum(having) / len(having) / steps

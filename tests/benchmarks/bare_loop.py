@@ -97,13 +97,13 @@ class BareLoop:
             sums += torch.stack([torch.stack(each) for each in store]).sum(dim=0)
         sums = torch.cat([sums, mimo.gradient_squares()])
         dist.all_reduce(sums)
-        loss, tokens, squares = sums[0], sums[1].clamp(min=1), sums[2:]
+        loss, tokens, squares = sums.split([1, 1, len(mimo.parts)])
+        scale = tokens.clamp(min=1).reciprocal()
         for module, _ in self._modules:
-            module.scale_gradients(1 / tokens)
-        nothing = torch.zeros(())
-        mimo.receive(squares=squares / tokens**2, loss=loss, stops=nothing.double(), also=sums[:0])
+            module.scale_gradients(scale.squeeze(0))
+        mimo.receive(squares=squares * scale.square(), loss=loss, stops=torch.zeros(1, dtype=torch.float64))
         if self._as_bridge:
-            self._tell(loss / tokens, tokens)
+            self._tell((loss * scale).squeeze(0), tokens.squeeze(0))
         self._optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
