@@ -50,6 +50,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         try:
             with_room_for_frames(super().run, data_fetcher)
         finally:
+            self._keep_metrics()
             self._validates = None
 
     @override
@@ -78,9 +79,24 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         if self._num_ready_batches_reached():
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
         self._hooks.call("on_train_batch_end", {"loss": loss}, batch, batch_idx)
-        connector.on_batch_end()
+        self._results.batch = self._results.batch_size = None
         progress.increment_completed()
         connector.update_train_step_metrics()
+
+    @override
+    def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
+        if self._should_check_val_fx(data_fetcher):
+            self._keep_metrics()
+        super().on_advance_end(data_fetcher)
+
+    def _keep_metrics(self) -> None:
+        """Have the Trainer keep what was logged last, for those that look when this loop is not the one that runs.
+
+        While it is, the Trainer looks into what this loop has logged, and need not be given it after every batch.
+        """
+        connector = self.trainer._logger_connector
+        if isinstance(connector._first_loop_iter, bool):  # a batch has been run
+            connector.on_batch_end()
 
     def _is_short(self, data_fetcher: _DataFetcher) -> bool:
         return (

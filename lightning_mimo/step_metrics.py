@@ -14,12 +14,13 @@ class StepMetrics(_ResultCollection):
     """What is logged in training: by the user's hooks as in Lightning, and by the strategy, anew in every batch.
 
     To ``log`` one number takes Lightning longer than all that is left of a step, and at its end it goes through all of
-    them once more, each with a read of its own from the device. The strategy has its numbers on the host already.
+    them once more, each with a read of its own from the device. The strategy has its numbers on the host already, and
+    makes tensors of them where somebody looks.
     """
 
     def __init__(self) -> None:
         super().__init__(training=True)
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._values: Mapping[str, torch.Tensor | float] = {}
         self._in_bar: dict[str, float] = {}
 
     def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
@@ -29,8 +30,7 @@ class StepMetrics(_ResultCollection):
             values: names of metrics and numbers, the same on every rank.
             prog_bar: names of those that the progress bar shows.
         """
-        tensors = torch.tensor(list(values.values()), dtype=torch.float32).unbind()
-        self._tensors = dict(zip(values, tensors, strict=True))
+        self._values = values
         self._in_bar = {name: values[name] for name in prog_bar}
 
     def show_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -39,15 +39,16 @@ class StepMetrics(_ResultCollection):
         Args:
             tensors: names of metrics and float32 scalars, the same on every rank.
         """
-        self._tensors = dict(tensors)
+        self._values = tensors
 
     @override
     def metrics(self, on_step: bool) -> Any:
         metrics = super().metrics(on_step)
         if on_step:
+            own = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in self._values.items()}
             # What a hook has logged under the same name came later.
-            metrics["callback"] = self._tensors | metrics["callback"]
-            metrics["log"] = self._tensors | metrics["log"]
+            metrics["callback"] = own | metrics["callback"]
+            metrics["log"] = own | metrics["log"]
             metrics["pbar"] = self._in_bar | metrics["pbar"]
         return metrics
 
@@ -55,7 +56,7 @@ class StepMetrics(_ResultCollection):
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
         super().reset(metrics, fx)
         if fx is None:
-            self._tensors, self._in_bar = {}, {}
+            self._values, self._in_bar = {}, {}
 
     def __bool__(self) -> bool:
         # Also where only the strategy has logged: the Trainer does not look into an empty collection.

@@ -143,3 +143,25 @@ def test_a_module_may_end_the_epoch(rank_pool: RankPool, tmp_path: Path) -> None
     for records, *_ in rank_pool.run(run, EndsEarly, tmp_path, short=False, world_size=LAYOUT.ranks):
         ends = [record for record in records if record[0] == "on_train_batch_end"]
         assert [record[5 + 1] for record in ends][:6] == [0, 1, 2, 0, 1, 2]
+
+
+class Breaks(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 2:
+            self.loss = float(trainer.callback_metrics["train/loss"])
+            self.shown = trainer.progress_bar_metrics["train/loss"]
+            raise InterruptedError
+
+
+def break_off() -> None:
+    breaks, module = Breaks(), ParityModule(Model())
+    with pytest.raises(InterruptedError):
+        train(task(steps=4), LAYOUT, module=module, callbacks=[breaks])
+    kept = module.trainer.callback_metrics["train/loss"]
+    assert float(kept) == breaks.loss == pytest.approx(breaks.shown)
+    assert float(module.trainer.logged_metrics["train/loss"]) == breaks.loss
+    module.trainer.strategy.infra.destroy()
+
+
+def test_metrics_of_the_last_batch_are_kept_where_training_breaks_off(rank_pool: RankPool) -> None:
+    rank_pool.run(break_off, world_size=LAYOUT.ranks)
