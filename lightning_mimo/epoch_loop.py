@@ -64,6 +64,8 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             super().advance(data_fetcher)
             return
         trainer, progress, connector = self.trainer, self.batch_progress, self.trainer._logger_connector
+        if self.val_loop.restarting:  # only a validation that was broken off goes on where it was
+            self.val_loop.restarting = False
         batch, _, _ = next(data_fetcher)
         batch_idx = self.batch_idx + 1
         progress.is_last_batch = data_fetcher.done
@@ -158,6 +160,5 @@ def take_the_place_of_epoch_loop(trainer: pl.Trainer, hooks: UsedHooks) -> None:
     theirs = trainer.fit_loop.epoch_loop
     if type(theirs) in (_TrainingEpochLoop, TrainingEpochLoop):
         loop = TrainingEpochLoop(trainer, theirs.min_steps, theirs.max_steps, hooks=hooks)
-        own = {"_hooks": loop._hooks, "_validates": None}
-        vars(loop).update({**vars(theirs), **own})
+        vars(loop).update(vars(theirs) | {"_hooks": hooks, "_validates": None})
         trainer.fit_loop.epoch_loop = loop

@@ -20,17 +20,21 @@ class StepMetrics(_ResultCollection):
 
     def __init__(self) -> None:
         super().__init__(training=True)
-        self._values: Mapping[str, torch.Tensor | float] = {}
+        self._values: Mapping[str, torch.Tensor | float] = {}  # of the last batch
+        self._last: dict[str, torch.Tensor | float] = {}  # of every name, for callbacks
         self._in_bar: dict[str, float] = {}
 
     def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
-        """What ``log(name, value, on_step=True, on_epoch=False)`` would do for each; in place of those shown before.
+        """What ``log(name, value, on_step=True, on_epoch=False)`` would do for each.
+
+        Loggers get these only; callbacks and the progress bar keep the last number of every name.
 
         Args:
             values: names of metrics and numbers, the same on every rank.
             prog_bar: names of those that the progress bar shows.
         """
         self._values = values
+        self._last.update(values)
         self._in_bar = {name: values[name] for name in prog_bar}
 
     def show_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -40,15 +44,16 @@ class StepMetrics(_ResultCollection):
             tensors: names of metrics and float32 scalars, the same on every rank.
         """
         self._values = tensors
+        self._last.update(tensors)
 
     @override
     def metrics(self, on_step: bool) -> Any:
         metrics = super().metrics(on_step)
         if on_step:
-            own = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in self._values.items()}
+            own = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in self._last.items()}
             # What a hook has logged under the same name came later.
             metrics["callback"] = own | metrics["callback"]
-            metrics["log"] = own | metrics["log"]
+            metrics["log"] = {name: own[name] for name in self._values} | metrics["log"]
             metrics["pbar"] = self._in_bar | metrics["pbar"]
         return metrics
 
@@ -56,7 +61,7 @@ class StepMetrics(_ResultCollection):
     def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
         super().reset(metrics, fx)
         if fx is None:
-            self._values, self._in_bar = {}, {}
+            self._values, self._last, self._in_bar = {}, {}, {}
 
     def __bool__(self) -> bool:
         # Also where only the strategy has logged: the Trainer does not look into an empty collection.

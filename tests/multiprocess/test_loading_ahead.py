@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
+import torch
 
 from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.data import ResumableLoader
 from lightning_mimo.spans import LOADING, Span
 from tests.multiprocess.parity.cases import apart, task, together
 from tests.multiprocess.parity.layouts import Layout, train
@@ -69,3 +74,30 @@ def test_every_rank_loads_in_its_first_wait(rank_pool: RankPool) -> None:
 def test_no_batch_is_loaded_that_is_not_trained_on(rank_pool: RankPool) -> None:
     for _, loads, _ in rank_pool.run(load_and_train, APART, limit_train_batches=2, world_size=APART.ranks):
         assert loads == Counter({**dict.fromkeys(range(BATCH), 3), **dict.fromkeys(range(BATCH, 2 * BATCH), 2)})
+
+
+class Noisy(PicturesSoundsAndText):
+    """Draws from every generator that a dataset may draw from."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        pictures = sample["modality_inputs"]["images"]["vit"]
+        pictures["pixel_values"] = pictures["pixel_values"] + torch.rand(()) + np.random.rand() + random.random()
+        return sample
+
+
+def train_with_noise(*, ahead: bool) -> list[float]:
+    what = task(steps=STEPS, samples=Samples(number=SAMPLES), batch=BATCH, dropout=0.2)
+    if ahead:
+        recorder, _, strategy = train(what, APART, dataset=Noisy(Samples(number=SAMPLES)))
+    else:
+        with mock.patch.object(ResumableLoader, "load_ahead"):
+            recorder, _, strategy = train(what, APART, dataset=Noisy(Samples(number=SAMPLES)))
+    strategy.infra.destroy()
+    return recorder.losses
+
+
+def test_loading_ahead_draws_the_same_numbers(rank_pool: RankPool) -> None:
+    ahead = rank_pool.run(train_with_noise, ahead=True, world_size=APART.ranks)
+    assert ahead == rank_pool.run(train_with_noise, ahead=False, world_size=APART.ranks)
+    assert len(set(ahead[0])) == STEPS
