@@ -405,8 +405,10 @@ class FullDisk(pl.Callback):
     """From the second batch on, no file of rank 1 may grow beyond 20 kB."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_step == 1 and trainer.global_rank == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        if trainer.global_step == 1:
+            trainer.strategy.finish_saving()  # the first checkpoint, where it is written behind the training
+            if trainer.global_rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     def teardown(self, trainer, pl_module, stage) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
