@@ -27,7 +27,7 @@ class StepMetrics(_ResultCollection):
     def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
         """What ``log(name, value, on_step=True, on_epoch=False)`` would do for each.
 
-        Loggers get these only; callbacks and the progress bar keep the last number of every name.
+        Loggers and the progress bar get these only; callbacks keep the last number of every name.
 
         Args:
             values: names of metrics and numbers, the same on every rank.

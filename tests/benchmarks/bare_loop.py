@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils.data import DataLoader
 
@@ -18,11 +19,14 @@ from lightning_mimo.mimo_parallel_utils import build_pg_collection_for_schedule,
 from lightning_mimo.model import build_mimo_model
 from lightning_mimo.module import MimoModule
 from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.param_groups import pass_on
 from lightning_mimo.schedule import GlobalBatchSchedule, Microbatch
 
 
 class BareLoop:
-    """Steps a model of its own, beside the one that a Trainer fits: the same start, batches and optimizer.
+    """Steps a model of its own, beside the one that a Trainer fits: the same start and batches.
+
+    megatron-core's MimoOptimizer tells the ranks of overflows, norms and success one after the other.
 
     Modules with ranks of their own only. All methods are collective over the world.
 
@@ -30,14 +34,13 @@ class BareLoop:
         losses: of every step.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: MimoModule, loader: DataLoader, *, as_bridge: bool) -> None:
+    def __init__(self, trainer: pl.Trainer, module: MimoModule, loader: DataLoader) -> None:
         """To be called in ``on_train_start``.
 
         Args:
             trainer: fits ``module``; its strategy's grids are used.
             module: says how the model, the optimizer and the loss are made.
             loader: as for one process.
-            as_bridge: also tell the ranks one by one, in every step, what Megatron-Bridge tells them.
         """
         strategy, self._infra = trainer.strategy, trainer.strategy.infra
         numerics = trainer.precision_plugin.numerics
@@ -77,15 +80,13 @@ class BareLoop:
             seed=strategy.seed,
         )
         self._batches = _forever(loader)
-        self._as_bridge = as_bridge
-        self._last = dist.get_world_size() - 1
         language = self._infra.layout.modules[LANGUAGE]
         self._counts = self._schedule.computes_loss and language.coordinates(dist.get_rank())["tp"] == 0
         self.losses: list[float] = []
 
     def step(self) -> None:
-        """One batch: forward, backward, one all-reduce of the loss and the norms, update."""
-        batch, mimo = next(self._batches), self._optimizer.mimo
+        """One batch: forward, backward, update."""
+        batch = next(self._batches)
         for module, _ in self._modules:
             module.zero_grad_buffer()
         communicator = self._schedule._communicator
@@ -95,30 +96,36 @@ class BareLoop:
         sums = torch.zeros(2, dtype=torch.float64)
         if self._counts:
             sums += torch.stack([torch.stack(each) for each in store]).sum(dim=0)
-        sums = torch.cat([sums, mimo.gradient_squares()])
-        dist.all_reduce(sums)
-        loss, tokens, squares = sums.split([1, 1, len(mimo.parts)])
-        scale = tokens.clamp(min=1).reciprocal()
-        for module, _ in self._modules:
-            module.scale_gradients(scale.squeeze(0))
-        mimo.receive(squares=squares * scale.square(), loss=loss, stops=torch.zeros(1, dtype=torch.float64))
-        if self._as_bridge:
-            self._tell((loss * scale).squeeze(0), tokens.squeeze(0))
-        self._optimizer.step()
+        self.losses.append(self._update(sums))
         if self._scheduler is not None:
             self._scheduler.step()
-        self.losses.append(self._optimizer.outcome.loss)
 
-    def _tell(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
-        """The token count, what megatron-core's MimoOptimizer reduces and reads, and the loss twice."""
-        dist.broadcast(tokens.clone(), src=self._last)
-        for _ in range(3):  # overflow, norm, success
-            found = torch.zeros(1)
-            dist.all_reduce(found, op=dist.ReduceOp.MAX)
-            found.item()
-        loss = loss.clone()
-        dist.all_reduce(loss)
-        dist.broadcast_object_list([float(loss)], src=self._last)
+    def _update(self, sums: torch.Tensor) -> float:
+        """Tell all ranks the loss and its tokens, divide the gradients, and step.
+
+        Args:
+            sums: loss and loss tokens of this rank: float64 ``[2]``.
+
+        Returns:
+            The loss, summed over its tokens.
+        """
+        dist.all_reduce(sums)
+        self._divide(sums[1])
+        self._step()
+        return sums[0].item()
+
+    def _divide(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Divide the gradients by a number of tokens, float64 scalar; by what they have been multiplied."""
+        scale = tokens.clamp(min=1).reciprocal()
+        for module, _ in self._modules:
+            module.scale_gradients(scale)
+        return scale
+
+    def _step(self) -> None:
+        mimo = self._optimizer.mimo
+        pass_on(self._optimizer.param_groups, mimo.param_groups, mimo.config)
+        MimoOptimizer.step(mimo)  # megatron-core's, not what this package makes of it
+        mimo.zero_grad()
 
     def _forward_step(self, iterator: Iterator[Microbatch], model: Any) -> tuple[Any, Any]:
         batch = next(iterator)
@@ -137,6 +144,35 @@ class BareLoop:
     def _loss_of(self, batch: Microbatch, output: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         loss, tokens, _ = self._loss(output, batch)
         return loss, tokens.int(), [loss.detach().double(), tokens.double()]
+
+
+class OneCollectiveLoop(BareLoop):
+    """With this package's optimizer: norms travel with the loss, and the host reads once, after the update."""
+
+    def _update(self, sums: torch.Tensor) -> float:
+        mimo = self._optimizer.mimo
+        together = torch.cat([sums, mimo.gradient_squares()])
+        dist.all_reduce(together)
+        loss, tokens, squares = together.split([1, 1, len(mimo.parts)])
+        scale = self._divide(tokens.squeeze(0))
+        mimo.receive(squares=squares * scale.square(), loss=loss, stops=torch.zeros(1, dtype=torch.float64))
+        self._optimizer.step()
+        return self._optimizer.outcome.loss
+
+
+class BridgeLoop(BareLoop):
+    """Tells the ranks what Megatron-Bridge tells them, one after the other, beside what MimoOptimizer does."""
+
+    def _update(self, sums: torch.Tensor) -> float:
+        source = self._schedule._last_stage.start
+        loss, tokens = sums.split(1)
+        dist.broadcast(tokens, src=source)
+        self._divide(tokens.squeeze(0))
+        self._step()
+        dist.all_reduce(loss)
+        box = [loss.item()]
+        dist.broadcast_object_list(box, src=source)
+        return box[0]
 
 
 def _forever(loader: DataLoader) -> Iterator[Any]:
