@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
-from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 __all__ = ["TransformerSize", "gpt_spec"]
 

@@ -17,11 +17,11 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-class PatchGrid(Protocol):
+class Patches(Protocol):
     """How an item (an image, a clip) becomes patches, and patches become language tokens."""
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Patches of one item."""
 
     @property
@@ -44,19 +44,19 @@ class PatchEncoder(MegatronModule):
     """
 
     def __init__(
-        self, transformer_config: TransformerConfig, grid: PatchGrid, pg_collection: ProcessGroupCollection
+        self, transformer_config: TransformerConfig, patches: Patches, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config=transformer_config)
-        self.grid = grid
+        self.patches = patches
         self._first = pg_collection.pp.rank() == 0
         self._last = pg_collection.pp.rank() == pg_collection.pp.size() - 1
         if self._first:
             dtype, device = transformer_config.params_dtype, torch.cuda.current_device()
             self.patch_embedding = torch.nn.Linear(
-                grid.values_per_patch, transformer_config.hidden_size, dtype=dtype, device=device
+                patches.values_per_patch, transformer_config.hidden_size, dtype=dtype, device=device
             )
             self.positions = torch.nn.Parameter(
-                torch.empty(grid.patches, transformer_config.hidden_size, dtype=dtype, device=device)
+                torch.empty(patches.num_patches, transformer_config.hidden_size, dtype=dtype, device=device)
             )
             torch.nn.init.normal_(self.positions, std=transformer_config.embedding_init_method_std)
         self.decoder = TransformerBlock(
@@ -87,7 +87,7 @@ class PatchEncoder(MegatronModule):
         if not self._last:
             return hidden_states
         # Back to [n, patches, hidden] before anything is flattened: otherwise samples get each other's features.
-        return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.grid.tokens_per_item, -1)
+        return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.patches.tokens_per_item, -1)
 
 
 class PipelinedSubmodules(ModalitySubmodules):
@@ -116,7 +116,7 @@ def modality_spec(
     submodules: type[PipelinedSubmodules],
     encoder_class: type[PatchEncoder],
     encoder_name: str,
-    grid: PatchGrid,
+    patches: Patches,
     encoder: TransformerConfig,
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
@@ -127,7 +127,7 @@ def modality_spec(
         submodules: class of the modality.
         encoder_class: class of the encoder.
         encoder_name: key of the encoder in ``modality_inputs``.
-        grid: how an item becomes tokens.
+        patches: how an item becomes tokens.
         encoder: config of the encoder's transformer.
         projector: config of the projector; its ``hidden_size`` is the language module's, its ``ffn_hidden_size`` the
             width of the layer between.
@@ -140,7 +140,7 @@ def modality_spec(
             "encoders": {
                 encoder_name: ModuleSpec(
                     module=encoder_class,
-                    params={"transformer_config": encoder, "grid": grid, "pg_collection": pg_collection},
+                    params={"transformer_config": encoder, "patches": patches, "pg_collection": pg_collection},
                 )
             },
             "input_projections": [
@@ -150,7 +150,7 @@ def modality_spec(
                         "config": projector,
                         "submodules": MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
                         "projector_type": "mlp",
-                        "input_size": grid.patches_per_token * encoder.hidden_size,
+                        "input_size": patches.patches_per_token * encoder.hidden_size,
                         "pg_collection": pg_collection,
                     },
                 )

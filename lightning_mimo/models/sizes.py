@@ -11,9 +11,9 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from lightning_mimo.initialization import fan_in_normal_
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import LayoutError
+from lightning_mimo.errors import LayoutError
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.initialization import fan_in_normal_
 
 _EMBEDDING_STD = 0.02
 
