@@ -15,7 +15,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.errors import CheckpointError
-from lightning_mimo.mimo.initialization import cut_evenly, shard_group
+from lightning_mimo.mimo.initialization import cut_evenly, partition_of, shard_group
 
 WEIGHT, MAIN = "weight", "main"
 """Kinds of shards: a parameter, and the optimizer's float32 copy of it. Others are names of the optimizer's state."""
@@ -50,11 +50,12 @@ class ShardSpec:
         group = shard_group(parameter, groups)
         if group is None:
             return cls(shape=tuple(shape), stop=parameter.numel())
-        shape[parameter.partition_dim] *= group.size()
+        dim, stride = partition_of(parameter)
+        shape[dim] *= group.size()
         return cls(
             shape=tuple(shape),
-            dim=parameter.partition_dim,
-            stride=parameter.partition_stride,
+            dim=dim,
+            stride=stride,
             tp_rank=group.rank(),
             tp_size=group.size(),
             stop=parameter.numel(),
@@ -89,14 +90,14 @@ def cut(whole: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
     return whole.reshape(-1)[spec.start : spec.stop]
 
 
-def join(shards: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor from shards that cover it; what is there twice counts once.
+def join(pieces: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor from pieces of its shards that cover it; what is there twice counts once.
 
     Raises:
         CheckpointError: if something is missing.
     """
     runs: dict[int, dict[int, tuple[ShardSpec, torch.Tensor]]] = {}
-    for spec, tensor in shards:
+    for spec, tensor in pieces:
         runs.setdefault(spec.tp_rank, {})[spec.start] = (spec, tensor)
     first = next(iter(next(iter(runs.values())).values()))[0]
     shards = [_join_runs(runs.get(rank, {}).values(), first) for rank in range(first.tp_size)]
