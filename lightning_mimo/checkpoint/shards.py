@@ -1,7 +1,7 @@
 """A part of a tensor with its spec in the whole: how shards are written, and put together again for another layout.
 
 A tensor is cut twice: tensor parallelism cuts it along a dimension, and the distributed optimizer cuts what is left
-into runs of consecutive elements. A shard says where it was in both, in numbers that need nothing of the layout.
+into runs of consecutive elements. A :class:`ShardSpec` says where a shard was in both, in numbers that need nothing of the layout.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ShardSpec:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Of the tensor-parallel shard that the shard lies in."""
+        """Shape of the tensor-parallel shard that this one lies in."""
         shape = list(self.shape)
         if shape:
             shape[self.dim] //= self.tp_size
