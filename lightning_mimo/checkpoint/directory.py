@@ -34,7 +34,7 @@ _AT_FDCWD = -100
 
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it gets its spec."""
+    """Where a checkpoint is written before it is complete."""
     return path.parent / _UNFINISHED / path.name
 
 

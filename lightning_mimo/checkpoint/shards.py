@@ -1,7 +1,8 @@
-"""A part of a tensor with its spec in the whole: how shards are written, and put together again for another layout.
+"""A shard and its place in the whole tensor: how tensors are written, and joined again for another layout.
 
 A tensor is cut twice: tensor parallelism cuts it along a dimension, and the distributed optimizer cuts what is left
-into runs of consecutive elements. A :class:`ShardSpec` says where a shard was in both, in numbers that need nothing of the layout.
+into runs of consecutive elements. A :class:`ShardSpec` says where a shard lies in both, in numbers that do not refer to
+the layout.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class ShardSpec:
 
 
 def cut(whole: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
-    """The elements of a whole tensor that lie at a spec, flat."""
+    """The elements of a whole tensor that a spec describes, flat."""
     if spec.tp_size > 1:
         whole = cut_evenly(whole, dim=spec.dim, stride=spec.stride, rank=spec.tp_rank, size=spec.tp_size)
     return whole.reshape(-1)[spec.start : spec.stop]
