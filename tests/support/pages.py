@@ -7,6 +7,7 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
 
@@ -60,3 +61,16 @@ def commands_in(block: Block) -> list[list[str]]:
     """The commands of one block, in words."""
     lines = block.text.replace("\\\n", " ").splitlines()
     return [shlex.split(part) for line in lines for part in line.split(" && ") if part.strip()]
+
+
+def run_blocks(page: Path) -> dict[str, Any]:
+    """Run the Python blocks of a page, each with the names of those before; ``__main__`` does not run.
+
+    Returns:
+        The names that they define.
+    """
+    names: dict[str, Any] = {"__name__": f"block of {page}"}
+    for block in blocks_of(page, "python"):
+        # Empty lines, so that a traceback shows the line of the page.
+        exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
+    return names

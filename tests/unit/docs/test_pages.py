@@ -20,7 +20,7 @@ from tests.support.pages import PAGES, blocks_of
 
 README = Path("README.md").read_text()
 DOCS = {path.relative_to("docs").as_posix(): path.read_text() for path in Path("docs").rglob("*.md")}
-ERRORS = DOCS["guide/errors.md"]
+ERRORS, ARCHITECTURE = DOCS["guide/errors.md"], DOCS["about/architecture.md"]
 QUOTED = [message for message in re.findall(r"^\| `(.+?)` \|", ERRORS, flags=re.MULTILINE) if message != "message"]
 PACKAGE = Path("lightning_mimo")
 
@@ -116,10 +116,13 @@ def test_figures_of_telemetry_are_those_that_are_logged() -> None:
 # ---- architecture
 
 
+def section_of(heading: str, *, before: str) -> str:
+    return ARCHITECTURE[ARCHITECTURE.index(f"# {heading}\n") : ARCHITECTURE.index(f"# {before}\n")]
+
+
 def folder_map() -> Iterator[str]:
     """Names of folders and files of the package, as the architecture page lists them."""
-    block = blocks_of(Path("docs/about/architecture.md"), "text")[0].text
-    yield from re.findall(r"^  (\w+)(?:/|\.py) ", block, re.MULTILINE)
+    yield from (name.rstrip("/").removesuffix(".py") for name in first_column(section_of("Folders", before="Tests")))
 
 
 def test_folder_map_is_complete() -> None:
@@ -137,14 +140,12 @@ def test_folder_map_is_in_the_order_of_imports() -> None:
 
 
 def test_tests_are_where_the_map_says() -> None:
-    block = blocks_of(Path("docs/about/architecture.md"), "text")[1].text
-    folders = re.findall(r"^  (\w+)/ ", block, re.MULTILINE)
+    folders = [name.rstrip("/") for name in first_column(section_of("Tests", before="Read first")) if name != "tests"]
     assert sorted(folders) == sorted(path.parent.name for path in Path("tests").glob("*/__init__.py"))
 
 
 def test_files_to_read_first_exist() -> None:
-    section = DOCS["about/architecture.md"].partition("## Read first")[2].partition("\n## ")[0]
-    files = re.findall(r"`([\w/]+\.py)`", section)
+    files = re.findall(r"`([\w/]+\.py)`", section_of("Read first", before="One training step"))
     assert len(files) > 5
     assert [file for file in files if not (PACKAGE / file).exists()] == []
 

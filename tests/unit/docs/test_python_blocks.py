@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from examples.digits.data import DigitsDataset
-from tests.support.pages import PAGES, blocks_of
+from tests.support.pages import PAGES, blocks_of, run_blocks
 
 WITH_PYTHON = [page for page in PAGES if blocks_of(page, "python")]
-
-
-def run_blocks(page: Path) -> dict[str, Any]:
-    """Names that the blocks of a page define. They see those of the blocks before; ``__main__`` does not run."""
-    names: dict[str, Any] = {"__name__": f"block of {page}"}
-    for block in blocks_of(page, "python"):
-        # Empty lines, so that a traceback shows the line of the page.
-        exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
-    return names
 
 
 def test_there_are_blocks() -> None:
