@@ -56,3 +56,5 @@ from .parallel.infra import MimoModelInfra as MimoModelInfra
 from .strategy.module import MimoModule as MimoModule
 from .strategy.precision import MimoPrecision as MimoPrecision
 from .strategy.strategy import MimoStrategy as MimoStrategy
+
+__version__: str
