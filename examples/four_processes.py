@@ -9,8 +9,8 @@ sizes: what cannot run says why, before any process starts.
 
 from examples.single_process import train
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.picture import draw_layout
+from lightning_mimo.layout.diagram import draw_layout
+from lightning_mimo.layout.layout import MimoLayout
 
 if __name__ == "__main__":
     modules = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision import ImagePatches
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
 
 IMAGE, QUESTION, SAMPLES = 8, 9, 64
@@ -69,7 +69,7 @@ class RowModule(MimoModule):
         size = TransformerSize(num_layers=2, hidden_size=32, num_attention_heads=4)
         return vision_language_config(
             infra,
-            grid=ImageGrid(image_size=8, patch_size=4, channels=1),
+            patches=ImagePatches(image_size=8, patch_size=4, channels=1),
             vision=size,
             language=size,
             vocab_size=16,

@@ -1,7 +1,7 @@
 """Process groups and gradients of several modules on grids of their own: the nine functions of the strategy.
 
 They follow, name for name, the reference page of ``mimo_parallel_utils`` for MIMO heterogeneous parallel training,
-with :class:`lightning_mimo.infra.MimoModelInfra` in the place of ``infra``.
+with :class:`lightning_mimo.parallel.infra.MimoModelInfra` in the place of ``infra``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from megatron.core.models.mimo import MimoModel
 from megatron.core.process_groups_config import MultiModuleProcessGroupCollection
 from megatron.core.utils import get_model_config
 
-from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.parallelism import LANGUAGE
-from lightning_mimo.spans import Work
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.observe.spans import SpanInfo
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,8 @@ def reduce_gradients(
     for name, module in _by_name(infra, module_to_grid_tuple):
         groups = infra.pg_collections[name]
         replicas = tuple(rank for rank in dist.get_process_group_ranks(groups.dp_cp) if rank != dist.get_rank())
-        work = Work(kind="reduce", words=f"reduce the gradients of {name}", module=name, peers=replicas)
-        with infra.spans.span(work):
+        info = SpanInfo(kind="reduce", label=f"reduce the gradients of {name}", module=name, peers=replicas)
+        with infra.spans.span(info):
             finalize_model_grads([module], None, pg_collection=groups, force_all_reduce=force_all_reduce)
 
 

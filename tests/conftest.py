@@ -1,11 +1,16 @@
-"""Shared by all tests."""
+"""Shared by all tests: one pool of ranks for the session, and the table of the parity cases."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.parity.layouts import Errors
+    from tests.support.rank_pool import RankPool
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +19,48 @@ def seed_stays_in_its_test() -> Iterator[None]:
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def rank_pool() -> Iterator[RankPool]:
+    """Up to 8 ranks; see RankPool.run()."""
+    from tests.support.rank_pool import RankPool  # here, since tests without ranks need not import it
+
+    pool = RankPool(8)
+    yield pool
+    pool.close()
+
+
+class ParityTable:
+    """One line for each case, printed at the end of ``pytest -m parity`` and ``pytest -m exhaustive``."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, name: str, ranks: int, found: Sequence[Errors]) -> None:
+        worst = max(found, key=lambda each: each.gradient)
+        figures = [max(getattr(each, what) for each in found) for what in ("loss", "norm", "gradient", "weight")]
+        self.lines.append(f"{name:58} {ranks:5} {' '.join(f'{figure:9.1e}' for figure in figures)}  {worst.worst}")
+
+
+_TABLE = pytest.StashKey[ParityTable]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_TABLE] = ParityTable()
+
+
+@pytest.fixture
+def parity_table(pytestconfig: pytest.Config) -> ParityTable:
+    return pytestconfig.stash[_TABLE]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    table = config.stash[_TABLE]
+    if table.lines and config.option.markexpr in ("parity", "exhaustive"):
+        terminalreporter.section("largest relative difference from one plain process, float64")
+        terminalreporter.line(
+            f"{'case':58} ranks {'loss':>9} {'norm':>9} {'gradient':>9} {'weight':>9}  largest gradient difference in"
+        )
+        for line in table.lines:
+            terminalreporter.line(line)

@@ -11,7 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from examples.digits.data import VOCAB_SIZE, Token, sequence_length
 from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
-from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision import ImagePatches
 from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
 
 
@@ -56,7 +56,7 @@ class DigitsModule(MimoModule):
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         return vision_language_config(
             infra,
-            grid=ImageGrid(image_size=8, patch_size=4, channels=1),
+            patches=ImagePatches(image_size=8, patch_size=4, channels=1),
             vision=self.vision,
             language=self.language,
             vocab_size=VOCAB_SIZE,

@@ -10,10 +10,10 @@ from examples.digits.model import DigitsModule
 from examples.digits_avlm.data import MOST, SEQUENCE_LENGTH, VOCAB_SIZE, Token
 from examples.digits_avlm.tones import BINS, FRAMES
 from lightning_mimo import MimoModelInfra, OptimizerOverride
-from lightning_mimo.models.audio import ClipGrid
+from lightning_mimo.models.audio import ClipPatches
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision import ImagePatches
 
 
 class DigitsAvlmModule(DigitsModule):
@@ -62,9 +62,13 @@ class DigitsAvlmModule(DigitsModule):
             infra,
             encoders={
                 "images": Encoder(
-                    grid=ImageGrid(image_size=8, patch_size=4, channels=1), size=self.vision, token_id=int(Token.IMAGE)
+                    patches=ImagePatches(image_size=8, patch_size=4, channels=1),
+                    size=self.vision,
+                    token_id=int(Token.IMAGE),
                 ),
-                "audio": Encoder(grid=ClipGrid(frames=FRAMES, bins=BINS), size=self.audio, token_id=int(Token.CLIP)),
+                "audio": Encoder(
+                    patches=ClipPatches(frames=FRAMES, bins=BINS), size=self.audio, token_id=int(Token.CLIP)
+                ),
             },
             language=self.language,
             vocab_size=VOCAB_SIZE,

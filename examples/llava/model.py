@@ -12,7 +12,7 @@ from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision import ImagePatches
 
 
 class LlavaModule(MimoModule):
@@ -61,7 +61,7 @@ class LlavaModule(MimoModule):
         super().__init__(pad_token_id=pad_token_id, frozen=frozen)
         self.vision = vision
         self.language = language
-        self.grid = ImageGrid(image_size=image_size, patch_size=patch_size, tokens_per_image=tokens_per_image)
+        self.patches = ImagePatches(image_size=image_size, patch_size=patch_size, tokens_per_image=tokens_per_image)
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self.image_token_id = image_token_id
@@ -75,7 +75,7 @@ class LlavaModule(MimoModule):
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         return multimodal_config(
             infra,
-            encoders={"images": Encoder(grid=self.grid, size=self.vision, token_id=self.image_token_id)},
+            encoders={"images": Encoder(patches=self.patches, size=self.vision, token_id=self.image_token_id)},
             language=self.language,
             vocab_size=self.vocab_size,
             max_sequence_length=self.max_sequence_length,

@@ -1,1 +1,4 @@
-"""Checkpoints: a directory that all ranks write at once, that appears whole or not at all, and fits any layout."""
+"""Checkpoint directories that all ranks write and any layout reads.
+
+Imports ``data``, ``optim`` and below.
+"""

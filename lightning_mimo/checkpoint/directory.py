@@ -1,12 +1,12 @@
-"""The directory of a checkpoint: what is in it, when it counts as whole, and how it takes the place of another one.
+"""The directory of a checkpoint: what is in it, when it counts as whole, and how it replaces another one.
 
     step=600.ckpt/
       checkpoint.json                       what this is, and size and checksum of every other file; written last
       trainer.pt                            what Lightning keeps (loops, callbacks, schedulers); plain types only
-      images-rank00000.safetensors          this rank's pieces of its modules' weights and optimizer state
+      images-rank00000.safetensors          this rank's shards of its modules' weights and optimizer state
       language-rank00002.safetensors
 
-While it is being written it is in the folder ``unfinished`` beside its final place, where nobody looks for checkpoints.
+While it is being written it is in the folder ``unfinished`` beside its final spec, where nobody looks for checkpoints.
 Reading executes no code from any of the files: JSON, safetensors, and ``torch.load(weights_only=True)``.
 """
 
@@ -22,6 +22,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_mimo.errors import CheckpointError
+
 MANIFEST = "checkpoint.json"
 TRAINER = "trainer.pt"
 FORMAT = 1
@@ -31,12 +33,8 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit."""
-
-
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it gets its place."""
+    """Where a checkpoint is written before it is complete."""
     return path.parent / _UNFINISHED / path.name
 
 
@@ -66,7 +64,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def publish(path: Path) -> None:
-    """Give a directory that is whole its name, in the place of an older one if there is one.
+    """Give a directory that is whole its name, in place of an older one if there is one.
 
     A process that is killed in between leaves the old one or the new one under the name.
     """

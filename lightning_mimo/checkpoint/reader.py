@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_mimo.checkpoint.directory import CheckpointError
-from lightning_mimo.checkpoint.pieces import Place, cut, join
-from lightning_mimo.checkpoint.state import Piece
+from lightning_mimo.checkpoint.shards import ShardSpec, cut, join
+from lightning_mimo.checkpoint.state import TensorShard
+from lightning_mimo.errors import CheckpointError
 
-_PLACES = "places"  # key in the header of each file
+_SPECS = "places"  # key in the header of each file
 
 
 def file_name(module: str, rank: int) -> str:
@@ -25,17 +25,17 @@ def file_name(module: str, rank: int) -> str:
     return f"{module}-rank{rank:05d}.safetensors"
 
 
-def write_pieces(path: Path, pieces: Collection[Piece]) -> None:
-    """Write pieces whose tensors are contiguous, on the CPU and share no memory."""
-    keys = [f"{piece.name}/{piece.kind}" for piece in pieces]
+def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
+    """Write shards whose tensors are contiguous, on the CPU and share no memory."""
+    keys = [f"{shard.name}/{shard.kind}" for shard in shards]
     assert len(set(keys)) == len(keys), "a rank writes each tensor once"
-    places = {key: piece.place.to_dict() for key, piece in zip(keys, pieces, strict=True)}
-    tensors = {key: piece.tensor for key, piece in zip(keys, pieces, strict=True)}
-    save_file(tensors, path, metadata={_PLACES: json.dumps(places)})
+    specs = {key: shard.spec.to_dict() for key, shard in zip(keys, shards, strict=True)}
+    tensors = {key: shard.tensor for key, shard in zip(keys, shards, strict=True)}
+    save_file(tensors, path, metadata={_SPECS: json.dumps(specs)})
 
 
 class CheckpointReader:
-    """Reads the pieces of some modules of a checkpoint. To be used in a ``with`` statement."""
+    """Reads the shards of some modules of a checkpoint. To be used in a ``with`` statement."""
 
     def __init__(self, path: Path, modules: Collection[str]) -> None:
         """
@@ -47,7 +47,7 @@ class CheckpointReader:
             CheckpointError: if a file is damaged.
         """
         self._open = ExitStack()
-        self._found: dict[str, dict[str, list[tuple[Any, Place]]]] = defaultdict(lambda: defaultdict(list))
+        self._found: dict[str, dict[str, list[tuple[Any, ShardSpec]]]] = defaultdict(lambda: defaultdict(list))
         for module in modules:
             for file in sorted(path.glob(f"{module}-rank*.safetensors")):
                 self._index(file)
@@ -55,12 +55,12 @@ class CheckpointReader:
     def _index(self, file: Path) -> None:
         try:
             opened = self._open.enter_context(safe_open(file, framework="pt"))
-            places = json.loads(opened.metadata()[_PLACES])
+            specs = json.loads(opened.metadata()[_SPECS])
         except Exception as error:
             raise CheckpointError(f"{file} is damaged: {error}.") from error
-        for key, place in places.items():
+        for key, spec in specs.items():
             name, _, kind = key.rpartition("/")
-            self._found[name][kind].append((opened, Place.from_dict(place)))
+            self._found[name][kind].append((opened, ShardSpec.from_dict(spec)))
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -80,31 +80,31 @@ class CheckpointReader:
         return self._found[name][kind][0][1].shape
 
     def whole(self, name: str, kind: str) -> torch.Tensor:
-        """A whole tensor, from all its pieces.
+        """A whole tensor, from all its shards.
 
         Raises:
-            CheckpointError: if a piece is missing.
+            CheckpointError: if a shard is missing.
         """
-        pieces = self._found[name][kind]
+        shards = self._found[name][kind]
         try:
-            return join((place, file.get_tensor(f"{name}/{kind}")) for file, place in pieces)
+            return join((spec, file.get_tensor(f"{name}/{kind}")) for file, spec in shards)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; a file of the checkpoint is missing.") from error
 
-    def read(self, name: str, kind: str, place: Place) -> torch.Tensor:
+    def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
         """See :class:`lightning_mimo.checkpoint.state.Reader`. Of a shard that was cut alike, only the run is read."""
-        runs, position = [], place.start
-        same = [(file, found) for file, found in self._found[name][kind] if found.is_same_shard(place)]
+        runs, position = [], spec.start
+        same = [(file, found) for file, found in self._found[name][kind] if found.is_same_shard(spec)]
         for file, found in sorted(same, key=lambda each: each[1].start):
-            if found.start <= position < min(found.stop, place.stop):
-                stop = min(found.stop, place.stop)
+            if found.start <= position < min(found.stop, spec.stop):
+                stop = min(found.stop, spec.stop)
                 runs.append(file.get_slice(f"{name}/{kind}")[position - found.start : stop - found.start])
                 position = stop
-        if position == place.stop and runs:
+        if position == spec.stop and runs:
             return torch.cat(runs) if len(runs) > 1 else runs[0]
-        return cut(self.whole(name, kind), place)
+        return cut(self.whole(name, kind), spec)
 
 
-def parameters_in(pieces: Mapping[str, Collection[Piece]]) -> dict[str, list[int]]:
-    """Global name -> shape of the whole, of everything in some pieces by module."""
-    return {piece.name: list(piece.place.shape) for each in pieces.values() for piece in each if piece.kind == "weight"}
+def parameters_in(shards: Mapping[str, Collection[TensorShard]]) -> dict[str, list[int]]:
+    """Global name -> shape of the whole, of everything in some shards by module."""
+    return {shard.name: list(shard.spec.shape) for each in shards.values() for shard in each if shard.kind == "weight"}

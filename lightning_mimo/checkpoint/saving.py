@@ -13,19 +13,20 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from lightning_mimo.checkpoint.directory import TRAINER, CheckpointError, damaged_files, read_manifest
-from lightning_mimo.checkpoint.pieces import Place
+from lightning_mimo.checkpoint.directory import TRAINER, damaged_files, read_manifest
 from lightning_mimo.checkpoint.reader import CheckpointReader
-from lightning_mimo.checkpoint.state import Piece, load_pieces, pieces_of
+from lightning_mimo.checkpoint.shards import ShardSpec
+from lightning_mimo.checkpoint.state import TensorShard, load_shards, shards_of
 from lightning_mimo.checkpoint.writer import Content
-from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
-from lightning_mimo.model import SampleAlignedMimoModel
-from lightning_mimo.parts import named_parameters_of
+from lightning_mimo.errors import CheckpointError
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.model import RaggedMimoModel
+from lightning_mimo.mimo.parameter_names import named_parameters_of
+from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 _AXES = ("tp", "cp", "pp", "dp", "ep", "expt_tp")
-_GENERATOR = "generator"  # kind of the pieces that hold states of random generators
+_GENERATOR = "generator"  # kind of the shards that hold states of random generators
 Generators = Mapping[str, torch.Tensor]
 """Name -> state of every random generator of a rank, uint8."""
 
@@ -45,9 +46,9 @@ def set_generators(states: Generators) -> None:
 
 
 def content_of(
-    model: SampleAlignedMimoModel,
+    model: RaggedMimoModel,
     infra: MimoModelInfra,
-    optimizer: OneReadMimoOptimizer | None,
+    optimizer: SingleSyncMimoOptimizer | None,
     *,
     states: Generators,
     trainer: Mapping[str, Any],
@@ -69,33 +70,33 @@ def content_of(
     rank = dist.get_rank()
     # On every rank, although rank 0's is written, because all ranks have to fail then.
     written = _plain_bytes(trainer)
-    pieces = {
+    shards = {
         module: [
-            replace(piece, tensor=piece.tensor.to("cpu", copy=True))
-            for piece in pieces_of(model, infra, module, optimizer)
+            replace(shard, tensor=shard.tensor.to("cpu", copy=True))
+            for shard in shards_of(model, infra, module, optimizer)
         ]
         for module in infra.participating_modules
     }
     if optimizer is not None:
-        own = next(iter(pieces.values()))
+        own = next(iter(shards.values()))
         own.extend(
-            Piece(
+            TensorShard(
                 name=f"rank{rank}.{name}",
                 kind=_GENERATOR,
-                place=Place(shape=tuple(state.shape), stop=state.numel()),
+                spec=ShardSpec(shape=tuple(state.shape), stop=state.numel()),
                 tensor=state.clone(),
             )
             for name, state in states.items()
         )
     return Content(
-        pieces=pieces,
+        shards=shards,
         trainer=written if rank == 0 else b"",
         about={"lightning_mimo": _version(), "layout": _layout_as_dict(infra.layout), **about},
     )
 
 
 def load(
-    path: Path, model: SampleAlignedMimoModel, infra: MimoModelInfra, optimizer: OneReadMimoOptimizer | None
+    path: Path, model: RaggedMimoModel, infra: MimoModelInfra, optimizer: SingleSyncMimoOptimizer | None
 ) -> dict[str, Any]:
     """Fill the model, and the optimizer if one is given, from a checkpoint of any layout that was verified.
 
@@ -107,7 +108,7 @@ def load(
     """
     trainer = _plain_content(path / TRAINER)
     with CheckpointReader(path, infra.participating_modules) as reader:
-        load_pieces(model, infra, reader, optimizer)
+        load_shards(model, infra, reader, optimizer)
     return trainer
 
 
@@ -121,7 +122,7 @@ def load_generators(path: Path, infra: MimoModelInfra) -> Generators | None:
         return {name.removeprefix(prefix): reader.whole(name, _GENERATOR) for name in names} or None
 
 
-def verify(path: Path, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> None:
+def verify(path: Path, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
     """Check that a checkpoint is whole and holds this very model. Collective over the world.
 
     Raises:
@@ -148,10 +149,10 @@ def verify(path: Path, model: SampleAlignedMimoModel, infra: MimoModelInfra) -> 
         raise CheckpointError(f"The checkpoint {path} cannot be loaded: {said[0]}{more}. Nothing was changed.")
 
 
-def _shapes(model: SampleAlignedMimoModel, infra: MimoModelInfra) -> dict[str, list[int]]:
+def _shapes(model: RaggedMimoModel, infra: MimoModelInfra) -> dict[str, list[int]]:
     """Global name -> whole shape of all parameters of this rank."""
     return {
-        name: list(Place.of(parameter, infra.pg_collections[module]).shape)
+        name: list(ShardSpec.of(parameter, infra.pg_collections[module]).shape)
         for module in infra.participating_modules
         for name, parameter in named_parameters_of(model, infra, module)
     }

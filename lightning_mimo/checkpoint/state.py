@@ -1,4 +1,4 @@
-"""What a rank holds of the training state, as pieces, and back: weights, main parameters, optimizer state."""
+"""What a rank holds of the training state, as shards, and back: weights, main parameters, optimizer state."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
-from lightning_mimo.checkpoint.pieces import MAIN, WEIGHT, Place
-from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.mimo_optimizer import OneReadMimoOptimizer
-from lightning_mimo.model import SampleAlignedMimoModel
-from lightning_mimo.parts import named_parameters_of
+from lightning_mimo.checkpoint.shards import MAIN, WEIGHT, ShardSpec
+from lightning_mimo.mimo.model import RaggedMimoModel
+from lightning_mimo.mimo.parameter_names import named_parameters_of
+from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class TensorShard:
     """One entry of a checkpoint file.
 
     Attributes:
         name: global name of the parameter.
         kind: which of its tensors.
-        place: where in the whole.
+        spec: where in the whole.
         tensor: flat.
     """
 
     name: str
     kind: str
-    place: Place
+    spec: ShardSpec
     tensor: torch.Tensor
 
 
 class Reader(Protocol):
-    """Where pieces come from."""
+    """Where shards come from."""
 
     def kinds(self, name: str) -> set[str]:
         """Kinds that there are of a parameter; empty if there is no such parameter."""
 
-    def read(self, name: str, kind: str, place: Place) -> torch.Tensor:
-        """The elements of a tensor at a place, flat, on the CPU."""
+    def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
+        """The elements of a tensor that a spec describes, flat, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,9 @@ class _Updated:
     is_shared_out: bool
 
 
-def pieces_of(
-    model: SampleAlignedMimoModel, infra: MimoModelInfra, module: str, optimizer: OneReadMimoOptimizer | None
-) -> Iterator[Piece]:
+def shards_of(
+    model: RaggedMimoModel, infra: MimoModelInfra, module: str, optimizer: SingleSyncMimoOptimizer | None
+) -> Iterator[TensorShard]:
     """What this rank writes of one of its modules, as views. All replicas together write everything once.
 
     Args:
@@ -83,62 +83,62 @@ def pieces_of(
             continue  # the last pipeline stage's copy of tied embeddings
         replicas = groups.dp if getattr(parameter, "allreduce", True) else groups.expt_dp
         is_mine = replicas.rank() == i % replicas.size()
-        place = Place.of(parameter, groups)
+        spec = ShardSpec.of(parameter, groups)
         if is_mine:
-            yield Piece(name=name, kind=WEIGHT, place=place, tensor=parameter.detach().reshape(-1))
+            yield TensorShard(name=name, kind=WEIGHT, spec=spec, tensor=parameter.detach().reshape(-1))
         held = updated.get(id(parameter))
         if held is not None and (is_mine or held.is_shared_out):
-            run = replace(place, start=held.start, stop=held.stop)
+            run = replace(spec, start=held.start, stop=held.stop)
             if held.is_copy:
-                yield Piece(name=name, kind=MAIN, place=run, tensor=held.main.detach().reshape(-1))
+                yield TensorShard(name=name, kind=MAIN, spec=run, tensor=held.main.detach().reshape(-1))
             for kind, value in held.optimizer.state.get(held.main, {}).items():
-                yield _state_piece(name, kind, value, run)
+                yield _state_shard(name, kind, value, run)
 
 
-def load_pieces(
-    model: SampleAlignedMimoModel, infra: MimoModelInfra, reader: Reader, optimizer: OneReadMimoOptimizer | None
+def load_shards(
+    model: RaggedMimoModel, infra: MimoModelInfra, reader: Reader, optimizer: SingleSyncMimoOptimizer | None
 ) -> None:
     """Fill this rank's weights, and the optimizer's state if there is one, in whatever layout they were written."""
     for module in infra.participating_modules:
         groups = infra.pg_collections[module]
         updated = {} if optimizer is None else _updated(optimizer, module)
         for name, parameter in named_parameters_of(model, infra, module):
-            place = Place.of(parameter, groups)
-            parameter.data.copy_(_most_exact(reader, name, place, parameter).view(parameter.shape))
+            spec = ShardSpec.of(parameter, groups)
+            parameter.data.copy_(_most_exact(reader, name, spec, parameter).view(parameter.shape))
             if (held := updated.get(id(parameter))) is not None:
-                _load_updated(reader, name, replace(place, start=held.start, stop=held.stop), held)
+                _load_updated(reader, name, replace(spec, start=held.start, stop=held.stop), held)
 
 
-def _load_updated(reader: Reader, name: str, place: Place, held: _Updated) -> None:
+def _load_updated(reader: Reader, name: str, spec: ShardSpec, held: _Updated) -> None:
     if held.is_copy:
-        held.main.data.copy_(_most_exact(reader, name, place, held.main).view(held.main.shape))
+        held.main.data.copy_(_most_exact(reader, name, spec, held.main).view(held.main.shape))
     state: dict[str, Any] = {}
     for kind in sorted(reader.kinds(name) - {WEIGHT, MAIN}):
-        scalar = Place(shape=(), stop=1)
+        scalar = ShardSpec(shape=(), stop=1)
         if kind == "step":
             is_fused = any(group.get("fused") or group.get("capturable") for group in held.optimizer.param_groups)
             device = held.main.device if is_fused else torch.device("cpu")
             state[kind] = reader.read(name, kind, scalar).reshape(()).to(device)
         else:
-            values = reader.read(name, kind, place).view(held.main.shape)
+            values = reader.read(name, kind, spec).view(held.main.shape)
             state[kind] = values.to(device=held.main.device, dtype=held.main.dtype)
-    if state and place.stop > place.start:
+    if state and spec.stop > spec.start:
         held.optimizer.state[held.main] = state
 
 
-def _most_exact(reader: Reader, name: str, place: Place, target: torch.Tensor) -> torch.Tensor:
+def _most_exact(reader: Reader, name: str, spec: ShardSpec, target: torch.Tensor) -> torch.Tensor:
     """A parameter's values: the main parameter's for what can hold them."""
     kind = MAIN if MAIN in reader.kinds(name) and target.dtype.itemsize > 2 else WEIGHT
-    return reader.read(name, kind, place)
+    return reader.read(name, kind, spec)
 
 
-def _state_piece(name: str, kind: str, value: Any, run: Place) -> Piece:
+def _state_shard(name: str, kind: str, value: Any, run: ShardSpec) -> TensorShard:
     tensor = torch.as_tensor(value).detach()
-    place = Place(shape=(), stop=1) if tensor.ndim == 0 else run
-    return Piece(name=name, kind=kind, place=place, tensor=tensor.reshape(-1))
+    spec = ShardSpec(shape=(), stop=1) if tensor.ndim == 0 else run
+    return TensorShard(name=name, kind=kind, spec=spec, tensor=tensor.reshape(-1))
 
 
-def _updated(optimizer: OneReadMimoOptimizer, module: str) -> dict[int, _Updated]:
+def _updated(optimizer: SingleSyncMimoOptimizer, module: str) -> dict[int, _Updated]:
     """Id of a parameter of the model -> what this rank's optimizer holds of it."""
     return {id(parameter): held for each in optimizer.inner(module) for parameter, held in _updated_by(each)}
 

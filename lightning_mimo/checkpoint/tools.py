@@ -17,7 +17,6 @@ from lightning_mimo.checkpoint.directory import (
     FORMAT,
     MANIFEST,
     TRAINER,
-    CheckpointError,
     damaged_files,
     describe_file,
     publish,
@@ -25,9 +24,10 @@ from lightning_mimo.checkpoint.directory import (
     unfinished,
     write_json,
 )
-from lightning_mimo.checkpoint.pieces import MAIN, WEIGHT, Place
-from lightning_mimo.checkpoint.reader import CheckpointReader, file_name, write_pieces
-from lightning_mimo.checkpoint.state import Piece
+from lightning_mimo.checkpoint.reader import CheckpointReader, file_name, write_shards
+from lightning_mimo.checkpoint.shards import MAIN, WEIGHT, ShardSpec
+from lightning_mimo.checkpoint.state import TensorShard
+from lightning_mimo.errors import CheckpointError
 
 
 def inspect(path: Path) -> str:
@@ -98,22 +98,22 @@ def import_weights(source: Path, path: Path) -> int:
     directory = unfinished(path)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    pieces: dict[str, list[Piece]] = {}
+    shards: dict[str, list[TensorShard]] = {}
     try:
         with safe_open(source, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a dictionary)
                 tensor = file.get_tensor(name)
-                place = Place(shape=tuple(tensor.shape), stop=tensor.numel())
-                piece = Piece(name=name, kind=WEIGHT, place=place, tensor=tensor.reshape(-1))
-                pieces.setdefault(name.partition(".")[0], []).append(piece)
+                spec = ShardSpec(shape=tuple(tensor.shape), stop=tensor.numel())
+                shard = TensorShard(name=name, kind=WEIGHT, spec=spec, tensor=tensor.reshape(-1))
+                shards.setdefault(name.partition(".")[0], []).append(shard)
     except Exception as error:
         raise CheckpointError(f"{source} is not a safetensors file: {error}.") from error
-    for module, own in pieces.items():
-        write_pieces(directory / file_name(module, 0), own)
+    for module, own in shards.items():
+        write_shards(directory / file_name(module, 0), own)
     # As much as Lightning wants to see before it validates.
     trainer = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning"), "state_dict": {}}
     torch.save({**trainer, "loops": None}, directory / TRAINER)
-    parameters = {piece.name: list(piece.place.shape) for own in pieces.values() for piece in own}
+    parameters = {shard.name: list(shard.spec.shape) for own in shards.values() for shard in own}
     manifest: Mapping[str, Any] = {
         "format": FORMAT,
         "lightning_mimo": f"imported from {source.name}",

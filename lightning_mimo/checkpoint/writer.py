@@ -28,14 +28,11 @@ from lightning_mimo.checkpoint.directory import (
     unfinished,
     write_json,
 )
-from lightning_mimo.checkpoint.reader import file_name, parameters_in, write_pieces
-from lightning_mimo.checkpoint.state import Piece
+from lightning_mimo.checkpoint.reader import file_name, parameters_in, write_shards
+from lightning_mimo.checkpoint.state import TensorShard
+from lightning_mimo.errors import CheckpointWriteError
 
 _WRITING, _WRITTEN, _FAILED = "writing", "written", "failed"
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint could not be written. What was there before is still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +40,12 @@ class Content:
     """What one rank writes. Its tensors are copies on the CPU.
 
     Attributes:
-        pieces: module -> pieces.
+        shards: module -> shards.
         trainer: bytes of the trainer's file; rank 0's only.
         about: entries for the manifest; rank 0's only.
     """
 
-    pieces: Mapping[str, Collection[Piece]]
+    shards: Mapping[str, Collection[TensorShard]]
     trainer: bytes
     about: Mapping[str, Any]
 
@@ -111,6 +108,7 @@ class CheckpointWriter:
             future.result()
             action()
 
+        assert self._thread is not None, "what was begun runs in it"
         self._future = self._thread.submit(after)
 
     def close(self) -> None:
@@ -129,7 +127,7 @@ def _write(path: Path, content: Content, rank: int, ranks: int, timeout: float) 
     writing = _note(path, rank, _WRITING)
     try:
         files = _write_files(unfinished(path), content, rank)
-        write_json(writing, {"files": files, "parameters": parameters_in(content.pieces)})
+        write_json(writing, {"files": files, "parameters": parameters_in(content.shards)})
     except Exception:
         writing.rename(_note(path, rank, _FAILED))
         raise
@@ -141,10 +139,10 @@ def _write(path: Path, content: Content, rank: int, ranks: int, timeout: float) 
 
 def _write_files(directory: Path, content: Content, rank: int) -> dict[str, dict[str, int]]:
     written = []
-    for module, pieces in content.pieces.items():
-        if pieces:
+    for module, shards in content.shards.items():
+        if shards:
             written.append(directory / file_name(module, rank))
-            write_pieces(written[-1], pieces)
+            write_shards(written[-1], shards)
     if rank == 0:
         written.append(directory / TRAINER)
         written[-1].write_bytes(content.trainer)

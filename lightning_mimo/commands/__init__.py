@@ -1,1 +1,4 @@
-"""What the command line does."""
+"""The command line ``lightning-mimo``.
+
+Imports everything; nothing imports it.
+"""

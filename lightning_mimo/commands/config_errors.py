@@ -158,7 +158,7 @@ def _leaf(text: str, where: str, given: tuple[str, str] | None, owner: str | Non
         known = _keys_of(owner, found["group"])
         inside = f"{where}.{found['group']}" if found["group"] else place.rpartition(".")[0] if given else where
         return _no_key(found["key"], inside if found["group"] else f"{inside} ({owner})", known)
-    if owner and ("has no attribute" in text or text.startswith("No module named")):
+    if owner and re.search(r"has no attribute|^No \w+(\.\w+)* attribute|^No module named", text):
         return f"{where.removesuffix('.init_args')}.class_path: {owner!r} is not there: {text}."
     return f"{place}: {text}"
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from lightning_mimo.footprint import Footprint, StageFootprint, footprint
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.module import MimoModule
-from lightning_mimo.parallelism import LayoutError, span_of
-from lightning_mimo.picture import draw_layout
-from lightning_mimo.strategy import MimoStrategy
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.layout.diagram import draw_layout
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import span_of
+from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
+from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.strategy import MimoStrategy
 
 _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
 
@@ -27,20 +28,20 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
         training: count gradients and the optimizer's state.
 
     Raises:
-        LayoutError: for what cannot run.
+        ConfigError: for what cannot run.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, MimoStrategy):
-        raise LayoutError(
+        raise ConfigError(
             f"trainer.strategy is a {type(strategy).__name__}; a dry run needs class_path: lightning_mimo.MimoStrategy."
         )
     if dist.is_initialized():
-        raise LayoutError("A dry run needs a process that belongs to no other run: start it by itself.")
+        raise ConfigError("A dry run needs a process that belongs to no other run: start it by itself.")
     layout = strategy.validate()
-    found = footprint(
+    found = memory_estimate(
         layout,
         module.configure_mimo,
-        numerics=strategy.precision_plugin.numerics,
+        dtype_policy=strategy.precision_plugin.dtype_policy,
         ddp=strategy.ddp_by_module,
         frozen=module.frozen,
         training=training,
@@ -51,7 +52,7 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     return f"{picture}\n\n{describe(found, layout, precision=strategy.precision_plugin.precision, training=training)}"
 
 
-def describe(found: Footprint, layout: MimoLayout, *, precision: str, training: bool) -> str:
+def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:
     """A table of what ranks hold, and what is not in it.
 
     Args:
@@ -84,7 +85,7 @@ def _row(stage: StageFootprint, layout: MimoLayout) -> tuple[str, ...]:
     return (span_of(stage.ranks), stage.module, place, _number(stage.parameters), *map(_bytes, numbers))
 
 
-def _sum(found: Footprint, layout: MimoLayout) -> tuple[str, ...]:
+def _sum(found: MemoryEstimate, layout: MimoLayout) -> tuple[str, ...]:
     totals = [sum(getattr(stage, what) for stage in found.stages) for what in ("weights", "gradients", "optimizer")]
     parameters = sum(stage.parameters for stage in found.stages)
     ranks = span_of(range(layout.world_size))

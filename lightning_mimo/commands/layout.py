@@ -9,23 +9,24 @@ from typing import Any
 
 import yaml
 
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import LayoutError, ModuleParallelism
-from lightning_mimo.picture import draw_layout
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.layout.diagram import draw_layout
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import ModuleParallelism
 
 
 def picture_of(arguments: Sequence[str]) -> str:
     """Draw the layout of ``--config FILE`` with ``--dotted.key=value`` on top.
 
     Raises:
-        LayoutError: if the config has no MimoStrategy, or its layout cannot run.
+        ConfigError: if the config has no MimoStrategy, or its layout cannot run.
     """
     config = _read_config(arguments)
     trainer = config.get("trainer") or {}
     strategy = trainer.get("strategy")
     strategy = (strategy.get("init_args") if isinstance(strategy, dict) else None) or {}
     if not isinstance(strategy.get("modules"), dict):
-        raise LayoutError(
+        raise ConfigError(
             "The config has no trainer.strategy.init_args.modules that maps module names to sizes. Give --config FILE "
             "with trainer.strategy.class_path: lightning_mimo.MimoStrategy and, say, init_args.modules: "
             "{images: {dp: 2}, language: {tp: 2}}."
@@ -58,7 +59,7 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
                 nested = {part: nested}
             _merge(config, nested)
         else:
-            raise LayoutError(f"{key!r} is not understood; write --config FILE or --dotted.key=value.")
+            raise ConfigError(f"{key!r} is not understood; write --config FILE or --dotted.key=value.")
     return config
 
 
@@ -66,7 +67,7 @@ def check_config_files(arguments: Sequence[str]) -> None:
     """Refuse config files that cannot be read, before anything large is imported.
 
     Raises:
-        LayoutError: naming the file.
+        ConfigError: naming the file.
     """
     for argument, following in pairwise([*arguments, ""]):
         key, equals, value = argument.partition("=")
@@ -78,19 +79,19 @@ def read_yaml(path: str) -> dict[str, Any]:
     """What a config file says.
 
     Raises:
-        LayoutError: if it is not there, or not YAML with keys and values.
+        ConfigError: if it is not there, or not YAML with keys and values.
     """
     if not Path(path).is_file():
-        raise LayoutError(f"--config {path}: there is no such file.")
+        raise ConfigError(f"--config {path}: there is no such file.")
     try:
         config = yaml.safe_load(Path(path).read_text())
     except yaml.MarkedYAMLError as error:
         where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise LayoutError(f"--config {path} is not YAML: {where}{error.problem}.") from error
+        raise ConfigError(f"--config {path} is not YAML: {where}{error.problem}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayoutError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict | None):
-        raise LayoutError(f"--config {path} must hold keys and values, such as 'trainer: ...', but it is {config!r}.")
+        raise ConfigError(f"--config {path} must hold keys and values, such as 'trainer: ...', but it is {config!r}.")
     return config or {}
 
 
@@ -105,11 +106,11 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 def _parallelism(name: str, sizes: dict[str, Any] | None) -> ModuleParallelism:
     sizes = {} if sizes is None else sizes
     if not isinstance(sizes, dict):
-        raise LayoutError(f"Module {name!r} is given as {sizes!r}; write its sizes as, say, {{tp: 2}}.")
+        raise ConfigError(f"Module {name!r} is given as {sizes!r}; write its sizes as, say, {{tp: 2}}.")
     known = ModuleParallelism.__dataclass_fields__
     unknown = sorted(set(sizes) - set(known))
     if unknown:
-        raise LayoutError(f"Module {name!r} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}.")
+        raise ConfigError(f"Module {name!r} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}.")
     return ModuleParallelism(**sizes)
 
 
@@ -118,6 +119,6 @@ def _number_of_devices(devices: object) -> int:
         return len(devices)
     if isinstance(devices, int) and devices > 0:
         return devices
-    raise LayoutError(
+    raise ConfigError(
         f"trainer.devices={devices!r}: to draw a layout the number must be known; give --trainer.devices=N."
     )

@@ -1,4 +1,4 @@
-"""``--trainer.default_root_dir=X`` moves what a config puts into its default_root_dir: logs, and checkpoints with them."""
+"""``--trainer.default_root_dir=X`` moves logs and checkpoints that a config puts into its default_root_dir."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from lightning_mimo.cluster import check_slurm_tasks
+from lightning_mimo.callbacks.step_trace import StepTrace
 from lightning_mimo.commands.config_errors import OneLineParser
 from lightning_mimo.commands.dry_run import dry_run_report
 from lightning_mimo.commands.root_dir import follow_root_dir
-from lightning_mimo.module import MimoModule
-from lightning_mimo.parallelism import LayoutError
-from lightning_mimo.step_trace import StepTrace
+from lightning_mimo.errors import ConfigError, MimoError
+from lightning_mimo.launch.cluster import check_slurm_tasks
+from lightning_mimo.strategy.module import MimoModule
 
 # What packages raise to tell a user something; the same types also come out of bugs.
 _MESSAGES = (ValueError, TypeError, FileNotFoundError, MisconfigurationException)
@@ -52,11 +52,11 @@ class MimoCLI(LightningCLI):
         if folder is None or self.dry_run:
             return
         if self.subcommand != "fit":
-            raise LayoutError(f"--trace records a step of training: it goes with fit, not with {self.subcommand}.")
+            raise ConfigError(f"--trace records a step of training: it goes with fit, not with {self.subcommand}.")
         try:
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": [StepTrace(folder)]}
         except ModuleNotFoundError as error:
-            raise LayoutError(str(error)) from error
+            raise ConfigError(str(error)) from error
 
     @override
     def instantiate_classes(self) -> None:
@@ -78,7 +78,7 @@ class MimoCLI(LightningCLI):
         trainer = self.config[self.subcommand].trainer
         devices = str(trainer.devices)
         if not devices.isdecimal() or devices == "0":
-            raise LayoutError(
+            raise ConfigError(
                 f"trainer.devices={trainer.devices!r}: for a dry run the number must be known; give "
                 f"--trainer.devices=N, the devices of one node."
             )
@@ -137,9 +137,7 @@ def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
 
 def _is_for_users(error: BaseException) -> bool:
     """Whether an error was raised on purpose by this package or by Lightning, and did not come out of a bug."""
-    if isinstance(error, LayoutError):
+    if isinstance(error, MimoError | MisconfigurationException):
         return True
     frames = list(traceback.walk_tb(error.__traceback__))
-    package = frames[-1][0].f_globals.get("__name__", "").partition(".")[0]
-    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return package in ("lightning_mimo", "lightning") and line.startswith("raise ")
+    return frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == "lightning"

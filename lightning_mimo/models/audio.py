@@ -10,11 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, modality_spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipGrid:
+class ClipPatches:
     """How a clip of sound becomes tokens.
 
     Args:
@@ -32,18 +34,18 @@ class ClipGrid:
 
     def __post_init__(self) -> None:
         if self.frames % self.frames_per_patch:
-            raise ValueError(
+            raise ConfigError(
                 f"frames={self.frames} is not a multiple of frames_per_patch={self.frames_per_patch}: "
                 f"{self.frames} / {self.frames_per_patch} = {self.frames / self.frames_per_patch:g}."
             )
-        if self.patches % self.tokens_per_clip:
-            raise ValueError(
-                f"tokens_per_clip={self.tokens_per_clip} does not divide the {self.patches} patches of a clip "
+        if self.num_patches % self.tokens_per_clip:
+            raise ConfigError(
+                f"tokens_per_clip={self.tokens_per_clip} does not divide the {self.num_patches} patches of a clip "
                 f"({self.frames} / {self.frames_per_patch})."
             )
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         return self.frames // self.frames_per_patch
 
     @property
@@ -56,13 +58,13 @@ class ClipGrid:
 
     @property
     def patches_per_token(self) -> int:
-        return self.patches // self.tokens_per_clip
+        return self.num_patches // self.tokens_per_clip
 
 
 class AudioEncoder(PatchEncoder):
     """A :class:`PatchEncoder` of consecutive frames."""
 
-    grid: ClipGrid
+    patches: ClipPatches
 
     def forward(self, features: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Encode clips, or continue from the stage before.
@@ -75,7 +77,7 @@ class AudioEncoder(PatchEncoder):
             ``[n, tokens_per_clip, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
         """
         if features is not None:
-            features = features.reshape(len(features), self.grid.patches, self.grid.values_per_patch)
+            features = features.reshape(len(features), self.patches.num_patches, self.patches.values_per_patch)
         return self.encode(features, hidden_states)
 
 
@@ -85,19 +87,21 @@ class PipelinedAudioSubmodules(PipelinedSubmodules, AudioModalitySubmodules):
 
 def audio_spec(
     *,
-    grid: ClipGrid,
+    patches: ClipPatches,
     encoder: TransformerConfig,
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
     encoder_name: str = "clips",
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of an audio modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
         submodules=PipelinedAudioSubmodules,
         encoder_class=AudioEncoder,
         encoder_name=encoder_name,
-        grid=grid,
+        patches=patches,
         encoder=encoder,
         projector=projector,
         pg_collection=pg_collection,
+        attention=attention,
     )

@@ -6,7 +6,7 @@ import torch
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 def encoder_spec(

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.models.audio import ClipGrid, audio_spec
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.models.audio import ClipPatches, audio_spec
 from lightning_mimo.models.gpt import gpt_spec
 from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
-from lightning_mimo.models.vision import ImageGrid, vision_spec
-from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.models.vision import ImagePatches, vision_spec
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class Encoder:
     """One modality: an encoder and a two-layer projector into the language module.
 
     Args:
-        grid: how an item (an image, a clip) becomes tokens; decides what kind of encoder it is.
+        patches: how an item (an image, a clip) becomes tokens; decides what kind of encoder it is.
         size: of the encoder's transformer.
         token_id: the placeholder that stands in ``input_ids`` once for every token of an item.
     """
 
-    grid: ImageGrid | ClipGrid
+    patches: ImagePatches | ClipPatches
     size: TransformerSize
     token_id: int
 
@@ -88,10 +88,11 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
         num_attention_heads=tp,  # it has no attention
         ffn_hidden_size=language.hidden_size,
     )
-    spec = audio_spec if isinstance(encoder.grid, ClipGrid) else vision_spec
+    spec = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
     return spec(
-        grid=encoder.grid,
+        patches=encoder.patches,
         encoder=config,
         projector=transformer_config(infra.layout, name, projector),
         pg_collection=infra.pg_collections.get(name),
+        attention=encoder.size.attention,
     )

@@ -7,7 +7,10 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.models.vision.vit_layer_specs import (
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -16,12 +19,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_mimo.layers.attention import AttentionKind, SdpaAttention
 
-class PatchGrid(Protocol):
+
+class Patches(Protocol):
     """How an item (an image, a clip) becomes patches, and patches become language tokens."""
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Patches of one item."""
 
     @property
@@ -44,24 +49,28 @@ class PatchEncoder(MegatronModule):
     """
 
     def __init__(
-        self, transformer_config: TransformerConfig, grid: PatchGrid, pg_collection: ProcessGroupCollection
+        self,
+        transformer_config: TransformerConfig,
+        patches: Patches,
+        pg_collection: ProcessGroupCollection,
+        attention: AttentionKind = "sdpa",
     ) -> None:
         super().__init__(config=transformer_config)
-        self.grid = grid
+        self.patches = patches
         self._first = pg_collection.pp.rank() == 0
         self._last = pg_collection.pp.rank() == pg_collection.pp.size() - 1
         if self._first:
             dtype, device = transformer_config.params_dtype, torch.cuda.current_device()
             self.patch_embedding = torch.nn.Linear(
-                grid.values_per_patch, transformer_config.hidden_size, dtype=dtype, device=device
+                patches.values_per_patch, transformer_config.hidden_size, dtype=dtype, device=device
             )
             self.positions = torch.nn.Parameter(
-                torch.empty(grid.patches, transformer_config.hidden_size, dtype=dtype, device=device)
+                torch.empty(patches.num_patches, transformer_config.hidden_size, dtype=dtype, device=device)
             )
             torch.nn.init.normal_(self.positions, std=transformer_config.embedding_init_method_std)
         self.decoder = TransformerBlock(
             config=transformer_config,
-            spec=get_vit_layer_with_local_spec(),
+            spec=_vit_layer(attention),
             pre_process=self._first,
             post_process=self._last,
             pg_collection=pg_collection,
@@ -87,7 +96,16 @@ class PatchEncoder(MegatronModule):
         if not self._last:
             return hidden_states
         # Back to [n, patches, hidden] before anything is flattened: otherwise samples get each other's features.
-        return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.grid.tokens_per_item, -1)
+        return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.patches.tokens_per_item, -1)
+
+
+def _vit_layer(attention: AttentionKind) -> ModuleSpec:
+    if attention == "te":
+        return get_vit_layer_with_transformer_engine_spec()
+    layer = get_vit_layer_with_local_spec()
+    if attention == "sdpa":
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return layer
 
 
 class PipelinedSubmodules(ModalitySubmodules):
@@ -103,6 +121,7 @@ class PipelinedSubmodules(ModalitySubmodules):
         assert not others, "a pipelined modality has one encoder"
         if self.is_first_stage:
             return None if encoder_inputs is None else encoder(**encoder_inputs[name])
+        assert hidden_states is not None, "later stages continue from the one before"
         if hidden_states.ndim == 2:
             return hidden_states  # MimoModel's empty output: no item at all on the stages before
         output = encoder(hidden_states=hidden_states)
@@ -116,10 +135,11 @@ def modality_spec(
     submodules: type[PipelinedSubmodules],
     encoder_class: type[PatchEncoder],
     encoder_name: str,
-    grid: PatchGrid,
+    patches: Patches,
     encoder: TransformerConfig,
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of a modality: a :class:`PatchEncoder` and a two-layer projector.
 
@@ -127,11 +147,12 @@ def modality_spec(
         submodules: class of the modality.
         encoder_class: class of the encoder.
         encoder_name: key of the encoder in ``modality_inputs``.
-        grid: how an item becomes tokens.
+        patches: how an item becomes tokens.
         encoder: config of the encoder's transformer.
         projector: config of the projector; its ``hidden_size`` is the language module's, its ``ffn_hidden_size`` the
             width of the layer between.
         pg_collection: the module's process groups on this rank; ``None`` where this rank does not hold it.
+        attention: of the encoder, as for TransformerSize.
     """
     return ModuleSpec(
         module=submodules,
@@ -140,7 +161,12 @@ def modality_spec(
             "encoders": {
                 encoder_name: ModuleSpec(
                     module=encoder_class,
-                    params={"transformer_config": encoder, "grid": grid, "pg_collection": pg_collection},
+                    params={
+                        "transformer_config": encoder,
+                        "patches": patches,
+                        "pg_collection": pg_collection,
+                        "attention": attention,
+                    },
                 )
             },
             "input_projections": [
@@ -150,7 +176,7 @@ def modality_spec(
                         "config": projector,
                         "submodules": MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
                         "projector_type": "mlp",
-                        "input_size": grid.patches_per_token * encoder.hidden_size,
+                        "input_size": patches.patches_per_token * encoder.hidden_size,
                         "pg_collection": pg_collection,
                     },
                 )

@@ -10,11 +10,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, modality_spec
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageGrid:
+class ImagePatches:
     """How an image becomes tokens.
 
     Args:
@@ -32,18 +34,18 @@ class ImageGrid:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise ConfigError(
                 f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}: "
                 f"{self.image_size} / {self.patch_size} = {self.image_size / self.patch_size:g}."
             )
-        if self.patches % self.tokens_per_image:
-            raise ValueError(
-                f"tokens_per_image={self.tokens_per_image} does not divide the {self.patches} patches of an image "
+        if self.num_patches % self.tokens_per_image:
+            raise ConfigError(
+                f"tokens_per_image={self.tokens_per_image} does not divide the {self.num_patches} patches of an image "
                 f"(({self.image_size} / {self.patch_size})^2)."
             )
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
     @property
@@ -56,13 +58,13 @@ class ImageGrid:
 
     @property
     def patches_per_token(self) -> int:
-        return self.patches // self.tokens_per_image
+        return self.num_patches // self.tokens_per_image
 
 
 class VisionEncoder(PatchEncoder):
     """A :class:`PatchEncoder` of square patches of pixels."""
 
-    grid: ImageGrid
+    patches: ImagePatches
 
     def forward(
         self, pixel_values: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None
@@ -81,9 +83,9 @@ class VisionEncoder(PatchEncoder):
     def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """``[n, c, h, w] -> [n, patches, c * patch * patch]``, patches row by row."""
         n, channels, height, width = pixel_values.shape
-        size = self.grid.patch_size
+        size = self.patches.patch_size
         cut = pixel_values.reshape(n, channels, height // size, size, width // size, size)
-        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, self.grid.patches, self.grid.values_per_patch)
+        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, self.patches.num_patches, self.patches.values_per_patch)
 
 
 class PipelinedVisionSubmodules(PipelinedSubmodules, VisionModalitySubmodules):
@@ -92,19 +94,21 @@ class PipelinedVisionSubmodules(PipelinedSubmodules, VisionModalitySubmodules):
 
 def vision_spec(
     *,
-    grid: ImageGrid,
+    patches: ImagePatches,
     encoder: TransformerConfig,
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
     encoder_name: str = "vit",
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of a vision modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
         submodules=PipelinedVisionSubmodules,
         encoder_class=VisionEncoder,
         encoder_name=encoder_name,
-        grid=grid,
+        patches=patches,
         encoder=encoder,
         projector=projector,
         pg_collection=pg_collection,
+        attention=attention,
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron.core.models.mimo import MimoModelConfig
 
-from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import Recompute, TransformerSize
-from lightning_mimo.models.vision import ImageGrid
+from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.parallel.infra import MimoModelInfra
 
 __all__ = ["Recompute", "TransformerSize", "vision_language_config"]
 
@@ -15,7 +15,7 @@ __all__ = ["Recompute", "TransformerSize", "vision_language_config"]
 def vision_language_config(
     infra: MimoModelInfra,
     *,
-    grid: ImageGrid,
+    patches: ImagePatches,
     vision: TransformerSize,
     language: TransformerSize,
     vocab_size: int,
@@ -29,7 +29,7 @@ def vision_language_config(
 
     Args:
         infra: grids and process groups of this rank.
-        grid: how an image becomes tokens.
+        patches: how an image becomes tokens.
         vision: size of the encoder.
         language: size of the GPT.
         vocab_size: token ids, placeholders included; the language module's tp must divide it.
@@ -45,7 +45,7 @@ def vision_language_config(
     """
     return multimodal_config(
         infra,
-        encoders={vision_module: Encoder(grid=grid, size=vision, token_id=image_token_id)},
+        encoders={vision_module: Encoder(patches=patches, size=vision, token_id=image_token_id)},
         language=language,
         vocab_size=vocab_size,
         max_sequence_length=max_sequence_length,

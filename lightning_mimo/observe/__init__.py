@@ -1,1 +1,4 @@
-"""What is made of the spans that ranks record: telemetry, traces, pictures, and reports of what hangs."""
+"""What ranks record of themselves, and what is made of it: telemetry, traces, timelines, the watchdog.
+
+Imports ``layout`` and torch.
+"""

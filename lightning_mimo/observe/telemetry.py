@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_mimo.infra import MimoModelInfra
-from lightning_mimo.parallelism import LANGUAGE
-from lightning_mimo.spans import COMPUTING, Span
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.observe.spans import COMPUTING, Span, Spans
 
 _TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeline": "pipeline_s", "reduce": "reduce_s"}
 """Kind of work -> figure that it counts for."""
@@ -36,32 +36,32 @@ class Telemetry:
     - ``bridge_s``, ``pipeline_s``, ``reduce_s``: seconds per step in transfers to other modules, in transfers between
       stages, and in what is left of reducing gradients when backward has ended, mean of the ranks that have any.
       Waiting and moving data are one here: neither gloo nor NCCL tells when the other side came.
-    - ``samples_per_s``: samples with something for this module.
-    - ``tokens_per_s``: for the language module, positions that it reads, padding included; for an encoder, embeddings
+    - ``samples_per_sec``: samples with something for this module.
+    - ``tokens_per_sec``: for the language module, positions that it reads, padding included; for an encoder, embeddings
       that it makes.
     - ``peak_memory_mib``: largest of the module's ranks since the start; allocated by torch on a GPU, resident (what it
       shares with other processes included) on a CPU.
     """
 
-    def __init__(self, infra: MimoModelInfra, device: torch.device) -> None:
+    def __init__(self, layout: MimoLayout, spans: Spans, device: torch.device) -> None:
         """
         Args:
-            infra: layout and recorder.
+            layout: which module is on which ranks.
+            spans: what this rank records of itself.
             device: of this rank.
         """
-        self._spans = infra.spans
+        self._spans = spans
         self._device = device
         self._rank = dist.get_rank()
+        modules = layout.modules_on(self._rank)
         self._counted = []  # modules of which this rank counts what it reads: each replica does once
-        for name in infra.participating_modules:
-            place = infra.layout.modules[name].coordinates(self._rank)
+        for name in modules:
+            place = layout.modules[name].coordinates(self._rank)
             if not place["tp"] and not place["pp"]:
                 self._counted.append(name)
-        self._places = [
-            (rank, name) for rank in range(infra.layout.world_size) for name in infra.layout.modules_on(rank)
-        ]
-        self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in infra.participating_modules}
-        self._in_window = {name: dict.fromkeys(_COUNTS, 0) for name in infra.participating_modules}
+        self._places = [(rank, name) for rank in range(layout.world_size) for name in layout.modules_on(rank)]
+        self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in modules}
+        self._in_window = {name: dict.fromkeys(_COUNTS, 0) for name in modules}
         self._unread: list[Span] = []
 
     def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
@@ -142,7 +142,7 @@ def _of_module(ranks: list[dict[str, float]], steps: float, seconds: float) -> d
         having = [row[figure] for row in ranks if row[figure] or figure == "compute_s"]
         if having:
             values[figure] = sum(having) / len(having) / steps
-    values["samples_per_s"] = sum(row["samples"] for row in ranks) / seconds
-    values["tokens_per_s"] = sum(row["tokens"] for row in ranks) / seconds
+    values["samples_per_sec"] = sum(row["samples"] for row in ranks) / seconds
+    values["tokens_per_sec"] = sum(row["tokens"] for row in ranks) / seconds
     values["peak_memory_mib"] = max(row["memory"] for row in ranks) / _MIB
     return values

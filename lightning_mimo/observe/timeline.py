@@ -66,7 +66,7 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    seen = {span.work.kind for each in ranks for span in each.spans} | {"other"}
+    seen = {span.info.kind for each in ranks for span in each.spans} | {"other"}
     handles = [axes.bar(0, 0, color=_COLOURS[kind], label=name) for kind, name in KINDS.items() if kind in seen]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=9)
     figure.savefig(path, dpi=100)
@@ -86,10 +86,10 @@ def _draw_rank(axes: Axes, each: RankTrace, row: float, *, start: float, width: 
     axes.broken_barh([(0, width)], (row - 0.4, 0.8), facecolor=_COLOURS["other"])
     for span in each.spans:
         begin, length = (span.begin - start) * 1000, (span.end - span.begin) * 1000
-        colour = _COLOURS.get(span.work.kind, _COLOURS["sum"])
+        colour = _COLOURS.get(span.info.kind, _COLOURS["sum"])
         axes.broken_barh([(begin, length)], (row - 0.4, 0.8), facecolor=colour, edgecolor="white", linewidth=0.4)
-        if span.work.kind in ("forward", "backward") and length > _NARROWEST * width and span.work.words != "loss":
-            colour = "white" if span.work.kind == "backward" else "black"
+        if span.info.kind in ("forward", "backward") and length > _NARROWEST * width and span.info.label != "loss":
+            colour = "white" if span.info.kind == "backward" else "black"
             middle = begin + length / 2
             axes.text(middle, row, str(span.microbatch), ha="center", va="center", fontsize=8, color=colour)
 

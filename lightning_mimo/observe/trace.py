@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.spans import Clock, Span, Work
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.observe.spans import Clock, Span, SpanInfo
 
 Event = dict[str, Any]
 KINDS = {
@@ -29,7 +29,7 @@ WORKING = ("forward", "backward", "optimizer")
 class TracedSpan:
     """A :class:`Span` on the common clock: ``begin`` and ``end`` in seconds since the step began anywhere."""
 
-    work: Work
+    info: SpanInfo
     depth: int
     microbatch: int | None
     begin: float
@@ -69,9 +69,9 @@ class RankTrace:
         for span in self.spans:
             del outer[span.depth :]
             if outer:
-                sums[outer[-1].work.kind] -= span.end - span.begin
+                sums[outer[-1].info.kind] -= span.end - span.begin
             outer.append(span)
-            sums[span.work.kind] = sums.get(span.work.kind, 0.0) + span.end - span.begin
+            sums[span.info.kind] = sums.get(span.info.kind, 0.0) + span.end - span.begin
         sums["other"] = self.end - self.begin - sum(sums.values())
         return sums
 
@@ -91,7 +91,7 @@ def trace_of_rank(
     mark, begin = anchor
     traced = tuple(
         TracedSpan(
-            work=span.work,
+            info=span.info,
             depth=span.depth,
             microbatch=span.microbatch,
             begin=begin + clock.seconds(mark, span.begin),
@@ -158,11 +158,11 @@ def describe_shares(ranks: Sequence[RankTrace]) -> str:
 
 
 def _slice(span: TracedSpan, rank: int, start: float) -> Event:
-    details = {"microbatch": span.microbatch, "peers": list(span.work.peers)}
+    details = {"microbatch": span.microbatch, "peers": list(span.info.peers)}
     return {
         "ph": "X",
-        "name": span.work.words,
-        "cat": span.work.kind,
+        "name": span.info.label,
+        "cat": span.info.kind,
         "pid": rank,
         "tid": 0,
         "ts": (span.begin - start) * 1e6,
@@ -174,20 +174,20 @@ def _slice(span: TracedSpan, rank: int, start: float) -> Event:
 def _arrows(ranks: Sequence[RankTrace], start: float) -> Iterator[Event]:
     """From every send to the receives that it ends in."""
     sent = {
-        (span.work.edge, span.work.sends, span.microbatch, each.rank, peer): span
+        (span.info.edge, span.info.sends, span.microbatch, each.rank, peer): span
         for each in ranks
         for span in each.spans
-        if span.work.sends
-        for peer in span.work.peers
+        if span.info.sends
+        for peer in span.info.peers
     }
     number = 0
     for each in ranks:
         for span in each.spans:
-            for peer in span.work.peers if span.work.receives else ():
-                sender = sent.get((span.work.edge, span.work.receives, span.microbatch, peer, each.rank))
+            for peer in span.info.peers if span.info.receives else ():
+                sender = sent.get((span.info.edge, span.info.receives, span.microbatch, peer, each.rank))
                 if sender is None:
                     continue
                 number += 1
-                arrow = {"name": span.work.edge, "cat": "transfer", "id": number, "tid": 0}
+                arrow = {"name": span.info.edge, "cat": "transfer", "id": number, "tid": 0}
                 yield {**arrow, "ph": "s", "pid": peer, "ts": (sender.begin - start) * 1e6}
                 yield {**arrow, "ph": "f", "bp": "e", "pid": each.rank, "ts": (span.end - start) * 1e6}

@@ -22,8 +22,8 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.spans import COMPUTING, LOADING, Spans
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.observe.spans import COMPUTING, LOADING, Spans
 
 _FRAMES = 4
 _COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
@@ -35,11 +35,11 @@ class Report:
 
     Attributes:
         waits: whether it waits for another rank.
-        words: what it does: ``has waited 30 s to ...`` or ``has been in ...``.
+        label: what it does: ``has waited 30 s to ...`` or ``has been in ...``.
     """
 
     waits: bool
-    words: str
+    label: str
 
 
 class Watchdog:
@@ -118,20 +118,20 @@ class Watchdog:
         if span is None:
             last = "nothing" if self._spans.last is None else str(self._spans.last)
             verb = "waited" if in_collective else "not gone on"
-            return Report(waits=in_collective, words=f"has {verb} for {silent:.0f} s after: {last}; {_place(frame)}")
-        peers = f", {_preposition(span.work.words)} {_ranks(span.work.peers)}" if span.work.peers else ""
-        if span.work.kind not in (*COMPUTING, LOADING):
-            return Report(waits=True, words=f"has waited {silent:.0f} s to {span}{peers}")
+            return Report(waits=in_collective, label=f"has {verb} for {silent:.0f} s after: {last}; {_place(frame)}")
+        peers = f", {_preposition(span.info.label)} {_ranks(span.info.peers)}" if span.info.peers else ""
+        if span.info.kind not in (*COMPUTING, LOADING):
+            return Report(waits=True, label=f"has waited {silent:.0f} s to {span}{peers}")
         if in_collective:
-            return Report(waits=True, words=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
+            return Report(waits=True, label=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
         return Report(
-            waits=False, words=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
+            waits=False, label=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
         )
 
     def _end_run(self) -> None:
         """Report, let one rank conclude, and leave. Does not return."""
         report = self._look()
-        self._say(f"{self._name(self._rank)} {report.words}.")
+        self._say(f"{self._name(self._rank)} {report.label}.")
         talk = threading.Thread(target=self._confer, args=(report,), daemon=True)
         talk.start()
         talk.join(2 * self._longest_wait)
@@ -144,7 +144,7 @@ class Watchdog:
     def _confer(self, report: Report) -> None:
         """Tell the others; the first one concludes, and the others wait until it has."""
         try:
-            self._store.set(str(self._rank), json.dumps([report.waits, report.words]))
+            self._store.set(str(self._rank), json.dumps([report.waits, report.label]))
             if int(self._store.compare_set("first", "", str(self._rank))) == self._rank:
                 self._say(self._conclude())
                 self._store.set("concluded", "yes")
@@ -163,14 +163,14 @@ class Watchdog:
         ranks = range(self._world_size)
         self._wait_for([str(rank) for rank in ranks])
         reports = {
-            rank: Report(waits=waits, words=words)
+            rank: Report(waits=waits, label=label)
             for rank in ranks
             if self._store.check([str(rank)])
-            for waits, words in [json.loads(self._store.get(str(rank)))]
+            for waits, label in [json.loads(self._store.get(str(rank)))]
         }
         silent = "which does not answer: its process is gone, or stands still"
         missing = [f"{self._name(rank)}, {silent}" for rank in ranks if rank not in reports]
-        missing += [f"{self._name(rank)}, which {each.words}" for rank, each in reports.items() if not each.waits]
+        missing += [f"{self._name(rank)}, which {each.label}" for rank, each in reports.items() if not each.waits]
         limit = f"MimoStrategy(timeout={self._timeout:g} s)"
         if not missing:
             return f"{limit}: all ranks wait for one another, so they do not run the same steps. Ending all ranks."
@@ -187,8 +187,8 @@ class Watchdog:
         os.write(2, f"\n{line}".encode() + b"\n")
 
 
-def _preposition(words: str) -> str:
-    return {"receive": "from", "send": "to", "finish": "to"}.get(words.partition(" ")[0], "with")
+def _preposition(label: str) -> str:
+    return {"receive": "from", "send": "to", "finish": "to"}.get(label.partition(" ")[0], "with")
 
 
 def _ranks(ranks: tuple[int, ...]) -> str:

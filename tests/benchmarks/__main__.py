@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from tests.benchmarks.report import Report, as_json
-from tests.multiprocess.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 
 BENCHMARKS = {
     "overhead": "a step under Trainer and MimoStrategy against a bare loop around megatron-core",

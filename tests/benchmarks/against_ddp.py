@@ -32,23 +32,22 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoModelInfra, MimoModule, MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.batching import RankBatchPlan
+from lightning_mimo import MimoModelInfra, MimoModule, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
-from lightning_mimo.data import shard_dataloader
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.model import build_mimo_model
+from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.random_state import seed_megatron
+from lightning_mimo.parallel.random import seed_megatron
 from tests.benchmarks.loading import Moments
 from tests.benchmarks.paired import compare
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
-from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
-from tests.multiprocess.resident import PeakMemory
+from tests.parity.layouts import Layout, PoolEnvironment
+from tests.support.rank_pool import RankPool
+from tests.support.resident import PeakMemory
 
 SEED, LR = 1, 1e-3
 PER_RANK = {"digits": 16, "sleeping": 4}  # samples of the global batch for each rank there is
@@ -56,26 +55,28 @@ COSTS = {"images": Cost(forward=0.0012, backward=0.0023), "language": Cost(forwa
 WEIGHTS = {"images": 300_000_000 // 200, "language": 7_000_000_000 // 200}
 
 
-def apart(images: Cut, language: Cut, num_microbatches: int = 1) -> Layout:
+def apart(images: ModuleParallelism, language: ModuleParallelism, num_microbatches: int = 1) -> Layout:
     return Layout(modules={"images": images, "language": language}, num_microbatches=num_microbatches)
 
 
-def together(images: Cut, language: Cut) -> Layout:
+def together(images: ModuleParallelism, language: ModuleParallelism) -> Layout:
     return Layout(modules={"images": images, "language": language}, colocate=True, num_microbatches=1)
 
 
 LAYOUTS = {
     "digits": {
-        "images_dp2-language_tp2": apart(Cut(dp=2), Cut(tp=2, dp=1)),
-        "images_dp2-language_dp2": apart(Cut(dp=2), Cut(dp=2)),
-        "colocated images_dp4-language_dp4": together(Cut(dp=4), Cut(dp=4)),
+        "images_dp2-language_tp2": apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, dp=1)),
+        "images_dp2-language_dp2": apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2)),
+        "colocated images_dp4-language_dp4": together(ModuleParallelism(dp=4), ModuleParallelism(dp=4)),
     },
     "sleeping": {
-        "images_dp2-language_tp2": apart(Cut(dp=2), Cut(tp=2, dp=1)),
-        "images_dp1-language_pp3, 8 microbatches": apart(Cut(dp=1), Cut(pp=3, dp=1), 8),
-        "colocated images_dp4-language_tp4": together(Cut(dp=4), Cut(tp=4, dp=1)),
-        "images_dp2-language_tp2pp3, 8 microbatches": apart(Cut(dp=2), Cut(tp=2, pp=3, dp=1), 8),
-        "colocated images_dp8-language_tp4dp2": together(Cut(dp=8), Cut(tp=4, dp=2)),
+        "images_dp2-language_tp2": apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, dp=1)),
+        "images_dp1-language_pp3, 8 microbatches": apart(ModuleParallelism(dp=1), ModuleParallelism(pp=3, dp=1), 8),
+        "colocated images_dp4-language_tp4": together(ModuleParallelism(dp=4), ModuleParallelism(tp=4, dp=1)),
+        "images_dp2-language_tp2pp3, 8 microbatches": apart(
+            ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=3, dp=1), 8
+        ),
+        "colocated images_dp8-language_tp4dp2": together(ModuleParallelism(dp=8), ModuleParallelism(tp=4, dp=2)),
     },
 }
 
@@ -101,7 +102,9 @@ class Whole(pl.LightningModule):
             return
         ranks = dist.get_world_size()
         layout = MimoLayout.resolve(
-            {"images": Cut(dp=ranks), "language": Cut(dp=ranks)}, world_size=ranks, colocate=True
+            {"images": ModuleParallelism(dp=ranks), "language": ModuleParallelism(dp=ranks)},
+            world_size=ranks,
+            colocate=True,
         )
         seed_megatron(layout, dist.get_rank(), seed=SEED)
         self.infra = MimoModelInfra.build(layout)

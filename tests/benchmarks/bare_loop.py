@@ -13,14 +13,15 @@ from megatron.core.models.mimo.optimizer import MimoOptimizer
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils.data import DataLoader
 
-from lightning_mimo.data import shard_dataloader
-from lightning_mimo.data_parallel import wrap_with_ddp
+from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.mimo_parallel_utils import build_pg_collection_for_schedule, multimodule_no_sync
-from lightning_mimo.model import build_mimo_model
-from lightning_mimo.module import MimoModule
-from lightning_mimo.parallelism import LANGUAGE
-from lightning_mimo.param_groups import pass_on
-from lightning_mimo.schedule import GlobalBatchSchedule, Microbatch
+from lightning_mimo.optim.ddp import wrap_with_ddp
+from lightning_mimo.optim.param_groups import pass_on
+from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
+from lightning_mimo.strategy.module import MimoModule
 
 
 class BareLoop:
@@ -43,11 +44,11 @@ class BareLoop:
             loader: as for one process.
         """
         strategy, self._infra = trainer.strategy, trainer.strategy.infra
-        numerics = trainer.precision_plugin.numerics
+        dtype_policy = trainer.precision_plugin.dtype_policy
         self._model = build_mimo_model(
-            module.configure_mimo(self._infra), self._infra, seed=strategy.seed, numerics=numerics
+            module.configure_mimo(self._infra), self._infra, seed=strategy.seed, dtype_policy=dtype_policy
         )
-        wrap_with_ddp(self._model, self._infra, strategy.ddp_by_module, numerics)
+        wrap_with_ddp(self._model, self._infra, strategy.ddp_by_module, dtype_policy)
         self._model.train()
         fitted, module.model = module.model, self._model
         made = module.configure_optimizers()

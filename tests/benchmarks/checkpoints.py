@@ -19,18 +19,17 @@ from torch.utils.data import DataLoader
 
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Report
-from tests.multiprocess.parity.layouts import PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
+from tests.parity.layouts import PoolEnvironment
+from tests.support.rank_pool import RankPool
 
 LAYOUTS = {  # name -> modules, ranks
-    "images_dp1-language_tp1": ({"images": Cut(), "language": Cut()}, 2),
-    "images_dp2-language_tp2": ({"images": Cut(dp=2), "language": Cut(tp=2)}, 4),
-    "images_dp4-language_tp4": ({"images": Cut(dp=4), "language": Cut(tp=4)}, 8),
+    "images_dp1-language_tp1": ({"images": ModuleParallelism(), "language": ModuleParallelism()}, 2),
+    "images_dp2-language_tp2": ({"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}, 4),
+    "images_dp4-language_tp4": ({"images": ModuleParallelism(dp=4), "language": ModuleParallelism(tp=4)}, 8),
 }
 SMALL = TransformerSize(num_layers=2, hidden_size=64, num_attention_heads=4)
 MODELS = {

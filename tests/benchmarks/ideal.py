@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from tests.benchmarks.sleeping import Cost
 
 Task = tuple[str, int, int, str]

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 import lightning_mimo.commands.run  # noqa: F401  (what lightning-mimo fit imports)
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.quiet import quiet_trainer
 
@@ -64,7 +63,9 @@ def main(folder: str, ranks: int, began: float) -> None:
     marks.reach("imports")
     half = ranks // 2
     tp = min(4, half)
-    strategy = TimedStrategy({"images": Cut(dp=half), "language": Cut(tp=tp, dp=half // tp)}, 2 * ranks)
+    strategy = TimedStrategy(
+        {"images": ModuleParallelism(dp=half), "language": ModuleParallelism(tp=tp, dp=half // tp)}, 2 * ranks
+    )
     strategy.marks = marks
     data = DigitsData(global_batch_size=2 * ranks, train_samples=4 * ranks, val_samples=ranks)
     data.setup("fit")

@@ -17,39 +17,48 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.batching import RankBatchPlan
-from lightning_mimo.data import shard_dataloader
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from tests.benchmarks.paired import Comparison, compare
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
-from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
+from tests.parity.layouts import Layout, PoolEnvironment
+from tests.support.rank_pool import RankPool
 
 BATCH, STEPS = 16, 4
 LAYOUTS = {
-    "images_dp4-language_dp1 (fan-in)": Layout(modules={"images": Cut(dp=4), "language": Cut(dp=1)}),
-    "images_dp1-language_dp4 (fan-out)": Layout(modules={"images": Cut(dp=1), "language": Cut(dp=4)}),
-    "images_tp2dp2-language_tp2": Layout(modules={"images": Cut(tp=2, dp=2), "language": Cut(tp=2, dp=1)}),
+    "images_dp4-language_dp1 (fan-in)": Layout(
+        modules={"images": ModuleParallelism(dp=4), "language": ModuleParallelism(dp=1)}
+    ),
+    "images_dp1-language_dp4 (fan-out)": Layout(
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=4)}
+    ),
+    "images_tp2dp2-language_tp2": Layout(
+        modules={"images": ModuleParallelism(tp=2, dp=2), "language": ModuleParallelism(tp=2, dp=1)}
+    ),
     "images_dp2-language_pp2, 4 microbatches": Layout(
-        modules={"images": Cut(dp=2), "language": Cut(pp=2, dp=1)}, num_microbatches=4
+        modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(pp=2, dp=1)}, num_microbatches=4
     ),
     "images_pp2-language_pp2, 4 microbatches": Layout(
-        modules={"images": Cut(pp=2, dp=1), "language": Cut(pp=2, dp=1)}, num_microbatches=4
+        modules={"images": ModuleParallelism(pp=2, dp=1), "language": ModuleParallelism(pp=2, dp=1)}, num_microbatches=4
     ),
     "images_dp2-audio_dp1-language_tp2": Layout(
-        modules={"images": Cut(dp=2), "audio": Cut(dp=1), "language": Cut(tp=2, dp=1)}
+        modules={
+            "images": ModuleParallelism(dp=2),
+            "audio": ModuleParallelism(dp=1),
+            "language": ModuleParallelism(tp=2, dp=1),
+        }
     ),
     "colocated images_dp4-language_tp2dp2": Layout(
-        modules={"images": Cut(dp=4), "language": Cut(tp=2, dp=2)}, colocate=True
+        modules={"images": ModuleParallelism(dp=4), "language": ModuleParallelism(tp=2, dp=2)}, colocate=True
     ),
 }
 
-HIDDEN = Layout(modules={"images": Cut(dp=2), "language": Cut(tp=2, dp=1)})
+HIDDEN = Layout(modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2, dp=1)})
 HIDDEN_BATCH = 8
 COSTS = {"images": Cost(forward=0.002, backward=0.004), "language": Cost(forward=0.012, backward=0.024)}
 # An encoder replica sleeps 4 * 6 ms, the language module 8 * 36 ms / tp=2: a step takes 168 ms and what Python takes.
@@ -168,7 +177,7 @@ class _Unpacked:
 
 def _taking(rounds: int) -> Comparison:
     """Seconds in which this process takes batches that lie ready, in one process."""
-    layout = MimoLayout.resolve({LANGUAGE: Cut()}, world_size=1)
+    layout = MimoLayout.resolve({LANGUAGE: ModuleParallelism()}, world_size=1)
     plan = RankBatchPlan.build(layout, 0, global_batch_size=4 * MANY, num_microbatches=MANY)
 
     def block(packed: bool) -> float:

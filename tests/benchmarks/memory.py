@@ -17,25 +17,28 @@ from torch.utils.data import DataLoader
 
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
-from tests.multiprocess.parity.layouts import Layout, PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
-from tests.multiprocess.resident import PeakMemory, counted_parameters
+from tests.parity.layouts import Layout, PoolEnvironment
+from tests.support.rank_pool import RankPool
+from tests.support.resident import PeakMemory, counted_parameters
 
 VISION = TransformerSize(num_layers=3, hidden_size=768, num_attention_heads=8)
 LANGUAGE = TransformerSize(num_layers=4, hidden_size=1024, num_attention_heads=8)
 ALONE = "one process"
 LAYOUTS = {
-    ALONE: Layout(modules={"images": Cut(dp=1), "language": Cut(dp=1)}, colocate=True),
-    "images_dp1-language_dp1": Layout(modules={"images": Cut(dp=1), "language": Cut(dp=1)}),
-    "images_dp1-language_tp2": Layout(modules={"images": Cut(dp=1), "language": Cut(tp=2, dp=1)}),
-    "images_dp1-language_pp2": Layout(modules={"images": Cut(dp=1), "language": Cut(pp=2, dp=1)}),
+    ALONE: Layout(modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)}, colocate=True),
+    "images_dp1-language_dp1": Layout(modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)}),
+    "images_dp1-language_tp2": Layout(
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=1)}
+    ),
+    "images_dp1-language_pp2": Layout(
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(pp=2, dp=1)}
+    ),
     "colocated images_tp2-language_tp2": Layout(
-        modules={"images": Cut(tp=2, dp=1), "language": Cut(tp=2, dp=1)}, colocate=True
+        modules={"images": ModuleParallelism(tp=2, dp=1), "language": ModuleParallelism(tp=2, dp=1)}, colocate=True
     ),
 }
 

@@ -24,23 +24,22 @@ from torch.utils.data import DataLoader
 
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoModule, MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.bare_loop import BareLoop, BridgeLoop, OneCollectiveLoop
 from tests.benchmarks.paired import Comparison
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
-from tests.multiprocess.parity.layouts import PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
+from tests.parity.layouts import PoolEnvironment
+from tests.support.rank_pool import RankPool
 
 TRAINER, UNWATCHED = "trainer", "without telemetry"
 BARE, ONE_COLLECTIVE, BRIDGE = "bare", "bare, one collective", "bridge"
 LOOPS = {BARE: BareLoop, ONE_COLLECTIVE: OneCollectiveLoop, BRIDGE: BridgeLoop}
 TURN = (TRAINER, UNWATCHED, *LOOPS, *reversed(LOOPS), UNWATCHED, TRAINER)
 """One round; any two of them are A B B A. The Trainer's blocks at the seam are one after the other, too."""
-LAYOUT = {"images": Cut(dp=2), "language": Cut(tp=2)}
+LAYOUT = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
 RANKS = 4
 
 

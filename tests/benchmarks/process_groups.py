@@ -14,22 +14,21 @@ import torch
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
-from lightning_mimo import MimoLayout, MimoModelInfra
-from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo import MimoLayout, MimoModelInfra, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
-from lightning_mimo.infra import _DENSE_GROUPS, _EXPERT_GROUPS
-from lightning_mimo.parallelism import DENSE_AXES, EXPERT_AXES
-from lightning_mimo.process_groups import EXPERT_VIEW
+from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES
+from lightning_mimo.parallel.infra import _DENSE_GROUPS, _EXPERT_GROUPS
+from lightning_mimo.parallel.process_groups import EXPERT_VIEW
 from tests.benchmarks.paired import Comparison, compare
 from tests.benchmarks.report import Report
-from tests.multiprocess.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 
 SIZES = (2, 4, 8, 16)
-LANGUAGE: dict[str, Callable[[int], Cut]] = {  # half of the ranks -> how the language module lies on them
-    "dp": lambda half: Cut(dp=half),
-    "tp": lambda half: Cut(tp=half, dp=1),
-    "pp": lambda half: Cut(pp=half, dp=1),
-    "tp dp pp": lambda half: Cut(tp=min(2, half), dp=2 if half > 2 else 1, pp=2 if half > 4 else 1),
+LANGUAGE: dict[str, Callable[[int], ModuleParallelism]] = {  # half of the ranks -> how the language module lies on them
+    "dp": lambda half: ModuleParallelism(dp=half),
+    "tp": lambda half: ModuleParallelism(tp=half, dp=1),
+    "pp": lambda half: ModuleParallelism(pp=half, dp=1),
+    "tp dp pp": lambda half: ModuleParallelism(tp=min(2, half), dp=2 if half > 2 else 1, pp=2 if half > 4 else 1),
 }
 
 
@@ -84,7 +83,7 @@ def _threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def _compare(modules: Mapping[str, Cut], rounds: int) -> tuple[Comparison, dict[str, list[int]]]:
+def _compare(modules: Mapping[str, ModuleParallelism], rounds: int) -> tuple[Comparison, dict[str, list[int]]]:
     builds = _Builds(MimoLayout.resolve(modules, world_size=dist.get_world_size()))
     return compare(builds.shared, builds.unshared, rounds=rounds), builds.counts
 
@@ -94,7 +93,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
     for name, cut in LANGUAGE.items():
         medians: dict[str, list[float]] = {"shared": [], "unshared": []}
         for ranks in SIZES:
-            modules = {"images": Cut(dp=ranks // 2), "language": cut(ranks // 2)}
+            modules = {"images": ModuleParallelism(dp=ranks // 2), "language": cut(ranks // 2)}
             compared, counts = pool.run(_compare, modules, 1 if quick else 5, world_size=ranks, timeout=400)[0]
             shared, unshared = _median(compared.a), _median(compared.b)
             medians["shared"].append(shared)

@@ -21,16 +21,15 @@ import lightning.pytorch as pl
 import psutil
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoStrategy
-from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.layout import MimoLayout
-from lightning_mimo.parallelism import LANGUAGE
+from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from tests.benchmarks.ideal import ideal_seconds
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
 from tests.benchmarks.sleeping import Cost, SleepingData, SleepingModule
-from tests.multiprocess.parity.layouts import PoolEnvironment
-from tests.multiprocess.rank_pool import RankPool
+from tests.parity.layouts import PoolEnvironment
+from tests.support.rank_pool import RankPool
 
 TARGET = 0.97
 CALM = 0.01  # of a step's time that others may have had a core
@@ -48,7 +47,7 @@ class Case:
         uneven: how much longer than that encoders take for one microbatch and the next, over and over.
     """
 
-    modules: Mapping[str, Cut]
+    modules: Mapping[str, ModuleParallelism]
     costs: Mapping[str, Cost]
     microbatches: int = 8
     encoder_run_ahead: int = 1
@@ -77,47 +76,67 @@ def _cost(milliseconds: float) -> Cost:
 SHORT, EVEN, LONG = _cost(150), _cost(225), _cost(300)  # forward and backward together
 CASES = {
     "balanced, pp=1": Case(
-        modules={"images": Cut(dp=1), "language": Cut(dp=1)}, costs={"images": EVEN, "language": EVEN}
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)},
+        costs={"images": EVEN, "language": EVEN},
     ),
     "encoder-bound, pp=1": Case(
-        modules={"images": Cut(dp=1), "language": Cut(dp=1)}, costs={"images": LONG, "language": SHORT}
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)},
+        costs={"images": LONG, "language": SHORT},
     ),
     "language-bound, pp=1": Case(
-        modules={"images": Cut(dp=1), "language": Cut(dp=1)}, costs={"images": SHORT, "language": LONG}
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)},
+        costs={"images": SHORT, "language": LONG},
     ),
     "fan-in dp 4 -> 2, tp=2": Case(
-        modules={"images": Cut(dp=4), "language": Cut(dp=2, tp=2)}, costs={"images": EVEN, "language": EVEN}
+        modules={"images": ModuleParallelism(dp=4), "language": ModuleParallelism(dp=2, tp=2)},
+        costs={"images": EVEN, "language": EVEN},
     ),
     "fan-out dp 1 -> 4": Case(
-        modules={"images": Cut(dp=1), "language": Cut(dp=4)}, costs={"images": EVEN, "language": LONG}
+        modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=4)},
+        costs={"images": EVEN, "language": LONG},
     ),
     "balanced, language pp=2": Case(
-        modules={"images": Cut(dp=2), "language": Cut(dp=1, pp=2)}, costs={"images": EVEN, "language": EVEN}
+        modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(dp=1, pp=2)},
+        costs={"images": EVEN, "language": EVEN},
     ),
     "encoder-bound, pp=2 and pp=2": Case(
-        modules={"images": Cut(dp=1, pp=2), "language": Cut(dp=1, pp=2)}, costs={"images": LONG, "language": SHORT}
+        modules={"images": ModuleParallelism(dp=1, pp=2), "language": ModuleParallelism(dp=1, pp=2)},
+        costs={"images": LONG, "language": SHORT},
     ),
     "language-bound, language pp=4": Case(
-        modules={"images": Cut(dp=2), "language": Cut(dp=1, pp=4)}, costs={"images": SHORT, "language": LONG}
+        modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(dp=1, pp=4)},
+        costs={"images": SHORT, "language": LONG},
     ),
     "balanced, pp=4 and pp=4": Case(
-        modules={"images": Cut(dp=1, pp=4), "language": Cut(dp=1, pp=4)}, costs={"images": EVEN, "language": EVEN}
+        modules={"images": ModuleParallelism(dp=1, pp=4), "language": ModuleParallelism(dp=1, pp=4)},
+        costs={"images": EVEN, "language": EVEN},
     ),
     "two encoders, language pp=2": Case(
-        modules={"images": Cut(dp=2), "sounds": Cut(dp=1), "language": Cut(dp=1, pp=2)},
+        modules={
+            "images": ModuleParallelism(dp=2),
+            "sounds": ModuleParallelism(dp=1),
+            "language": ModuleParallelism(dp=1, pp=2),
+        },
         costs={"images": EVEN, "sounds": SHORT, "language": EVEN},
     ),
     "two encoders, one pp=2, balanced": Case(
-        modules={"images": Cut(dp=1, pp=2), "sounds": Cut(dp=1), "language": Cut(dp=1)},
+        modules={
+            "images": ModuleParallelism(dp=1, pp=2),
+            "sounds": ModuleParallelism(dp=1),
+            "language": ModuleParallelism(dp=1),
+        },
         costs={"images": EVEN, "sounds": LONG, "language": EVEN},
     ),
     "16 ranks, fan-in, tp=2 pp=4": Case(
-        modules={"images": Cut(dp=8), "language": Cut(dp=1, tp=2, pp=4)}, costs={"images": LONG, "language": LONG}
+        modules={"images": ModuleParallelism(dp=8), "language": ModuleParallelism(dp=1, tp=2, pp=4)},
+        costs={"images": LONG, "language": LONG},
     ),
 }
 IMAGES_DIFFER = (0.5, 1.5, 1.0, 0.4, 1.6, 1.0, 1.7, 0.3)
 UNEVEN = Case(
-    modules={"images": Cut(dp=1), "language": Cut(dp=1)}, costs={"images": EVEN, "language": EVEN}, uneven=IMAGES_DIFFER
+    modules={"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)},
+    costs={"images": EVEN, "language": EVEN},
+    uneven=IMAGES_DIFFER,
 )
 CASES |= {f"uneven images, run-ahead {ahead}": replace(UNEVEN, encoder_run_ahead=ahead) for ahead in (0, 1, 2)}
 QUICK = ("balanced, pp=1", "language-bound, language pp=4")

@@ -23,8 +23,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.utils.data import Dataset
 
 from lightning_mimo import MimoModelInfra, MimoModule
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.patches import PipelinedSubmodules
-from lightning_mimo.parallelism import LANGUAGE
 
 VOCABULARY, FIRST_PLACEHOLDER = 16, 8
 _LATE = 0.0002  # seconds; the busiest rank spends less than a hundredth of its time on it

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.benchmarks.process_groups import SIZES, power_law
 from tests.benchmarks.report import Report
-from tests.multiprocess.rank_pool import RankPool
+from tests.support.rank_pool import RankPool
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 0.3  # seconds

@@ -105,7 +105,7 @@ def main() -> None:
             {
                 "losses": [float(loss) for loss in measure.losses],
                 "ms_per_step": 1000 * measure.seconds / timed,
-                "samples_per_s": BATCH * timed / measure.seconds if measure.seconds else None,
+                "samples_per_sec": BATCH * timed / measure.seconds if measure.seconds else None,
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None,
                 "syncs_in_a_step": measure.syncs,
             }

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from tests.multiprocess.evaluation import PicturesAndText, TinyModule
+from tests.support.evaluation import PicturesAndText, TinyModule
 
 RANKS = 3
 TIMEOUT = 3.0

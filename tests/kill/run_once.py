@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.checkpoint import tools
 from tests.kill import STEPS
-from tests.multiprocess.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
+from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 
 PARTS = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
 

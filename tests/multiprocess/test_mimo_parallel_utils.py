@@ -15,8 +15,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from lightning_mimo.data_parallel import InOrderDataParallel, options_by_module, wrap_with_ddp
-from lightning_mimo.infra import MimoModelInfra
+from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.mimo.model import module_and_name
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
     finalize_model_grads_multimodule,
@@ -28,10 +28,10 @@ from lightning_mimo.mimo_parallel_utils import (
     validate_no_stub_ranks,
     zero_grad_buffer_for_multimodule,
 )
-from lightning_mimo.model import module_and_name
-from lightning_mimo.parallelism import LANGUAGE, ModuleParallelism
-from tests.multiprocess.rank_pool import RankPool
-from tests.multiprocess.tiny import tiny_model, tiny_world
+from lightning_mimo.optim.ddp import FixedOrderDistributedDataParallel, options_by_module, wrap_with_ddp
+from lightning_mimo.parallel.infra import MimoModelInfra
+from tests.support.rank_pool import RankPool
+from tests.support.tiny import tiny_model, tiny_world
 
 IMAGES = "images"
 GARBAGE = -1000  # the token count where no loss is computed
@@ -176,7 +176,7 @@ def test_modules_and_groups_of_each_rank(rank_pool: RankPool, layout: Layout) ->
     for rank, view in enumerate(views):
         here = layout.modules_on(rank)
         assert set(view.in_grid) == set(here)
-        assert view.wrapped == [(name, InOrderDataParallel) for name in here]
+        assert view.wrapped == [(name, FixedOrderDistributedDataParallel) for name in here]
         assert [name for name, _ in view.bare] == here
         assert not [kind for _, kind in view.bare if issubclass(kind, DistributedDataParallel)]
         assert view.language_in_schedule == (LANGUAGE if LANGUAGE in here else None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from lightning_mimo.cli import checkpoint_tool
+from lightning_mimo.commands.cli import checkpoint_tool
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/digits_vlm.yaml"

@@ -8,9 +8,15 @@ from inspect import Parameter
 import pytest
 
 import lightning_mimo
+import lightning_mimo.models
 
 PUBLIC_NAMES = [
+    "CheckpointError",
+    "CheckpointWriteError",
+    "ConfigError",
+    "DataError",
     "LayoutError",
+    "MimoError",
     "MimoLayout",
     "MimoModelInfra",
     "MimoModule",
@@ -22,6 +28,7 @@ PUBLIC_NAMES = [
     "PerModuleLR",
     "StepTrace",
     "build_pg_collection_for_schedule",
+    "fan_in_normal_",
     "finalize_model_grads_multimodule",
     "get_module_to_grid_tuple",
     "is_current_rank_in_grid",
@@ -30,6 +37,27 @@ PUBLIC_NAMES = [
     "validate_data_loader_contract",
     "validate_no_stub_ranks",
     "zero_grad_buffer_for_multimodule",
+]
+
+MODEL_NAMES = [
+    "AudioEncoder",
+    "ClipPatches",
+    "Encoder",
+    "ImagePatches",
+    "PatchEncoder",
+    "PipelinedAudioSubmodules",
+    "PipelinedSubmodules",
+    "PipelinedVisionSubmodules",
+    "Recompute",
+    "TransformerSize",
+    "VisionEncoder",
+    "audio_spec",
+    "encoder_spec",
+    "gpt_spec",
+    "multimodal_config",
+    "transformer_config",
+    "vision_language_config",
+    "vision_spec",
 ]
 
 POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
@@ -62,8 +90,8 @@ SIGNATURES = {
 
 
 def test_public_names_are_pinned():
-    assert lightning_mimo.__all__ == PUBLIC_NAMES
-    assert dir(lightning_mimo) == PUBLIC_NAMES
+    assert lightning_mimo.__all__ == dir(lightning_mimo) == PUBLIC_NAMES
+    assert lightning_mimo.models.__all__ == dir(lightning_mimo.models) == MODEL_NAMES
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)
@@ -71,8 +99,16 @@ def test_public_name_is_importable_from_the_package(name):
     assert getattr(lightning_mimo, name).__name__ == name
 
 
+@pytest.mark.parametrize("name", MODEL_NAMES)
+def test_model_name_is_importable_from_models(name):
+    assert getattr(lightning_mimo.models, name).__name__ == name
+
+
 def test_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="'lightning_mimo' has no attribute 'MimoTrainer'"):
+    with pytest.raises(
+        AttributeError,
+        match=r"No lightning_mimo attribute MimoTrainer",
+    ):
         _ = lightning_mimo.MimoTrainer
 
 

@@ -1,0 +1,4 @@
+"""Activations and gradients on their way between modules and pipeline stages.
+
+Imports ``parallel`` and below, and megatron-core.
+"""

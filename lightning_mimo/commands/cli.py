@@ -1,0 +1,87 @@
+"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint``.
+
+``layout`` needs neither torch nor Lightning, so both are imported only for the other commands.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_mimo.commands.layout import check_config_files, picture_of
+from lightning_mimo.errors import ConfigError, MimoError
+from lightning_mimo.known_warnings import hush_known_warnings
+
+_USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
+       lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
+       lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
+
+  fit        train; with --trace DIR also record one step over all ranks, as a picture and for Perfetto
+  validate   evaluate on the validation data        test      on the test data
+  predict    write the model's answers              layout    print which module sits on which ranks; starts nothing
+
+  --dry-run  instead of running: check all sizes against the layout, and print parameters and bytes of every rank
+
+'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. The keys of a class:
+'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy', or --model.help=..., --data.help=...
+"""
+_RUNS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script and of ``python -m lightning_mimo``."""
+    if arguments is not None:
+        sys.argv[1:] = arguments  # LightningCLI warns when it is given arguments beside those of the command line
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help") or arguments == ["layout", "--help"]:
+        print(_USAGE, end="")
+        return
+    # A console script does not look for modules in the current folder, but the classes named in a config lie there.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        if arguments[0] == "layout":
+            print(picture_of(arguments[1:]))
+        elif arguments[0] == "checkpoint":
+            print(checkpoint_tool(arguments[1:]))
+        elif arguments[0] in _RUNS:
+            check_config_files(arguments[1:])
+            _run_lightning()
+        else:
+            raise ConfigError(
+                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint."
+            )
+    except MimoError as error:
+        print(f"lightning-mimo: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def checkpoint_tool(arguments: Sequence[str]) -> str:
+    """Run ``inspect``, ``export`` or ``import``, and say what was done.
+
+    Raises:
+        MimoError: for anything that is wrong with the arguments or the files.
+    """
+    match list(arguments):
+        case ["inspect" | "export" | "import", *paths] if len(paths) == (1 if arguments[0] == "inspect" else 2):
+            from lightning_mimo.checkpoint import tools
+        case _:
+            raise ConfigError(
+                "write: checkpoint inspect PATH, checkpoint export PATH OUT.safetensors, or checkpoint import "
+                "FILE.safetensors PATH.ckpt"
+            )
+    one, two = Path(paths[0]), Path(paths[-1])
+    if arguments[0] == "inspect":
+        return tools.inspect(one)
+    if arguments[0] == "export":
+        return f"{tools.export(one, two)} parameters written to {two}"
+    return f"{tools.import_weights(one, two)} parameters written to {two}"
+
+
+def _run_lightning() -> None:
+    hush_known_warnings()
+    from lightning_mimo.commands.run import run
+
+    dry_run = "--dry-run" in sys.argv
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
+    run(dry_run=dry_run)

@@ -1,0 +1,107 @@
+"""A user's DataLoaders divided over the ranks, checked against one another, and the position in the training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from lightning_mimo.data.data_state import DataState
+from lightning_mimo.data.loader import ResumableLoader, shard_dataloader
+from lightning_mimo.errors import DataError
+from lightning_mimo.layout.batch_plan import RankBatchPlan
+
+
+class RunData:
+    """The data of one ``fit``, ``validate``, ``test`` or ``predict``."""
+
+    def __init__(self, plan: RankBatchPlan) -> None:
+        """
+        Args:
+            plan: this rank's share of every global batch.
+        """
+        self._plan = plan
+        self._training_samples: int | None = None
+        self._training: ResumableLoader | None = None
+        self._saved: DataState | None = None
+
+    def resume_from(self, saved: DataState) -> None:
+        """Training goes on from a checkpoint that was saved there."""
+        self._saved = saved
+
+    def shard(
+        self,
+        loader: object,
+        *,
+        special_token_ids: Mapping[str, int],
+        pad_token_id: int,
+        seed: int,
+        training: bool,
+    ) -> DataLoader:
+        """Rebuild a user's DataLoader for this rank. Collective over the world.
+
+        Args:
+            loader: as for one process.
+            special_token_ids: encoder module -> the placeholder token of one of its embeddings.
+            pad_token_id: fills up short sequences.
+            seed: of the order of samples and their augmentation, the same on all ranks.
+            training: whether it is what the run trains on.
+
+        Raises:
+            DataError: if it cannot be divided, has another length on another rank, or is not what the checkpoint was
+                saved in the middle of.
+        """
+        if not isinstance(loader, DataLoader):
+            raise DataError(
+                f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(loader).__name__}. "
+                f"Return a DataLoader over a map-style dataset."
+            )
+        sharded = shard_dataloader(
+            loader,
+            self._plan,
+            special_token_ids=special_token_ids,
+            pad_token_id=pad_token_id,
+            seed=seed,
+        )
+        samples = len(loader.dataset)
+        _check_same_length(samples)
+        if training:
+            self._training_samples, self._training = samples, sharded
+            self._check_saved(samples)
+        return sharded
+
+    def load_ahead(self) -> None:
+        """Load the next batch to train on now."""
+        self._training.load_ahead()
+
+    def data_state(self, *, seed: int, batches: int) -> DataState | None:
+        """Where the run is after some batches of the epoch; ``None`` where nothing is trained on."""
+        if self._training_samples is None:
+            return None
+        return DataState(
+            seed=seed,
+            global_batch_size=self._plan.global_batch_size,
+            samples=self._training_samples,
+            batches=batches,
+        )
+
+    def _check_saved(self, samples: int) -> None:
+        saved = self._saved
+        if saved is not None and saved.batches and saved.samples != samples:
+            raise DataError(
+                f"The checkpoint was saved in the middle of an epoch of {saved.samples} samples, but the training "
+                f"dataset has {samples} now, so the next sample cannot be told. Go on with the same dataset, or "
+                f"from a checkpoint of the end of an epoch."
+            )
+
+
+def _check_same_length(length: int) -> None:
+    lengths: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lengths, length)
+    if len(set(lengths)) > 1:
+        raise DataError(
+            f"The dataset has a different length on different ranks: {dict(enumerate(lengths))}. Every rank must "
+            f"see the same samples under the same indices."
+        )

@@ -1,0 +1,43 @@
+"""Every error that this package raises on purpose, so that callers can tell a user's mistake from a bug.
+
+    MimoError
+    ├── ConfigError           (ValueError)          an argument or option that cannot run, or two that do not fit
+    │   └── LayoutError                             a layout or batch size that cannot run
+    ├── DataError             (ValueError)          a sample, dataset or DataLoader that cannot be used
+    ├── CheckpointError       (ValueError)          a checkpoint that cannot be read, or does not fit the run
+    ├── CheckpointWriteError  (OSError)             a checkpoint could not be written
+    └── NonFiniteError        (FloatingPointError)  a loss or gradient is infinite or NaN
+
+Each also derives from the built-in exception in brackets, so that code which knows nothing of this package can catch
+it. The command line prints a MimoError as one line; anything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class MimoError(Exception):
+    """Base class of the errors whose message is written for the user."""
+
+
+class ConfigError(MimoError, ValueError):
+    """An argument or option that cannot run, or two that do not fit together. The message says what to change."""
+
+
+class LayoutError(ConfigError):
+    """A layout or a batch size that cannot run. The message says which number to change."""
+
+
+class DataError(MimoError, ValueError):
+    """A sample, dataset or DataLoader that cannot be used. The message names the sample and the key."""
+
+
+class CheckpointError(MimoError, ValueError):
+    """A checkpoint that cannot be read, or does not fit the run."""
+
+
+class CheckpointWriteError(MimoError, OSError):
+    """A checkpoint could not be written. What was there before is still there."""
+
+
+class NonFiniteError(MimoError, FloatingPointError):
+    """A loss or a gradient was infinite or NaN, and ``on_nonfinite="raise"``."""

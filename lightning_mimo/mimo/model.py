@@ -1,0 +1,342 @@
+"""The MimoModel that the strategy trains, built on this rank's modules only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import unwrap_model
+from torch.nn.functional import pad
+
+from lightning_mimo.comm.bridges import RaggedColocatedBridge
+from lightning_mimo.errors import DataError
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
+from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
+from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.random import seed_for
+
+
+class RaggedMimoModel(MimoModel):
+    """megatron-core's MimoModel for samples with different numbers of images, in every direction of every bridge."""
+
+    # forward_backward_no_pipelining asks for it; MimoModel itself does not say.
+    model_type = ModelType.encoder_or_decoder
+
+    def __init__(self, mimo_config: MimoModelConfig, infra: MimoModelInfra, *, seed: int) -> None:
+        """Collective over the world where modules are colocated with different data-parallel sizes.
+
+        Args:
+            mimo_config: specs of all modules; ``module_to_grid_map`` must be ``infra.module_to_grid_map``.
+            infra: grids and process groups.
+            seed: the run's seed.
+        """
+        self._infra = infra
+        self._seed = seed
+        self._modality_counts: Mapping[str, ModalityCounts] = {}
+        self._token_order: TokenOrder | None = None
+        self._output_ndim: dict[torch.nn.Module, int] = {}
+        groups = infra.pg_collections.get(LANGUAGE)
+        super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
+        self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
+        self._text_token = next(token for token in count() if token not in self.special_token_ids.values())
+        for name in self.modality_submodules:
+            for encoder in _encoders_of(self, name):
+                encoder.register_forward_hook(partial(self._look_at_output, name), with_kwargs=True)
+
+    def _look_at_output(
+        self, name: str, encoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Note how many dimensions an encoder's output has, and refuse one that is not batch first."""
+        # As upstream's encode: the first of a tuple holds the embeddings.
+        embeddings = output[0] if isinstance(output, tuple) else output
+        self._output_ndim[encoder] = embeddings.ndim
+        items = {value.size(0) for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim}
+        whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
+        if whole and embeddings.ndim == 3 and len(items) == 1 and embeddings.size(0) not in items:
+            raise DataError(
+                f"Module {name!r}: {type(encoder).__name__} was given {items.pop()} items and returned embeddings of "
+                f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
+                f"would get each other's features. Megatron's transformers return (tokens, items, hidden): add "
+                f".transpose(0, 1)."
+            )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        loss_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        modality_inputs: dict[str, dict[str, Any]] | None = None,
+        packing_kwargs: dict[str, Any] | None = None,
+        *,
+        modality_counts: Mapping[str, ModalityCounts] | None = None,
+        token_order: TokenOrder | None = None,
+    ) -> tuple[Any, torch.Tensor | None]:
+        """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
+
+        Sequences may have any length: for sequence parallelism, which wants a multiple of tp, they are filled up with
+        text tokens at the end, and what comes out for those is cut off again.
+
+        Args:
+            input_ids: as in MimoModel, like all others.
+            position_ids: int64 ``[b, s]``.
+            attention_mask: ``None`` for causal attention.
+            loss_mask: ``[b, s]``, handed through.
+            labels: int64 ``[b, s]``; with them the language module returns token losses in place of logits.
+            modality_inputs: encoder name -> its inputs.
+            packing_kwargs: for packed sequences.
+            modality_counts: encoder name -> counts, for the encoders of this rank.
+            token_order: of ``input_ids``, for the language module; ``None`` to find it out on the device.
+        """
+        self._modality_counts = modality_counts or {}
+        self._token_order = token_order
+        length = input_ids.size(1)
+        missing = -length % self._sequence_divisor
+
+        def fill(tensor: torch.Tensor | None, value: int = 0) -> torch.Tensor | None:
+            return tensor if tensor is None or not missing else pad(tensor, (0, missing), value=value)
+
+        output, mask = super().forward(
+            # What has an order is filled up when everything is in its place.
+            input_ids if token_order is not None else fill(input_ids, self._text_token),
+            fill(position_ids),
+            attention_mask,
+            fill(loss_mask),
+            fill(labels),
+            modality_inputs,
+            packing_kwargs,
+        )
+        if missing and isinstance(output, torch.Tensor):
+            output = output[:, :length]
+        return output, mask if mask is None else mask[:, :length]
+
+    def get_text_embeddings(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, special_token_ids: dict[str, int]
+    ) -> torch.Tensor:
+        """As upstream's, ``[text tokens, hidden]``, without a search on the device where their order is known."""
+        if self._token_order is None:
+            return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
+        text = self._token_order.text
+        if position_ids is not None:
+            # Multimodal rotary positions have three rows; an embedding looks at the first.
+            positions = position_ids[0] if position_ids.ndim == 3 else position_ids
+            position_ids = positions[:, : input_ids.size(1)].flatten().index_select(0, text).unsqueeze(0)
+        embedding = unwrap_model(self.language_model).embedding
+        return embedding(input_ids.flatten().index_select(0, text).unsqueeze(0), position_ids).squeeze(1)
+
+    def align_embeddings_by_token_positions(
+        self,
+        modality_embeddings: dict[str, torch.Tensor],
+        input_ids: torch.Tensor,
+        special_token_ids: dict[str, int],
+    ) -> torch.Tensor:
+        """As upstream's, ``[s, b, hidden]``, without a search on the device where the order is known."""
+        if self._token_order is None:
+            return super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
+        ordered = [modality_embeddings[name] for name in ("text", *special_token_ids) if name in modality_embeddings]
+        combined = combine(ordered, self._token_order, input_ids.shape)
+        missing = -combined.size(0) % self._sequence_divisor
+        return pad(combined, (0, 0, 0, 0, 0, missing)) if missing else combined
+
+    def _initialize_submodules(self) -> None:
+        # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
+        # depend on which other modules this rank builds.
+        for name in self.role.modality_module_names:
+            torch.random.default_generator.manual_seed(seed_for(self._seed, name))
+            spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
+            self.modality_submodules[name] = spec.module.from_spec(
+                spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
+            )
+
+    def _initialize_language_model(self) -> None:
+        torch.random.default_generator.manual_seed(seed_for(self._seed, LANGUAGE))
+        super()._initialize_language_model()
+
+    def _forward_encoders(
+        self,
+        input_ids: torch.Tensor | None,
+        modality_inputs: dict[str, Any] | None,
+        input_tensors: dict[str, torch.Tensor] | None,
+    ) -> dict[str, torch.Tensor]:
+        for name in self.role.modality_module_names:
+            if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
+                self._modality_counts[name].check_rows(name, 0, uniform=True)
+        outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
+        return {
+            name: self._own_rows(name, output) if self.role.is_last_stage(name) else output
+            for name, output in outputs.items()
+        }
+
+    def _attach_modality_split_sizes(
+        self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
+    ) -> None:
+        """Nothing: upstream counts tokens on the device and refuses fan-in; here the counts came with the batch."""
+
+    def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
+        """As upstream's, without asking the device."""
+        return sum(self._modality_counts[encoder_name].own_placeholders) > 0
+
+    def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
+        """As upstream's, but nothing for autograd where the encoder is frozen: no gradient would come back for it."""
+        empty = super()._empty_encoder_output(encoder_name)
+        parameters = self.modality_submodules[encoder_name].parameters()
+        return empty.requires_grad_(any(parameter.requires_grad for parameter in parameters))
+
+    def _own_rows(self, name: str, output: torch.Tensor) -> torch.Tensor:
+        """Check an encoder's rows, and drop those of the stand-in that was encoded where there was nothing."""
+        counts = self._modality_counts[name]
+        if sum(counts.items) == 0:
+            output = output[:0].clone()
+        counts.check_rows(name, output.size(0), uniform=self._is_uniform(name))
+        return output
+
+    def _is_uniform(self, name: str) -> bool:
+        """Whether an encoder makes the same number of embeddings of every item: it returned ``[n, tokens, hidden]``."""
+        return all(self._output_ndim.get(encoder) == 3 for encoder in _encoders_of(self, name))
+
+    def _build_colocated_communicators(self) -> None:
+        for name in self._infra.layout.encoders:
+            bridge = RaggedColocatedBridge(self._infra, name)
+            self._infra.register_communicator(bridge)
+            self.colocated_comms[(name, LANGUAGE)] = bridge
+
+    def _apply_colocated_comms(self, modality_embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for (name, _), bridge in self.colocated_comms.items():
+            if name not in modality_embeddings:
+                # Nothing to encode here, but other ranks of the bridge's group may have something.
+                modality_embeddings[name] = self._empty_encoder_output(name)
+            rows = self._own_rows(name, modality_embeddings[name])
+            modality_embeddings[name] = bridge.communicate(rows, self._modality_counts[name].placeholders)
+        return modality_embeddings
+
+
+def build_mimo_model(
+    config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, dtype_policy: DtypePolicy = FLOAT32
+) -> RaggedMimoModel:
+    """Build this rank's modules with weights that depend on the seed and on names only.
+
+    Collective over the world.
+
+    Args:
+        config: specs of all modules. Its ``module_to_grid_map`` is set here.
+        infra: grids and process groups.
+        seed: the run's seed, the same on all ranks.
+        dtype_policy: the dtypes of the run, set in all configs of transformers.
+
+    Raises:
+        LayoutError: if the config's modules are not those of the layout.
+    """
+    with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
+        model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
+    for name in infra.participating_modules:
+        module, prefix = module_and_name(model, name)
+        _check_stages(name, module, infra)
+        initialize_by_name(
+            module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
+        )
+    return dtype_policy.convert(model)
+
+
+def construct_mimo_model(
+    config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, dtype_policy: DtypePolicy
+) -> RaggedMimoModel:
+    """Build this rank's modules with whatever weights their own code gives them; arguments as above.
+
+    Raises:
+        LayoutError: if the config's modules are not those of the layout.
+    """
+    infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
+    config.module_to_grid_map = infra.module_to_grid_map
+    for transformer in transformer_configs(config):
+        dtype_policy.apply_to(transformer)
+    _prepare_language_config(config.language_model_spec.params["config"])
+    model = RaggedMimoModel(config, infra, seed=seed)
+    _check_embedding(model)
+    _check_dropout(model, infra)
+    _check_batch_norm(model)
+    return model
+
+
+def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
+    return list(unwrap_model(model.modality_submodules[name]).encoders.values())
+
+
+def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
+    """One of this rank's modules, as wrapped as it is, and the prefix of its parameters' global names."""
+    if name == LANGUAGE:
+        return model.language_model, "language_model"
+    return model.modality_submodules[name], f"modality_submodules.{name}"
+
+
+def _check_embedding(model: RaggedMimoModel) -> None:
+    """Refuse a language module that would divide the sequence before text and images are together."""
+    embedding = getattr(model.language_model, "embedding", None)
+    if model.config.sequence_parallel and getattr(embedding, "scatter_to_sequence_parallel", False):
+        raise DataError(
+            "sequence_parallel=True divides the sequence over the tensor-parallel ranks. MimoModel does it when text "
+            "and the embeddings of encoders are together, but the language module's embedding would divide the text by "
+            "itself. Pass scatter_embedding_sequence_parallel=False to GPTModel, as lightning_mimo.models.gpt does."
+        )
+
+
+def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
+    """Refuse dropout where one rank would have to draw the same numbers as its peers in one module only."""
+    sizes = infra.layout.modules
+    if not infra.colocated or len({module.tp for module in sizes.values()}) == 1:
+        return
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if isinstance(config, TransformerConfig) and (config.hidden_dropout > 0 or config.attention_dropout > 0):
+            raise DataError(
+                f"Dropout (hidden {config.hidden_dropout}, attention {config.attention_dropout}) is not supported "
+                f"where modules share their ranks with different tp "
+                f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
+                f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
+                f"ranks of their own."
+            )
+
+
+def _check_batch_norm(model: MimoModel) -> None:
+    """Refuse layers that make a sample's result depend on which others are on the same rank."""
+    for path, part in model.named_modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+            raise DataError(
+                f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
+                f"so every layout would train something else. Use LayerNorm or GroupNorm, or "
+                f"torchvision.ops.FrozenBatchNorm2d, whose statistics stay as they are."
+            )
+
+
+def _check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> None:
+    """Refuse pipeline stages that hold the same parameters. Collective over a module's stages."""
+    groups = infra.pg_collections[name]
+    if groups.pp.size() == 1:
+        return
+    parameters = global_named_parameters(module, prefix=name, groups=groups)
+    mine = {path for path, parameter in parameters if not getattr(parameter, "shared_embedding", False)}
+    stages: list[set[str]] = [set()] * groups.pp.size()
+    dist.all_gather_object(stages, mine, group=groups.pp)
+    for stage, held in enumerate(stages[1:], start=1):
+        if both := sorted(held & set().union(*stages[:stage])):
+            raise DataError(
+                f"Module {name!r}: pp={groups.pp.size()}, but stage {stage} holds {both[0]!r}"
+                f"{f' and {len(both) - 1} more' if len(both) > 1 else ''}, which an earlier stage holds too: it is not "
+                f"divided into pipeline stages. Set pp=1, or let each stage build its own layers only, as "
+                f"lightning_mimo.models.vision does."
+            )
+
+
+def _prepare_language_config(config: TransformerConfig) -> None:
+    """What the multi-module schedule asks of the config that it reads."""
+    config.calculate_per_token_loss = True
+    config.variable_seq_lengths = True

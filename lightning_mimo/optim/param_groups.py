@@ -1,0 +1,176 @@
+"""Parameters by module and by part of one, each with a learning rate, weight decay and clipping of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
+
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.mimo.model import RaggedMimoModel
+from lightning_mimo.mimo.parameter_names import (
+    lies_under,
+    module_of,
+    named_parameters_of,
+    on_any_rank,
+    parameters_under,
+)
+from lightning_mimo.parallel.infra import MimoModelInfra
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOverride:
+    """What is different for one module, or for a part of one, from the OptimizerConfig of all.
+
+    What is ``None`` is as for the enclosing part that has an override, if there is one, or else as for all.
+
+    Args:
+        lr: learning rate.
+        min_lr: where Megatron's scheduler stops to decay.
+        weight_decay: on matrices only, as for all.
+        clip_grad: largest norm of the gradients of this part alone, which then do not count in the norm by which the
+            rest is clipped. 0 does not clip.
+    """
+
+    lr: float | None = None
+    min_lr: float | None = None
+    weight_decay: float | None = None
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 0:
+                raise ConfigError(f"OptimizerOverride({field.name}={value}): must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroupSpec:
+    """One of the disjoint parts into which all trained parameters fall, known on every rank.
+
+    Attributes:
+        name: a module's name, or that of an override inside of one.
+        override: what is different for it, enclosing overrides included.
+        clipped_with: the part by whose norm and limit it is clipped; ``None`` for what is clipped with all the rest.
+        parameters: those of this rank; empty where the part lies on other ranks.
+    """
+
+    name: str
+    override: OptimizerOverride
+    clipped_with: str | None
+    parameters: Sequence[torch.nn.Parameter]
+
+
+def divide_into_groups(
+    model: RaggedMimoModel, infra: MimoModelInfra, overrides: Mapping[str, OptimizerOverride]
+) -> list[ParamGroupSpec]:
+    """Modules and what is overridden inside of them, those without a trained parameter left out.
+
+    Collective over the world; the same parts in the same order on every rank and in every layout: modules as in the
+    layout, each followed by its overridden parts. A parameter belongs to the longest name that it lies under.
+
+    Raises:
+        ConfigError: for an override of something that is not there.
+    """
+    inside = [name for name in overrides if name not in infra.layout.modules]
+    found = parameters_under(model, infra, list(overrides), argument="overrides")
+    names = [
+        name
+        for module in infra.layout.modules
+        for name in (module, *(part for part in inside if module_of(part) == module))
+    ]
+    owner: dict[int, str] = {}
+    parameters: dict[str, list[torch.nn.Parameter]] = {name: [] for name in names}
+    for name in sorted(inside, key=len):
+        owner.update({id(parameter): name for _, parameter in found[name]})
+    for module in infra.participating_modules:
+        for _, parameter in named_parameters_of(model, infra, module):
+            if parameter.requires_grad:
+                parameters[owner.get(id(parameter), module)].append(parameter)
+    trained = on_any_rank([bool(parameters[name]) for name in names])
+    return [
+        _part(name, overrides, parameters[name]) for name, is_trained in zip(names, trained, strict=True) if is_trained
+    ]
+
+
+def _part(
+    name: str, overrides: Mapping[str, OptimizerOverride], parameters: Sequence[torch.nn.Parameter]
+) -> ParamGroupSpec:
+    merged, clipped_with = OptimizerOverride(), None
+    for outer in sorted((key for key in overrides if lies_under(name, key)), key=len):
+        own = {field.name: getattr(overrides[outer], field.name) for field in fields(OptimizerOverride)}
+        merged = replace(merged, **{key: value for key, value in own.items() if value is not None})
+        clipped_with = clipped_with if overrides[outer].clip_grad is None else outer
+    return ParamGroupSpec(name=name, override=merged, clipped_with=clipped_with, parameters=parameters)
+
+
+def megatron_overrides(config: OptimizerConfig, parts: Sequence[ParamGroupSpec]) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's standard overrides, and one more for each part, so that no parameter group spans two of them.
+
+    The groups of megatron-core's optimizers then say under ``"part"`` which one they belong to.
+    """
+    part_of = {id(parameter): part.name for part in parts for parameter in part.parameters}
+    overrides = dict(get_standard_config_overrides(config))
+    for part in parts:
+
+        def is_in(parameter: torch.nn.Parameter, name: str, part: str = part.name) -> bool:
+            return part_of.get(id(parameter)) == part
+
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"part {part.name}", fn=is_in))
+        overrides[key] = {"part": part.name}
+    return overrides
+
+
+def groups_for_schedulers(config: OptimizerConfig, parts: Sequence[ParamGroupSpec]) -> list[dict[str, Any]]:
+    """One parameter group for each part, the same on every rank and in every layout but for ``params``.
+
+    Learning-rate schedulers work on these; :func:`pass_on` brings what they wrote to megatron-core's groups, of which
+    there are more: those for vectors do not decay, those for experts are reduced elsewhere.
+    """
+    momentum = (
+        {"momentum": config.sgd_momentum}
+        if config.optimizer == "sgd"
+        else {"betas": (config.adam_beta1, config.adam_beta2)}
+    )
+    return [
+        {
+            "params": list(part.parameters),
+            "name": part.name,
+            "lr": (lr := _either(part.override.lr, config.lr)),
+            "max_lr": lr,
+            "min_lr": _either(part.override.min_lr, config.min_lr, 0.0),
+            "weight_decay": (decay := _either(part.override.weight_decay, config.weight_decay)),
+            "start_wd": decay,
+            "end_wd": decay,
+            **momentum,
+        }
+        for part in parts
+    ]
+
+
+def pass_on(groups: Sequence[Mapping[str, Any]], inner: Sequence[dict[str, Any]], config: OptimizerConfig) -> None:
+    """Write learning rates, weight decay and momentum of the groups for schedulers into megatron-core's.
+
+    Args:
+        groups: what :func:`groups_for_schedulers` returned.
+        inner: the groups of megatron-core's optimizers on this rank.
+        config: what those were built with. A group whose learning rate differs from it (Megatron's ``decoupled_lr``)
+            keeps the proportion.
+    """
+    by_name = {group["name"]: group for group in groups}
+    for group in inner:
+        # A group without a part, or with another module's, is empty: megatron-core aligns the groups of all ranks.
+        if (source := by_name.get(group.get("part"))) is not None:
+            proportion = group["max_lr"] / config.lr if config.lr else 1.0
+            group["lr"] = source["lr"] * proportion * group["lr_mult"]
+            group["weight_decay"] = source["weight_decay"] * group["wd_mult"]
+            group.update({key: source[key] for key in ("betas", "momentum") if key in source and key in group})
+
+
+def _either(*values: float | None) -> float:
+    return next(value for value in values if value is not None)

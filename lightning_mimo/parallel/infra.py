@@ -1,0 +1,163 @@
+"""From a layout to process groups: one HyperCommGrid and one process group collection per module.
+
+The only owner of process groups in this package: its pool holds them. Everything below and beside it borrows them
+from :class:`MimoModelInfra`, and :meth:`MimoModelInfra.destroy` is the only place that takes them down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE, ResolvedParallelism
+from lightning_mimo.observe.spans import Spans
+from lightning_mimo.parallel.process_groups import EXPERT_VIEW, GroupPool, PooledGrid, Use
+
+# Fields of ProcessGroupCollection and the axes that each spans. Those of the expert view come second.
+_DENSE_GROUPS = {
+    "tp": ["tp"],
+    "cp": ["cp"],
+    "pp": ["pp"],
+    "dp": ["dp"],
+    "dp_cp": ["cp", "dp"],
+    "tp_cp": ["tp", "cp"],
+    "mp": ["tp", "pp"],
+    "tp_dp_cp": ["tp", "cp", "dp"],
+    "intra_dist_opt": ["tp", "cp", "dp", "pp"],
+}
+_EXPERT_GROUPS = {
+    "ep": ["ep"],
+    "expt_tp": ["expt_tp"],
+    "tp_ep": ["expt_tp", "ep"],
+    "tp_ep_pp": ["expt_tp", "ep", "pp"],
+    "expt_dp": ["expt_dp"],
+}
+
+
+@dataclass(kw_only=True)
+class MimoModelInfra:
+    """Grids and process groups of a layout, as seen by this rank.
+
+    Attributes:
+        layout: what was asked for.
+        module_to_grid_map: module name -> grid, for all modules, also those this rank is not in.
+        topology: module name -> names of the modules it feeds: ``{"images": ["language"], "language": []}``.
+        pg_collections: module name -> process groups, only for modules this rank takes part in.
+        participating_modules: names of those modules.
+        spans: what this rank does is recorded here.
+    """
+
+    layout: MimoLayout
+    module_to_grid_map: dict[str, HyperCommGrid]
+    topology: dict[str, list[str]]
+    pg_collections: dict[str, ProcessGroupCollection]
+    participating_modules: list[str]
+    _pool: GroupPool = field(repr=False)
+    spans: Spans = field(default_factory=Spans, repr=False)
+    _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
+
+    @classmethod
+    def build(cls, layout: MimoLayout, *, backend: str | None = None, spans: Spans | None = None) -> MimoModelInfra:
+        """Create the grids and groups of a layout.
+
+        Collective over the world: every rank must call it, with the same layout. torch.distributed must be
+        initialized with ``layout.world_size`` ranks.
+
+        Args:
+            layout: a resolved layout.
+            backend: torch.distributed backend of the groups; ``None`` takes the default group's.
+            spans: where this rank records what it does; ``None`` makes one.
+        """
+        assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
+        pool = GroupPool(backend)
+        grids = {name: _build_grid(name, sizes, pool) for name, sizes in layout.modules.items()}
+        infra = cls(
+            layout=layout,
+            module_to_grid_map=grids,
+            topology={name: [] if name == LANGUAGE else [LANGUAGE] for name in layout.modules},
+            pg_collections={},
+            participating_modules=list(layout.modules_on(dist.get_rank())),
+            _pool=pool,
+            spans=spans or Spans(),
+        )
+        for name, grid in grids.items():
+            embedding_group = infra._build_embedding_group(name, grid)
+            if name in infra.participating_modules:
+                infra.pg_collections[name] = _collect_groups(grid, embedding_group)
+        return infra
+
+    @property
+    def colocated(self) -> bool:
+        return self.layout.colocated
+
+    def group_of_all(self, use: Use) -> dist.ProcessGroup:
+        """The group of all ranks for one use. Collective over the world when it is asked for first."""
+        group = self._pool.group_containing_rank([range(self.layout.world_size)], module="", use=use)
+        assert group is not None, "every rank is in it"
+        return group
+
+    def register_communicator(self, communicator: ColocatedBridgeCommunicator) -> None:
+        """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
+        self._communicators.append(communicator)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Let the groups of this rank, those of the bridges included, wait this long.
+
+        torch.distributed gives the timeout of the default group to no other.
+        """
+        groups = {
+            *self._pool.mine,
+            *(each.gather_pg for each in self._communicators),
+        }
+        for group in groups:
+            if isinstance(group, dist.ProcessGroup):
+                _set_timeout(timeout, group)
+
+    def destroy(self) -> None:
+        """Destroy every process group created here or handed over. Safe to call twice."""
+        for communicator in self._communicators:
+            communicator.destroy()
+        for grid in self.module_to_grid_map.values():
+            grid.destroy()
+        self._pool.destroy()
+        self._communicators.clear()
+        self.pg_collections.clear()
+
+    def _build_embedding_group(self, name: str, grid: PooledGrid) -> dist.ProcessGroup | None:
+        """First and last pipeline stage of the language module, which both hold tied word embeddings."""
+        if name != LANGUAGE or self.layout.modules[name].pp == 1:
+            return None
+        ends = [(stages[0], stages[-1]) for stages in grid.get_rank_enum("pp")]
+        return self._pool.group_containing_rank(ends, module=name, use="model")
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    """By the name that it has in this version of torch."""
+    function = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    function(timeout, group)
+
+
+def _build_grid(name: str, sizes: ResolvedParallelism, pool: GroupPool) -> PooledGrid:
+    grid = PooledGrid(name, sizes, pool)
+    for axes in _DENSE_GROUPS.values():
+        grid.create_pg(axes)
+    for axes in _EXPERT_GROUPS.values():
+        grid.create_pg(axes, view=EXPERT_VIEW)
+    return grid
+
+
+def _collect_groups(grid: PooledGrid, embedding_group: dist.ProcessGroup | None) -> ProcessGroupCollection:
+    groups = ProcessGroupCollection()
+    for field_name, axes in _DENSE_GROUPS.items():
+        setattr(groups, field_name, grid.get_pg(axes))
+    for field_name, axes in _EXPERT_GROUPS.items():
+        setattr(groups, field_name, grid.get_pg(axes, view=EXPERT_VIEW))
+    groups.embd = embedding_group
+    groups.pos_embd = None
+    return groups

@@ -1,0 +1,272 @@
+"""What every rank of a layout would hold: one process builds the model of each kind of rank, without memory.
+
+torch's fake process groups let this process be any rank of any world, and the meta device gives tensors a shape and no
+storage, so a model of any size is built by its own code in a moment. No other process and no GPU take part.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.overrides import TorchFunctionMode
+
+from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.known_warnings import hush_known_warnings
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.mimo.initialization import shard_group
+from lightning_mimo.mimo.model import RaggedMimoModel, construct_mimo_model
+from lightning_mimo.mimo.parameter_names import lies_under, named_parameters_of
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.random import seed_megatron
+
+Configure = Callable[[MimoModelInfra], MimoModelConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSize:
+    """One parameter as one rank holds it.
+
+    Attributes:
+        numel: numbers on this rank.
+        itemsize: bytes of one.
+        whole: numbers over all ranks; every expert-parallel rank's experts are counted with the first one's.
+        trained: whether it is not frozen.
+        replicas: ranks that hold the same size, over which the distributed optimizer divides its state.
+    """
+
+    numel: int
+    itemsize: int
+    whole: int
+    trained: bool
+    replicas: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFootprint:
+    """What each rank of one pipeline stage of one module holds, without activations.
+
+    Attributes:
+        module: its name.
+        stage: counted from 0.
+        ranks: of the stage, all alike.
+        parameters: numbers on one rank.
+        weights: bytes of the parameters.
+        gradients: bytes of the buffers that gradients are summed in.
+        optimizer: bytes of Adam's two moments and, in mixed precision, of the float32 copy of the weights.
+    """
+
+    module: str
+    stage: int
+    ranks: range
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of these."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """What a model comes to in a layout.
+
+    Attributes:
+        parameters: module name -> numbers, each counted once.
+        trained: the same without what is frozen.
+        stages: what ranks hold, module after module and stage after stage.
+    """
+
+    parameters: Mapping[str, int]
+    trained: Mapping[str, int]
+    stages: Sequence[StageFootprint]
+
+
+def memory_estimate(
+    layout: MimoLayout,
+    configure: Configure,
+    *,
+    dtype_policy: DtypePolicy,
+    ddp: Mapping[str, DistributedDataParallelConfig],
+    frozen: Sequence[str] = (),
+    training: bool = True,
+) -> MemoryEstimate:
+    """Build the model of the first and of the last rank of every stage, and count.
+
+    There must be no process group in this process.
+
+    Args:
+        layout: what runs where.
+        configure: describes the model on a rank; its code may not read the values of weights.
+        dtype_policy: the dtypes of the run.
+        ddp: module name -> how it is wrapped.
+        frozen: as for MimoModule.
+        training: with gradients and the optimizer.
+
+    Raises:
+        LayoutError: if the model does not fit the layout.
+        ConfigError: if ``frozen`` names what is not there, or stages hold the same parameters.
+    """
+    stages = []
+    first: dict[tuple[str, int], dict[str, ParameterSize]] = {}
+    held = {rank: _sizes(layout, rank, configure, dtype_policy) for rank in _representatives(layout)}
+    for name, stage, ranks in _stages(layout):
+        for rank in sorted({ranks[0], ranks[-1]}):
+            sizes = _freeze(held[rank][name], frozen)
+            row = _count(name, stage, ranks, sizes, dtype_policy, ddp[name], training=training)
+            if rank == ranks[0]:
+                first[name, stage] = sizes
+                stages.append(row)
+            elif row != stages[-1]:
+                raise ConfigError(
+                    f"Module {name!r}: the ranks {ranks[0]} and {rank} of pipeline stage {stage} hold "
+                    f"{stages[-1].parameters} and {row.parameters} parameters. All ranks of a stage must be alike."
+                )
+    _check_frozen(frozen, [path for sizes in first.values() for path in sizes])
+    whole = {name: _whole(name, first) for name in layout.modules}
+    return MemoryEstimate(
+        parameters={name: sum(p.whole for p in sizes) for name, sizes in whole.items()},
+        trained={name: sum(p.whole for p in sizes if p.trained) for name, sizes in whole.items()},
+        stages=stages,
+    )
+
+
+def _stages(layout: MimoLayout) -> Iterator[tuple[str, int, range]]:
+    """Name, stage and ranks: pipeline stages are the slowest axis, so their ranks are consecutive."""
+    for name, sizes in layout.modules.items():
+        size = sizes.size // sizes.pp
+        for stage in range(sizes.pp):
+            begin = sizes.ranks.start + stage * size
+            yield name, stage, range(begin, begin + size)
+
+
+def _representatives(layout: MimoLayout) -> list[int]:
+    return sorted({rank for _, _, ranks in _stages(layout) for rank in (ranks[0], ranks[-1])})
+
+
+class _OnMeta(TorchFunctionMode):
+    """Every tensor that is made on some device is made on the meta device."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _as_rank(layout: MimoLayout, rank: int) -> Iterator[MimoModelInfra]:
+    """Be one rank of a layout, alone and without any communication."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; nobody else needs it
+
+    assert not dist.is_initialized(), "this process belongs to a world already"
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        with megatron_on_cpu(), warnings.catch_warnings():
+            hush_known_warnings()
+            seed_megatron(layout, rank, seed=0)
+            infra = MimoModelInfra.build(layout)
+            yield infra
+            infra.destroy()
+    finally:
+        dist.destroy_process_group()
+
+
+def _sizes(
+    layout: MimoLayout, rank: int, configure: Configure, dtype_policy: DtypePolicy
+) -> dict[str, dict[str, ParameterSize]]:
+    """Module name -> global parameter name -> what one rank holds of it."""
+    with _as_rank(layout, rank) as infra, torch.device("meta"), _OnMeta():
+        model = dtype_policy.convert(construct_mimo_model(configure(infra), infra, seed=0, dtype_policy=dtype_policy))
+        return {name: _sizes_of(model, infra, name) for name in infra.participating_modules}
+
+
+def _sizes_of(model: RaggedMimoModel, infra: MimoModelInfra, name: str) -> dict[str, ParameterSize]:
+    groups = infra.pg_collections[name]
+    return {path: _size_of(parameter, groups) for path, parameter in named_parameters_of(model, infra, name)}
+
+
+def _size_of(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> ParameterSize:
+    is_expert = not getattr(parameter, "allreduce", True)
+    cut = shard_group(parameter, groups)
+    shards = (cut.size() if cut else 1) * (groups.ep.size() if is_expert else 1)
+    return ParameterSize(
+        numel=parameter.numel(),
+        itemsize=parameter.element_size(),
+        whole=parameter.numel() * shards,
+        trained=parameter.requires_grad,
+        replicas=(groups.expt_dp if is_expert else groups.dp_cp).size(),
+    )
+
+
+def _freeze(sizes: Mapping[str, ParameterSize], frozen: Sequence[str]) -> dict[str, ParameterSize]:
+    return {
+        path: replace(size, trained=size.trained and not any(lies_under(path, name) for name in frozen))
+        for path, size in sizes.items()
+    }
+
+
+def _check_frozen(frozen: Sequence[str], paths: Sequence[str]) -> None:
+    if missing := [name for name in frozen if not any(lies_under(path, name) for path in paths)]:
+        raise ConfigError(
+            f"frozen={missing}: no parameter lies under these names. Write a module's name, or module.path as in "
+            f"named_parameters() of that module."
+        )
+
+
+def _count(
+    module: str,
+    stage: int,
+    ranks: range,
+    sizes: Mapping[str, ParameterSize],
+    dtype_policy: DtypePolicy,
+    ddp: DistributedDataParallelConfig,
+    *,
+    training: bool,
+) -> StageFootprint:
+    size = dtype_policy.dtype.itemsize
+    trained = [size for size in sizes.values() if size.trained] if training else []
+    # Adam's moments have the dtype of what is updated: the parameters, or float32 copies of them.
+    state = 3 * 4 if dtype_policy.mixed else 2 * size
+    kept = [math.ceil(size.numel * state / (size.replicas if ddp.use_distributed_optimizer else 1)) for size in trained]
+    return StageFootprint(
+        module=module,
+        stage=stage,
+        ranks=ranks,
+        parameters=sum(size.numel for size in sizes.values()),
+        weights=sum(size.numel * size.itemsize for size in sizes.values()),
+        gradients=sum(size.numel for size in trained) * (4 if dtype_policy.mixed else size),
+        optimizer=sum(kept),
+    )
+
+
+def _whole(module: str, first: Mapping[tuple[str, int], Mapping[str, ParameterSize]]) -> list[ParameterSize]:
+    """Every parameter of a module once; tied embeddings have one name on two stages, anything else is an error."""
+    found: dict[str, ParameterSize] = {}
+    for (name, stage), sizes in first.items():
+        if name != module:
+            continue
+        both = sorted(path for path in sizes.keys() & found.keys() if not path.endswith("word_embeddings.weight"))
+        if both:
+            raise ConfigError(
+                f"Module {module!r}: pipeline stage {stage} holds {both[0]!r}, which an earlier stage holds too: it is "
+                f"not divided into pipeline stages. Set pp=1, or let each stage build its own layers only."
+            )
+        found.update(sizes)
+    return list(found.values())

@@ -1,0 +1,238 @@
+"""Every shipped config loads, names classes that exist, and has a layout that can run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch.distributed as dist
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
+from lightning_mimo.commands.cli import main
+from lightning_mimo.commands.layout import picture_of
+from lightning_mimo.models.sizes import Recompute
+from lightning_mimo.planning.memory_estimate import memory_estimate
+
+IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty one: LightningCLI warns when it is given arguments beside those of the command line."""
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+
+
+CLUSTER = [config for config in CONFIGS if "num_nodes" in config.read_text()]
+VLM, STRATEGY = "configs/digits_vlm.yaml", "--trainer.strategy.init_args"
+
+
+def load(config: Path, *overrides: str) -> LightningCLI:
+    return LightningCLI(
+        MimoModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        run=False,
+        # Some are for GPUs, which are not here; the layout is the same.
+        args=["--config", str(config), "--trainer.accelerator=cpu", *overrides],
+    )
+
+
+def test_there_are_configs() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_and_its_layout_can_run(config: Path, tmp_path: Path) -> None:
+    cli = load(config, f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}")
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, MimoStrategy)
+    assert strategy.validate().world_size == strategy.num_processes * strategy.num_nodes
+
+
+@pytest.mark.parametrize("config", CLUSTER, ids=lambda path: path.stem)
+def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, tmp_path: Path) -> None:
+    cli = load(config, f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}")
+    strategy = cli.trainer.strategy
+    found = memory_estimate(
+        strategy.validate(),
+        cli.model.configure_mimo,
+        dtype_policy=strategy.precision_plugin.dtype_policy,
+        ddp=strategy.ddp_by_module,
+        frozen=cli.model.frozen,
+    )
+    sizes = {"llava_7b": (0.3e9, 6.74e9), "vlm_70b": (6.08e9, 70.56e9)}
+    assert list(found.parameters.values()) == pytest.approx(sizes[config.stem], rel=0.1)
+    # All modules that share a GPU together, and half of it left for activations.
+    on_rank = {rank: [stage.total for stage in found.stages if rank in stage.ranks] for rank in (0, 8, 127, 159)}
+    assert max(map(sum, on_rank.values())) < 40 * 2**30
+
+
+def test_there_are_cluster_size_configs() -> None:
+    assert [config.stem for config in CLUSTER] == ["llava_7b", "vlm_70b"]
+
+
+@pytest.mark.parametrize("config", ["configs/digits_avlm.yaml", "configs/digits_vlm_colocated.yaml"])
+def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", "--dry-run", "--config", config, "--trainer.precision=bf16-mixed"])
+    printed = capsys.readouterr().out
+    assert "on each rank, in bf16-mixed, with Adam; not counted: activations" in printed
+    assert "parameters (images " in printed
+    assert ("\n0-1    all " in printed) == ("colocated" in config)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--foo=1"], "the config has no key 'foo'"),
+        (["--trainer.maxsteps=1"], "the config has no key 'trainer.maxsteps'. Did you mean 'trainer.max_steps'?"),
+        (
+            [f"{STRATEGY}.num_micro=1"],
+            "trainer.strategy.init_args (lightning_mimo.MimoStrategy) has no key 'num_micro'",
+        ),
+        (
+            [f"{STRATEGY}.modules.images.tpp=2"],
+            "trainer.strategy.init_args.modules.images (lightning_mimo.ModuleParallelism) has no key 'tpp'. Did you "
+            "mean 'tp'?",
+        ),
+        (
+            [f"{STRATEGY}.modules.images.dp=two"],
+            "trainer.strategy.init_args.modules.images.dp must be a whole number or null, but is 'two'.",
+        ),
+        (["--model.init_args.vision.depth=3"], "model.init_args.vision has no key 'depth'"),
+        (
+            ["--trainer.strategy.class_path=lightning_mimo.MimoStrategie"],
+            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' is not there",
+        ),
+        ([f"{STRATEGY}.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
+        (["stray"], "'stray' is not understood"),
+        (["--trainer.strategy=mimo"], "strategy='mimo' does not say which modules there are"),
+        (IMPOSSIBLE, "Module 'language': 3 ranks - (images 2) leaves 1"),
+        ([f"{STRATEGY}.global_batch_size=127"], "global_batch_size=127 does not divide over module 'images'"),
+        (
+            ["--trainer.devices=5", f"{STRATEGY}.modules={{images: {{tp: 3}}, language: {{tp: 2}}}}"],
+            "Module 'images': tp=3 does not divide num_attention_heads=4",
+        ),
+        (["--trainer.precision=16-true"], "precision='16-true') is not supported by MimoStrategy"),
+        (["--model.init_args.frozen=[images.enc]"], "frozen=['images.enc']: no parameter lies under these names"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else value[0].partition("=")[0].rpartition(".")[2],
+)
+def test_what_is_wrong_is_one_readable_line(
+    overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--dry-run", "--config", VLM, *overrides])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-mimo: error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "layout"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "there is no such file."),
+        ("a: [1", "is not YAML: line "),
+        ("just words", "must hold keys and values, such as 'trainer: ...', but it is 'just words'."),
+    ],
+    ids=["missing", "not_yaml", "words"],
+)
+def test_config_file_that_cannot_be_read(
+    command: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--config", str(config)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"lightning-mimo: error: --config {config}")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, infra: object) -> None:
+        int("two")
+
+    monkeypatch.setattr("examples.digits.model.DigitsModule.configure_mimo", broken)
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        main(["fit", "--dry-run", "--config", VLM])
+
+
+def test_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fitt", "--config", VLM])
+    assert "there is no command 'fitt'; commands are fit, validate, test, predict, layout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_what_it_shows(config: Path) -> None:
+    assert config.read_text().startswith("# ")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "colocated", "dp"),
+    [
+        (["--trainer.devices=6", "--trainer.strategy.init_args.modules.images.dp=4"], False, 4),
+        (["--trainer.strategy.init_args.colocate=true"], True, 4),
+    ],
+    ids=["six_ranks", "colocated"],
+)
+def test_dotted_overrides_change_the_layout(overrides: list[str], colocated: bool, dp: int, tmp_path: Path) -> None:
+    cli = load(Path("configs/digits_vlm.yaml"), f"--trainer.default_root_dir={tmp_path}", *overrides)
+    layout = cli.trainer.strategy.validate()
+    assert layout.colocated is colocated
+    assert layout.modules["images"].dp == dp
+    assert f"dp{dp - 1}" in picture_of(["--config", "configs/digits_vlm.yaml", *overrides])
+
+
+def test_every_module_has_settings_of_its_own(tmp_path: Path) -> None:
+    cli = load(
+        Path("configs/digits_vlm.yaml"),
+        f"--trainer.default_root_dir={tmp_path}",
+        "--trainer.precision=bf16-mixed",
+        "--trainer.strategy.init_args.ddp={images: {overlap_grad_reduce: true}, language: {bucket_size: 1000}}",
+        "--model.init_args.overrides={images: {lr: 1.0e-4}, images.input_projections: {weight_decay: 0, clip_grad: 1}}",
+        "--model.init_args.vision.recompute={granularity: selective}",
+    )
+    ddp = cli.trainer.strategy.ddp_by_module
+    assert ddp["images"].overlap_grad_reduce and not ddp["language"].overlap_grad_reduce
+    assert ddp["language"].bucket_size == 1000
+    assert cli.trainer.precision_plugin.precision == "bf16-mixed"
+    assert cli.model.overrides == {
+        "images": OptimizerOverride(lr=1e-4),
+        "images.input_projections": OptimizerOverride(weight_decay=0.0, clip_grad=1.0),
+    }
+    assert cli.model.vision.recompute == Recompute(granularity="selective")
+
+
+def test_an_impossible_layout_is_one_readable_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["layout", "--config", "configs/digits_vlm.yaml", *IMPOSSIBLE])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("lightning-mimo: error: Module 'language': 3 ranks - (images 2) leaves 1")
+    assert error.count("\n") == 1
+
+
+def test_fit_refuses_a_layout_before_any_process_starts(tmp_path: Path) -> None:
+    cli = load(
+        Path("configs/digits_vlm.yaml"),
+        *IMPOSSIBLE,
+        f"--trainer.default_root_dir={tmp_path}",
+        f"--trainer.logger.init_args.save_dir={tmp_path}",
+    )
+    with pytest.raises(LayoutError, match=r"'language': 3 ranks - \(images 2\) leaves 1.*devices=4"):
+        cli.trainer.fit(cli.model, cli.datamodule)
+    assert not cli.trainer.strategy.launcher._children
