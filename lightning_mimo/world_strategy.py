@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, override
 
 import torch
@@ -39,6 +41,13 @@ class WorldStrategy(ParallelStrategy):
     def num_processes(self) -> int:
         """Ranks on this node."""
         return len(self.parallel_devices or [])
+
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build on the CPU, on every accelerator alike: a GPU's generator would draw other initial weights."""
+        with super().tensor_init_context(empty_init=empty_init), torch.device("cpu"):
+            yield
 
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
