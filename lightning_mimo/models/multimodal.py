@@ -94,4 +94,5 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
         encoder=config,
         projector=transformer_config(infra.layout, name, projector),
         pg_collection=infra.pg_collections.get(name),
+        attention=encoder.size.attention,
     )

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from lightning_mimo.initialization import fan_in_normal_
+from lightning_mimo.layers.attention import AttentionKind, check_attention
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.parallelism import LayoutError
 
@@ -62,6 +63,12 @@ class TransformerSize:
         num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them. No balancing loss is added.
         experts_per_token: experts that each token is sent to.
         recompute: which activations are computed again in the backward pass; ``None`` keeps all.
+        attention: ``sdpa`` is torch's ``scaled_dot_product_attention``, whose memory does not grow with the sequence
+            squared; ``megatron`` is megatron-core's own, unfused; ``te`` has all layers from Transformer Engine, which
+            must be installed.
+
+    Raises:
+        ValueError: if ``attention`` is unknown, or ``te`` where Transformer Engine is not installed.
     """
 
     num_layers: int
@@ -74,6 +81,10 @@ class TransformerSize:
     num_experts: int | None = None
     experts_per_token: int = 2
     recompute: Recompute | None = None
+    attention: AttentionKind = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_attention(self.attention)
 
     @property
     def ffn(self) -> int:

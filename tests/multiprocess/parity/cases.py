@@ -247,6 +247,19 @@ CASES = {
     "recompute_full-overlapped-experts": Case(
         task=task(experts=4), layout=apart(Cut(dp=2), Cut(dp=2, ep=2), recompute=Recompute(), ddp=OVERLAP)
     ),
+    # ---- Megatron's own attention, held against an oracle with torch's
+    "megatron_attention-language_tp2pp2": Case(layout=apart(Cut(dp=2), Cut(tp=2, pp=2), attention="megatron")),
+    "megatron_attention-llama-audio-recompute_selective": Case(
+        task=task(style="llama", audio=True, clip_encoder=None, samples=DENSE_CLIPS),
+        layout=apart(
+            Cut(tp=2),
+            Cut(tp=2),
+            Cut(),
+            sequence_parallel=True,
+            recompute=Recompute(granularity="selective"),
+            attention="megatron",
+        ),
+    ),
     # ---- overlapped reduction
     "overlapped": Case(layout=apart(Cut(dp=2), Cut(dp=2, pp=2), ddp=OVERLAP)),
     "overlapped-accumulate_2_of_3": Case(

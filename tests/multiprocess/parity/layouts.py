@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_mimo import MimoModelInfra, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.initialization import cut_shard, global_named_parameters
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.model import SampleAlignedMimoModel, module_and_name
 from lightning_mimo.models.sizes import Recompute
@@ -41,6 +42,7 @@ class Layout:
         ddp: fields of DistributedDataParallelConfig for all modules, or by module.
         sequence_parallel: of the language module.
         recompute: of both transformers.
+        attention: of both transformers; the oracle's is the default.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -49,6 +51,7 @@ class Layout:
     ddp: Mapping[str, Any] = field(default_factory=dict)
     sequence_parallel: bool = False
     recompute: Recompute | None = None
+    attention: AttentionKind = "sdpa"
 
     def modules_of(self, rank: int) -> tuple[str, ...]:
         """Names of the modules on a rank."""
@@ -190,7 +193,12 @@ def train(
         enable_model_summary=False,
         **{"enable_checkpointing": False, **trainer_options},
     )
-    module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
+    module = module or ParityModule(
+        task.model,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+        attention=layout.attention,
+    )
     loader = DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch)
     held_out = None if validation is None else DataLoader(validation, batch_size=task.batch)
     trainer.fit(module, loader, held_out, ckpt_path=ckpt_path)
