@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +43,10 @@ def main() -> int:
             parser.error(str(error))
         if arguments.rehearse:
             chosen = {name: rehearsed(part) for name, part in chosen.items()}
-        found = _find_all(chosen, Path(directory))
-        _write(arguments.out, found, Path(directory))
+        found: dict[str, Figures] = {}
+        for name, figures in _find_all(chosen, Path(directory)):
+            found[name] = figures
+            _write(arguments.out, found, Path(directory))  # each time, in case that the next part is cut short
     return 1 if any("FAILED" in key for figures in found.values() for key in figures) else 0
 
 
@@ -65,13 +67,13 @@ def _choose(known: Mapping[str, Part], names: Sequence[str]) -> dict[str, Part]:
     return chosen
 
 
-def _find_all(chosen: Mapping[str, Part], directory: Path) -> dict[str, Figures]:
+def _find_all(chosen: Mapping[str, Part], directory: Path) -> Iterator[tuple[str, Figures]]:
     """At once what may run at once, one after the other what is timed."""
     together = {name: part for name, part in chosen.items() if part.together}
     with ThreadPoolExecutor(max_workers=max(1, len(together))) as pool:
         started = {name: pool.submit(_find_out, name, part, directory) for name, part in together.items()}
-        found = {name: future.result() for name, future in started.items()}
-    return found | {name: _find_out(name, part, directory) for name, part in chosen.items() if name not in together}
+        yield from ((name, future.result()) for name, future in started.items())
+    yield from ((name, _find_out(name, part, directory)) for name, part in chosen.items() if name not in together)
 
 
 def _find_out(name: str, part: Part, directory: Path) -> Figures:

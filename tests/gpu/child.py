@@ -123,7 +123,7 @@ def train(run: Run) -> dict[str, Any]:
     loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2, pin_memory=run.accelerator == "gpu")
     meter = StepMeter(run.steps, profile=run.profile)
     observer = Observer(run, meter)
-    held_out = DataLoader(Subset(CopiedText(run), range(90_000, 90_032)), batch_size=run.batch)
+    held_out = DataLoader(Subset(CopiedText(run), range(90_000, 90_008)), batch_size=run.batch)
     saving = [] if run.checkpoint is None else [TimeCheckpoints(run.checkpoint, checksums)]
     trainer = build_trainer(run, [observer, *saving])
     trainer.fit(module, loader, held_out if run.evaluate else None)

@@ -202,6 +202,7 @@ def parts(directory: Path) -> dict[str, Part]:
         "speed": Part(
             runs={
                 "trainer": LARGE,
+                "trainer, Megatron's attention": replace(LARGE, attention="megatron"),
                 "bare": replace(LARGE, loop="bare"),
                 "transformers": replace(LARGE, loop="transformers"),
                 "recomputed": replace(LARGE, recompute=True, profile=False),
