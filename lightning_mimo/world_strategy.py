@@ -82,7 +82,9 @@ class WorldStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
             with self.spans.span(_BARRIER):
-                dist.barrier()
+                # NCCL reduces a number for it; which GPU is to do so it would have to guess, and warns.
+                device = self.root_device
+                dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:

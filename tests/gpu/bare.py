@@ -15,16 +15,17 @@ from lightning_mimo.mimo_parallel_utils import get_module_to_grid_tuple, multimo
 from lightning_mimo.parallelism import LANGUAGE
 from lightning_mimo.param_groups import pass_on
 from tests.gpu.measure import StepMeter
+from tests.gpu.run import Run
 
 
 class BareLoop(pl.Callback):
     """Takes the model and the optimizer that the strategy has built, before the Trainer's first step.
 
-    The Trainer must end after one step, since this loop has used its data and taken its metrics' places.
+    The Trainer is left one step.
     """
 
-    def __init__(self, steps: int, meter: StepMeter) -> None:
-        self._steps, self._meter = steps, meter
+    def __init__(self, run: Run, meter: StepMeter) -> None:
+        self._run, self._meter = run, meter
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = trainer.strategy
@@ -36,7 +37,7 @@ class BareLoop(pl.Callback):
         kept = config.no_sync_func, config.finalize_model_grads_func
         config.no_sync_func = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
         config.finalize_model_grads_func = self._reduce
-        run = partial(
+        run_schedule = partial(
             get_forward_backward_func(pp_size=1, vp_size=None),
             forward_step_func=self._forward_step,
             model=self._model,
@@ -45,20 +46,21 @@ class BareLoop(pl.Callback):
             forward_only=False,
             pg_collection=strategy.infra.pg_collections[LANGUAGE],
         )
-        if torch.cuda.is_available():
+        if self._run.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
         batches = iter(trainer.train_dataloader)
-        for step in range(self._steps):
+        for step in range(self._run.steps):
             self._meter.begin(step)
             batch = strategy.batch_to_device(trainer.precision_plugin.convert_input(next(batches)))
-            self._meter.end(self._step(run, batch))
+            self._meter.end(self._step(run_schedule, batch))
         self._meter.wait()
         config.no_sync_func, config.finalize_model_grads_func = kept
+        trainer.fit_loop.epoch_loop.max_steps = 1
 
-    def _step(self, run: Any, batch: list[dict[str, Any]]) -> torch.Tensor:
+    def _step(self, run_schedule: Any, batch: list[dict[str, Any]]) -> torch.Tensor:
         for module, _ in self._modules:
             module.zero_grad_buffer()
-        store = run(data_iterator=iter(batch), num_microbatches=len(batch))
+        store = run_schedule(data_iterator=iter(batch), num_microbatches=len(batch))
         loss, tokens = torch.stack([torch.stack(each) for each in store]).sum(dim=0).unbind()
         for module, _ in self._modules:
             module.scale_gradients(tokens.reciprocal())

@@ -48,6 +48,6 @@ class TimeCheckpoints(pl.Callback):
 def _seconds(action: Callable[[], object]) -> float:
     began = time.perf_counter()
     action()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - began

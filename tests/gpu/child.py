@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -35,7 +34,7 @@ class Observer(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.checksums["start"] = checksums(pl_module)
-        if torch.cuda.is_available():
+        if self._run.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(
@@ -67,22 +66,20 @@ def _checksum(values: torch.Tensor) -> int:
     return int((bits * (torch.arange(bits.numel(), device=bits.device) % 65521 + 1)).sum())
 
 
-def build_trainer(run: Run, callbacks: list[pl.Callback], **changed: Any) -> pl.Trainer:
+def build_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
     ddp = DistributedDataParallelConfig()
     if run.distributed:
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
         )
-    settings: dict[str, Any] = {
-        "max_steps": run.steps,
-        "limit_val_batches": 2 if run.evaluate else 0,
-        "num_sanity_val_steps": 0,
-    }
     return pl.Trainer(
         accelerator=run.accelerator,
         devices=1,
         num_nodes=run.ranks,
         precision=run.precision,
+        max_steps=run.steps,
+        limit_val_batches=2 if run.evaluate else 0,
+        num_sanity_val_steps=0,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -97,7 +94,6 @@ def build_trainer(run: Run, callbacks: list[pl.Callback], **changed: Any) -> pl.
             timeout=timedelta(seconds=run.timeout),
             async_save=run.checkpoint is not None,
         ),
-        **(settings | changed),
     )
 
 
@@ -121,7 +117,7 @@ def train(run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     module = build_module(run)
     loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2, pin_memory=run.accelerator == "gpu")
-    meter = StepMeter(run.steps, profile=run.profile)
+    meter = StepMeter(run)
     observer = Observer(run, meter)
     held_out = DataLoader(Subset(CopiedText(run), range(90_000, 90_008)), batch_size=run.batch)
     saving = [] if run.checkpoint is None else [TimeCheckpoints(run.checkpoint, checksums)]
@@ -148,9 +144,9 @@ def train(run: Run) -> dict[str, Any]:
 def train_bare(run: Run) -> dict[str, Any]:
     """By megatron-core's own schedule and optimizer, on the model that the strategy builds."""
     pl.seed_everything(1)
-    module, meter = build_module(run), StepMeter(run.steps, profile=run.profile)
+    module, meter = build_module(run), StepMeter(run)
     loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2, pin_memory=run.accelerator == "gpu")
-    trainer = build_trainer(run, [BareLoop(run.steps, meter)], max_steps=1)
+    trainer = build_trainer(run, [BareLoop(run, meter)])
     trainer.fit(module, loader)
     return meter.result()
 
@@ -160,9 +156,6 @@ def main() -> None:
     loops = {"trainer": train, "bare": train_bare, "transformers": train_llama}
     result = loops[run.loop](run)
     print(RESULT + json.dumps(result), flush=True)
-    sys.stdout.flush()
-    if run.ranks > 1:
-        os._exit(0)  # not through the destructors of communicators whose peers may be gone
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tests.gpu.run import Run
+
 SKIPPED = 4  # steps at the beginning that are not timed, and at the end, of which one is looked into and one profiled
 
 
@@ -19,19 +21,22 @@ class StepMeter:
     Attributes:
         losses: of all steps, float32 scalars.
         host_reads: where one step waited for the GPU, by ``torch.cuda.set_sync_debug_mode``: ``file:line``.
-        kernels: (name, milliseconds) of those that took longest in one step.
+        kernels: (name, calls, milliseconds) in one step, those that took longest first.
     """
 
-    def __init__(self, steps: int, *, profile: bool) -> None:
+    def __init__(self, run: Run) -> None:
         self.losses: list[torch.Tensor] = []
         self.host_reads: list[str] = []
-        self.kernels: list[tuple[str, float]] = []
-        self._steps, self._profile = steps, profile
-        self._is_gpu = torch.cuda.is_available()
+        self.kernels: list[tuple[str, int, float]] = []
+        self._steps, self._profile = run.steps, run.profile
+        self._is_gpu = run.accelerator == "gpu"
         self._times: list[float] = []
         self._inside = contextlib.ExitStack()
+        self._between_steps = 0  # bytes
 
     def begin(self, step: int) -> None:
+        if self._is_gpu and step == SKIPPED:
+            self._between_steps = torch.cuda.memory_allocated()
         if step in (SKIPPED, self._steps - SKIPPED):
             self.wait()
             self._times.append(time.perf_counter())
@@ -59,6 +64,7 @@ class StepMeter:
             memory = {
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
                 "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+                "between_steps_gib": self._between_steps / 2**30,
             }
         return {
             "losses": [float(loss) for loss in self.losses],
@@ -80,7 +86,7 @@ class StepMeter:
         self.host_reads = [
             f"{each.filename.rsplit('/', 1)[-1]}:{each.lineno}"
             for each in caught
-            if "synchronizing" in str(each.message)
+            if "called a synchronizing" in str(each.message)
         ]
 
     @contextlib.contextmanager
@@ -89,6 +95,10 @@ class StepMeter:
         with torch.profiler.profile(activities=activities) as profiler:
             yield
             self.wait()
-        events = [each for each in profiler.key_averages() if each.device_type == torch.autograd.DeviceType.CUDA]
+        events = [
+            each
+            for each in profiler.key_averages()
+            if each.device_type == torch.autograd.DeviceType.CUDA and not getattr(each, "is_user_annotation", False)
+        ]
         events.sort(key=lambda each: each.self_device_time_total, reverse=True)
-        self.kernels = [(each.key[:60], each.self_device_time_total / 1000) for each in events[:8]]
+        self.kernels = [(each.key[:200], each.count, each.self_device_time_total / 1000) for each in events]

@@ -14,6 +14,8 @@ from tests.gpu.run import Run
 Figures = dict[str, Any]
 _PEAK_FLOPS = 989e12  # bfloat16 without sparsity, of an H100 or H200 (SXM), by the datasheet
 
+_HANGS = 1  # rank
+
 SMALL = Run()
 LARGE = Run(
     precision="bf16-mixed",
@@ -106,15 +108,24 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
                 figures[f"{name}: weights"] = "the same on both replicas at the start and at the end"
         except (RuntimeError, ValueError) as error:
             figures[f"{name}: FAILED"] = str(error)
-    return figures
+    return figures | {"warnings in training": sorted(_warnings(ended))}
+
+
+def _warnings(ended: Mapping[str, Ended]) -> set[str]:
+    """What was warned of after the imports, by Python or by torch's C++."""
+    trained = (each.text.partition("Seed set to")[2].splitlines() for each in ended.values())
+    lines = (line for lines in trained for line in lines)
+    return {line[line.index("arning: ") + 8 :][:150] for line in lines if "arning: " in line}
 
 
 def judge_hang(ended: Mapping[str, Ended]) -> Figures:
-    hang = ended["hang"]
-    said = [line for line in hang.text.splitlines() if "the others wait for" in line]
-    if not said:
-        raise ValueError(f"nobody was named; exit codes {hang.codes}: {hang.text[-1500:]}")
-    return {"said": said[0], "exit codes": str(hang.codes)}
+    figures: Figures = {}
+    for name, each in ended.items():
+        said = [line for line in each.text.splitlines() if "the others wait for" in line]
+        named = f"wait for rank {_HANGS} " in said[0] and "; and for" not in said[0] if said else False
+        figures[f"{name}: said" if named else f"{name}: FAILED"] = said[0] if said else each.text[-1500:]
+        figures[f"{name}: exit codes"] = str(each.codes)
+    return figures
 
 
 def judge_speed(ended: Mapping[str, Ended]) -> Figures:
@@ -142,7 +153,8 @@ def _speed(name: str, result: Figures) -> Figures:
         "reserved GiB": result.get("reserved_gib"),
         "host reads in a step": result["host_reads"],
         "loss": [result["losses"][0], result["losses"][-1]],
-        "kernels": [f"{key} {milliseconds:.1f} ms" for key, milliseconds in result["kernels"]],
+        "held between steps GiB": result.get("between_steps_gib"),
+        "kernels": [f"{ms:.1f} ms, {calls} x {key[:90]}" for key, calls, ms in result["kernels"][:8]],
         "seconds in all": result.get("fit_s"),
     }
 
@@ -198,7 +210,14 @@ def parts(directory: Path) -> dict[str, Part]:
             judge=judge_ranks,
             limit=150,
         ),
-        "hang": Part(runs={"hang": replace(two, colocate=False, hangs=0, timeout=25)}, judge=judge_hang, limit=100),
+        "hang": Part(
+            runs={
+                "apart": replace(two, colocate=False, hangs=_HANGS, timeout=25),
+                "tp2": replace(two, modules={"images": {"tp": 2}, "language": {"tp": 2}}, hangs=_HANGS, timeout=25),
+            },
+            judge=judge_hang,
+            limit=100,
+        ),
         "speed": Part(
             runs={
                 "trainer": LARGE,

@@ -17,9 +17,9 @@ from tests.gpu.run import Run
 class Llama(pl.LightningModule):
     """The language module's size; the image's tokens are text like others."""
 
-    def __init__(self, run: Run, meter: StepMeter) -> None:
+    def __init__(self, run: Run) -> None:
         super().__init__()
-        self._run, self._meter = run, meter
+        self._run = run
 
     def configure_model(self) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM  # large, and only needed here
@@ -52,11 +52,11 @@ class Llama(pl.LightningModule):
 class _Steps(pl.Callback):
     """Tells the meter of optimizer steps, each of several batches."""
 
-    def __init__(self, meter: StepMeter, every: int) -> None:
-        self._meter, self._every = meter, every
+    def __init__(self, run: Run, meter: StepMeter) -> None:
+        self._run, self._meter, self._every = run, meter, run.microbatches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if torch.cuda.is_available():
+        if self._run.accelerator == "gpu":
             torch.cuda.reset_peak_memory_stats()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int) -> None:
@@ -73,8 +73,8 @@ class _Steps(pl.Callback):
 def train_llama(run: Run) -> dict[str, Any]:
     """Steps of the same number of tokens, in as many pieces."""
     pl.seed_everything(1)
-    meter = StepMeter(run.steps, profile=run.profile)
-    module = Llama(run, meter)
+    meter = StepMeter(run)
+    module = Llama(run)
     trainer = pl.Trainer(
         accelerator=run.accelerator,
         devices=1,
@@ -82,7 +82,7 @@ def train_llama(run: Run) -> dict[str, Any]:
         strategy=DDPStrategy(gradient_as_bucket_view=True),
         accumulate_grad_batches=run.microbatches,
         max_steps=run.steps,
-        callbacks=[_Steps(meter, run.microbatches)],
+        callbacks=[_Steps(run, meter)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
