@@ -25,6 +25,7 @@ from lightning_mimo.optimizer import MimoTorchOptimizer
 from lightning_mimo.position import begin_where_learned
 from lightning_mimo.preemption import Signals
 from lightning_mimo.random_state import seed_megatron
+from lightning_mimo.replica_check import check_replicas
 from lightning_mimo.run_checkpoints import Resumed, RunCheckpoints
 from lightning_mimo.run_data import RunData
 from lightning_mimo.used_hooks import UsedHooks
@@ -254,7 +255,9 @@ class RunningStrategy(WorldStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
+        """Check the weights, listen to signals, and draw from here on what the run would have drawn that goes on."""
+        complete_gathering(self._module.model)
+        check_replicas(self._module.model, self.infra)
         self._signals.install(self.cluster_environment)
         if (resumed := self._resumed) is not None:
             self._resumed = None
