@@ -20,6 +20,9 @@ from .errors import (
 from .errors import (
     NonFiniteError as NonFiniteError,
 )
+from .errors import (
+    ReplicaError as ReplicaError,
+)
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
 from .mimo.initialization import fan_in_normal_ as fan_in_normal_

@@ -210,7 +210,6 @@ def _saved(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-
 def _layout_as_dict(layout: MimoLayout) -> dict[str, Any]:
     return {
         "colocated": layout.colocated,

@@ -21,6 +21,7 @@ from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.launch.preemption import Signals
+from lightning_mimo.mimo.replica_check import check_replicas
 from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -260,7 +261,9 @@ class RunningStrategy(WorldStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
+        """Check the weights, listen to signals, and draw from here on what the run would have drawn that goes on."""
+        complete_gathering(self._module.model)
+        check_replicas(self._module.model, self.infra)
         self._signals.install(self.cluster_environment)
         if (resumed := self._resumed) is not None:
             self._resumed = None

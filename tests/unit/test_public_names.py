@@ -26,6 +26,7 @@ PUBLIC_NAMES = [
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",
+    "ReplicaError",
     "StepTrace",
     "build_pg_collection_for_schedule",
     "fan_in_normal_",
