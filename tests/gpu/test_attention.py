@@ -158,3 +158,12 @@ def test_float32_is_packed_one_after_the_other() -> None:
     parts = zip(*(tensor.split(LENGTHS) for tensor in tensors), strict=True)
     expected = torch.cat([layer(*(part.unsqueeze(1) for part in each), None) for each in parts if len(each[0])])
     torch.testing.assert_close(output, expected.flatten(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_that_may_see_nothing_gets_nothing_and_harms_nobody(dtype: torch.dtype) -> None:
+    mask = torch.zeros(1, 1, 256, 256, dtype=torch.bool, device="cuda")
+    mask[:, :, 7] = True
+    output, *gradients = results(attention(AttnMaskType.arbitrary, 8), inputs(256, 1, groups=8, dtype=dtype), mask)
+    assert (output[7] == 0).all()
+    assert all(each.isfinite().all() for each in (output, *gradients))
