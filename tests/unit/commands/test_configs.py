@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from lightning.pytorch.cli import LightningCLI
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
 from lightning_mimo.commands.cli import main
@@ -118,6 +119,12 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
         ([f"{STRATEGY}.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
         (["stray"], "'stray' is not understood"),
         (["--trainer.strategy=mimo"], "strategy='mimo' does not say which modules there are"),
+        pytest.param(
+            ["--model.init_args.language.attention=te"],
+            "error: attention='te' needs Transformer Engine, which cannot be imported here",
+            marks=pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed"),
+        ),
+        (["--model.init_args.language.attention=flash"], "attention must be one of 'sdpa', 'megatron', 'te', but is"),
         (IMPOSSIBLE, "Module 'language': 3 ranks - (images 2) leaves 1"),
         ([f"{STRATEGY}.global_batch_size=127"], "global_batch_size=127 does not divide over module 'images'"),
         (
