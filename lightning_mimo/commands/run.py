@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mimo.callbacks.step_trace import StepTrace
 from lightning_mimo.commands.config_errors import OneLineParser
 from lightning_mimo.commands.dry_run import dry_run_report
+from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.launch.cluster import check_slurm_tasks
 from lightning_mimo.strategy.module import MimoModule
@@ -45,6 +46,8 @@ class MimoCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        config_files = [str(path) for path in self._get(self.config, "config") or ()]
+        follow_root_dir(self._get(self.config, "trainer"), config_files)
         folder = self._get(self.config, "trace")
         if folder is None or self.dry_run:
             return

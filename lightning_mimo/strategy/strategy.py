@@ -196,6 +196,7 @@ class MimoStrategy(RunningStrategy):
                 self.cluster_environment,
                 num_processes=self.num_processes,
                 num_nodes=self.num_nodes,
+                timeout=self._timeout.total_seconds(),
                 validate=self.validate,
             )
         else:
