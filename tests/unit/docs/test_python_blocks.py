@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.strategies import StrategyRegistry
 
 from examples.digits.data import DigitsDataset
 from tests.support.pages import PAGES, blocks_of, run_blocks
@@ -19,7 +20,10 @@ def test_there_are_blocks() -> None:
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=str)
 def test_blocks_run(page: Path) -> None:
+    registered = set(StrategyRegistry)
     run_blocks(page)
+    for name in set(StrategyRegistry) - registered:
+        StrategyRegistry.remove(name)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/guide/data.md"])
