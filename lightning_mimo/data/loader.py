@@ -11,7 +11,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from lightning_mimo.data.collation import MicrobatchCollator, Sample, SampleRequ
 from lightning_mimo.data.prefetch import LoadsAhead
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
 
 
@@ -142,7 +142,7 @@ class ResumableLoader(DataLoader):
 
     _batches: LoadsAhead | None = None
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[Microbatch]]:
         batches = super().__iter__()
         if self.num_workers:
             return batches
