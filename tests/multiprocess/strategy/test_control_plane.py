@@ -82,7 +82,7 @@ def caller() -> str:
     ours = ("lightning_mimo", "megatron", "lightning", "tests")
     frames = [frame for frame in traceback.extract_stack()[:-1] if not frame.name.startswith("__torch_")]
     files = [Path(frame.filename) for frame in frames]
-    if any(file.stem == "loading_ahead" for file in files):
+    if any(file.stem == "prefetch" for file in files):
         return LOADER
     file = next(file for file in reversed(files) if any(part in ours for part in file.parts))
     return f"{file.parent.name}/{file.stem}"
@@ -139,15 +139,15 @@ GENERATOR, LOADER = "tensor_parallel/random", "the next batch, loaded ahead"
 def test_step_has_one_collective_over_all_ranks_and_one_read(rank_pool: RankPool, name: str, precision: str) -> None:
     layout = LAYOUTS[name]
     for collectives, reads in rank_pool.run(count_step, task(precision=precision), layout, world_size=layout.ranks):
-        assert collectives == {"allreduce_ lightning_mimo/schedule": 1}
+        assert collectives == {"allreduce_ schedule/forward_backward": 1}
         del reads[GENERATOR], reads[LOADER]
-        assert reads == {"lightning_mimo/mimo_optimizer": 1}
+        assert reads == {"optim/step_reduction": 1}
 
 
-def test_held_batches_of_a_window_read_nothing(rank_pool: RankPool) -> None:
-    held = task(accumulate=3, samples=Samples(number=48))
-    for collectives, reads in rank_pool.run(count_step, held, LAYOUTS["images_dp2-language_tp2"], world_size=4):
-        assert collectives == {"allreduce_ lightning_mimo/schedule": 1}, "the loss"
+def test_accumulated_batches_read_nothing(rank_pool: RankPool) -> None:
+    accumulating = task(accumulate=3, samples=Samples(number=48))
+    for collectives, reads in rank_pool.run(count_step, accumulating, LAYOUTS["images_dp2-language_tp2"], world_size=4):
+        assert collectives == {"allreduce_ schedule/forward_backward": 1}, "the loss"
         assert reads.keys() <= {GENERATOR, LOADER}
 
 
@@ -175,8 +175,8 @@ def test_upstream_has_seven_collectives_over_all_ranks_and_more_reads(rank_pool:
         # Overflow, norm and success in the optimizer, the tokens, and the loss twice, of which an object counts double.
         assert collectives == {
             "allreduce_ mimo/optimizer": 3,
-            "allreduce_ multiprocess/test_control_plane": 1,
-            "broadcast_ multiprocess/test_control_plane": 3,
+            "allreduce_ strategy/test_control_plane": 1,
+            "broadcast_ strategy/test_control_plane": 3,
         }
         # The optimizer reads each of its three, and the norm of each module before.
         assert (reads["mimo/optimizer"], reads["optimizer/clip_grads"]) == (3, 1)
