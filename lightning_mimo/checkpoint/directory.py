@@ -1,4 +1,4 @@
-"""The directory of a checkpoint: what is in it, when it counts as whole, and how it takes the spec of another one.
+"""The directory of a checkpoint: what is in it, when it counts as whole, and how it replaces another one.
 
     step=600.ckpt/
       checkpoint.json                       what this is, and size and checksum of every other file; written last
@@ -34,7 +34,7 @@ _AT_FDCWD = -100
 
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it gets its spec."""
+    """Where a checkpoint is written before it is complete."""
     return path.parent / _UNFINISHED / path.name
 
 
@@ -64,7 +64,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def publish(path: Path) -> None:
-    """Give a directory that is whole its name, in the spec of an older one if there is one.
+    """Give a directory that is whole its name, in place of an older one if there is one.
 
     A process that is killed in between leaves the old one or the new one under the name.
     """

@@ -110,7 +110,7 @@ class RunCheckpoints:
             self._complain(error)
 
     def remove(self, path: Path) -> None:
-        """Remove a checkpoint, not before what is being written takes its spec. To be called on rank 0."""
+        """Remove a checkpoint, not before what is being written has replaced it. To be called on rank 0."""
         self._writer.then(lambda: discard(path))
 
     def load(

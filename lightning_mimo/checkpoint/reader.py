@@ -17,7 +17,7 @@ from lightning_mimo.checkpoint.shards import ShardSpec, cut, join
 from lightning_mimo.checkpoint.state import TensorShard
 from lightning_mimo.errors import CheckpointError
 
-_PLACES = "specs"  # key in the header of each file
+_SPECS = "places"  # key in the header of each file
 
 
 def file_name(module: str, rank: int) -> str:
@@ -31,7 +31,7 @@ def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
     assert len(set(keys)) == len(keys), "a rank writes each tensor once"
     specs = {key: shard.spec.to_dict() for key, shard in zip(keys, shards, strict=True)}
     tensors = {key: shard.tensor for key, shard in zip(keys, shards, strict=True)}
-    save_file(tensors, path, metadata={_PLACES: json.dumps(specs)})
+    save_file(tensors, path, metadata={_SPECS: json.dumps(specs)})
 
 
 class CheckpointReader:
@@ -55,7 +55,7 @@ class CheckpointReader:
     def _index(self, file: Path) -> None:
         try:
             opened = self._open.enter_context(safe_open(file, framework="pt"))
-            specs = json.loads(opened.metadata()[_PLACES])
+            specs = json.loads(opened.metadata()[_SPECS])
         except Exception as error:
             raise CheckpointError(f"{file} is damaged: {error}.") from error
         for key, spec in specs.items():

@@ -1,7 +1,8 @@
-"""A part of a tensor with its spec in the whole: how shards are written, and put together again for another layout.
+"""A shard and its place in the whole tensor: how tensors are written, and joined again for another layout.
 
 A tensor is cut twice: tensor parallelism cuts it along a dimension, and the distributed optimizer cuts what is left
-into runs of consecutive elements. A shard says where it was in both, in numbers that need nothing of the layout.
+into runs of consecutive elements. A :class:`ShardSpec` says where a shard lies in both, in numbers that do not refer to
+the layout.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.errors import CheckpointError
-from lightning_mimo.mimo.initialization import cut_evenly, shard_group
+from lightning_mimo.mimo.initialization import cut_evenly, partition_of, shard_group
 
 WEIGHT, MAIN = "weight", "main"
 """Kinds of shards: a parameter, and the optimizer's float32 copy of it. Others are names of the optimizer's state."""
@@ -50,11 +51,12 @@ class ShardSpec:
         group = shard_group(parameter, groups)
         if group is None:
             return cls(shape=tuple(shape), stop=parameter.numel())
-        shape[parameter.partition_dim] *= group.size()
+        dim, stride = partition_of(parameter)
+        shape[dim] *= group.size()
         return cls(
             shape=tuple(shape),
-            dim=parameter.partition_dim,
-            stride=parameter.partition_stride,
+            dim=dim,
+            stride=stride,
             tp_rank=group.rank(),
             tp_size=group.size(),
             stop=parameter.numel(),
@@ -70,7 +72,7 @@ class ShardSpec:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Of the tensor-parallel shard that the shard lies in."""
+        """Shape of the tensor-parallel shard that this one lies in."""
         shape = list(self.shape)
         if shape:
             shape[self.dim] //= self.tp_size
@@ -83,20 +85,20 @@ class ShardSpec:
 
 
 def cut(whole: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
-    """The elements of a whole tensor that lie at a spec, flat."""
+    """The elements of a whole tensor that a spec describes, flat."""
     if spec.tp_size > 1:
         whole = cut_evenly(whole, dim=spec.dim, stride=spec.stride, rank=spec.tp_rank, size=spec.tp_size)
     return whole.reshape(-1)[spec.start : spec.stop]
 
 
-def join(shards: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor from shards that cover it; what is there twice counts once.
+def join(pieces: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
+    """The whole tensor from pieces of its shards that cover it; what is there twice counts once.
 
     Raises:
         CheckpointError: if something is missing.
     """
     runs: dict[int, dict[int, tuple[ShardSpec, torch.Tensor]]] = {}
-    for spec, tensor in shards:
+    for spec, tensor in pieces:
         runs.setdefault(spec.tp_rank, {})[spec.start] = (spec, tensor)
     first = next(iter(next(iter(runs.values())).values()))[0]
     shards = [_join_runs(runs.get(rank, {}).values(), first) for rank in range(first.tp_size)]

@@ -41,7 +41,7 @@ class Reader(Protocol):
         """Kinds that there are of a parameter; empty if there is no such parameter."""
 
     def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
-        """The elements of a tensor at a spec, flat, on the CPU."""
+        """The elements of a tensor that a spec describes, flat, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

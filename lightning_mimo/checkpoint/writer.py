@@ -108,6 +108,7 @@ class CheckpointWriter:
             future.result()
             action()
 
+        assert self._thread is not None, "what was begun runs in it"
         self._future = self._thread.submit(after)
 
     def close(self) -> None:

@@ -9,8 +9,9 @@ the layout.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class SeededSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return len(cast(Sized, self._sampler))
 
     def __iter__(self) -> Iterator[int]:
         if isinstance(self._sampler, SequentialSampler):
@@ -73,19 +74,20 @@ class RankBatchSampler(BatchSampler):
 
     def __init__(self, order: SeededSampler, plan: RankBatchPlan, *, drop_last: bool) -> None:
         self.sampler = order  # the name under which Lightning looks for set_epoch
+        self._order = order
         self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
         self.batch_size = plan.global_batch_size
         self.drop_last = drop_last
         self._plan = plan
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.sampler), self.batch_size)
+        full, rest = divmod(len(self._order), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def __iter__(self) -> Iterator[list[SampleRequest]]:
+    def __iter__(self) -> Iterator[list[SampleRequest]]:  # type: ignore[override]  # requests in place of indices
         batch: list[int] = []
         done, self.skip = self.skip * self.batch_size, 0
-        for index in islice(self.sampler, done, None):
+        for index in islice(self._order, done, None):
             batch.append(index)
             if len(batch) == self.batch_size:
                 yield self._requests(batch)
@@ -99,7 +101,7 @@ class RankBatchSampler(BatchSampler):
                 index=batch[position] if position < len(batch) else batch[0],
                 position=position,
                 modules=self._plan.needed_by(position, microbatch),
-                epoch=self.sampler.epoch,
+                epoch=self._order.epoch,
                 is_padding=position >= len(batch),
             )
             for microbatch in range(self._plan.num_microbatches)
@@ -142,7 +144,7 @@ class ResumableLoader(DataLoader):
 
     _batches: LoadsAhead | None = None
 
-    def __iter__(self) -> Iterator[list[Microbatch]]:
+    def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
         batches = super().__iter__()
         if self.num_workers:
             return batches
@@ -160,6 +162,7 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Leave out the batches that are done, in the next epoch only."""
+        assert isinstance(self.batch_sampler, RankBatchSampler)
         self.batch_sampler.skip = state_dict["batches"]
 
 

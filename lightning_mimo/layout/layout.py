@@ -21,6 +21,7 @@ from lightning_mimo.errors import LayoutError
 from lightning_mimo.layout.module_parallelism import (
     LANGUAGE,
     ModuleParallelism,
+    ResolvedParallelism,
     dp_step_of_experts,
     fitting_trainer,
     product_of,
@@ -34,12 +35,12 @@ class MimoLayout:
     """A checked layout: every module with its ``dp`` and ``rank_offset`` known. Build it with :meth:`resolve`.
 
     Attributes:
-        modules: module name -> complete :class:`ModuleParallelism`, in the order in which they were written.
+        modules: module name -> its sizes, none left out, in the order in which they were written.
         world_size: number of ranks over all nodes.
         colocated: True where all modules share all ranks, False where their rank ranges are disjoint.
     """
 
-    modules: Mapping[str, ModuleParallelism]
+    modules: Mapping[str, ResolvedParallelism]
     world_size: int
     colocated: bool
 
@@ -60,7 +61,8 @@ class MimoLayout:
         _check_names(modules)
         for name, sizes in modules.items():
             _check_sizes(name, sizes)
-        complete = share_all_ranks(modules, world_size) if colocate else place_one_after_another(modules, world_size)
+        placed = share_all_ranks(modules, world_size) if colocate else place_one_after_another(modules, world_size)
+        complete = {name: sizes.resolved() for name, sizes in placed.items()}
         colocated = _check_coverage(complete, world_size)
         for name, sizes in complete.items():
             if colocated:
@@ -137,7 +139,7 @@ def _check_sizes(name: str, sizes: ModuleParallelism) -> None:
         )
 
 
-def _check_coverage(complete: Mapping[str, ModuleParallelism], world_size: int) -> bool:
+def _check_coverage(complete: Mapping[str, ResolvedParallelism], world_size: int) -> bool:
     """Return whether the layout is colocated; raise if ranks are left over, missing or shared in part."""
     spans = {name: sizes.ranks for name, sizes in complete.items()}
     table = ", ".join(f"{name} {product_of(complete[name])} on ranks {span_of(span)}" for name, span in spans.items())
@@ -179,7 +181,7 @@ def _belong(ranks: Sequence[int]) -> str:
     return f"Ranks {span_of(ranks) if isinstance(ranks, range) else ', '.join(map(str, ranks))} belong"
 
 
-def _check_experts(name: str, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> None:
+def _check_experts(name: str, complete: Mapping[str, ResolvedParallelism], *, colocated: bool) -> None:
     sizes = complete[name]
     stage, experts = sizes.tp * sizes.dp, sizes.expt_tp * sizes.ep
     if stage % experts:
@@ -193,7 +195,7 @@ def _check_experts(name: str, complete: Mapping[str, ModuleParallelism], *, colo
         )
 
 
-def _check_bridge(name: str, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> None:
+def _check_bridge(name: str, complete: Mapping[str, ResolvedParallelism], *, colocated: bool) -> None:
     encoder, language = complete[name].dp, complete[LANGUAGE].dp
     if _divide(encoder, language):
         return
@@ -212,11 +214,11 @@ def _divide(one: int, two: int) -> bool:
     return one % two == 0 or two % one == 0
 
 
-def _bridged_to(name: str, complete: Mapping[str, ModuleParallelism]) -> list[str]:
+def _bridged_to(name: str, complete: Mapping[str, ResolvedParallelism]) -> list[str]:
     return [other for other in complete if other != LANGUAGE] if name == LANGUAGE else [LANGUAGE]
 
 
-def _with_dp(name: str, dp: int, complete: Mapping[str, ModuleParallelism], *, colocated: bool) -> str:
+def _with_dp(name: str, dp: int, complete: Mapping[str, ResolvedParallelism], *, colocated: bool) -> str:
     """What to change for a module to have another dp, and what goes with it."""
     sizes = complete[name]
     if colocated:

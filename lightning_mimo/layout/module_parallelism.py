@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 LANGUAGE = "language"
 """Name of the one module that every layout must have; megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
@@ -40,15 +40,36 @@ class ModuleParallelism:
         return self.tp * self.cp * self.pp
 
     @property
+    def replicas(self) -> int:
+        """``dp``, once it is known."""
+        assert self.dp is not None, "dp is filled in by MimoLayout.resolve"
+        return self.dp
+
+    @property
     def size(self) -> int:
         """Ranks that the module takes: tp * cp * dp * pp. Only known once ``dp`` is."""
-        assert self.dp is not None, "dp is filled in by MimoLayout.resolve"
-        return self.ranks_per_replica * self.dp
+        return self.ranks_per_replica * self.replicas
+
+    def resolved(self) -> ResolvedParallelism:
+        """The same sizes as a :class:`ResolvedParallelism`, once ``dp`` and ``rank_offset`` are known."""
+        return ResolvedParallelism(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedParallelism(ModuleParallelism):
+    """A module's sizes in a resolved layout: ``dp`` and ``rank_offset`` are numbers.
+
+    Args:
+        dp: number of data-parallel replicas.
+        rank_offset: first global rank of the module.
+    """
+
+    dp: int
+    rank_offset: int
 
     @property
     def ranks(self) -> range:
-        """Global ranks of the module. Only known once ``dp`` and ``rank_offset`` are."""
-        assert self.rank_offset is not None, "rank_offset is filled in by MimoLayout.resolve"
+        """Global ranks of the module."""
         return range(self.rank_offset, self.rank_offset + self.size)
 
     @property
@@ -59,7 +80,6 @@ class ModuleParallelism:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Sizes of the dense axes, in the order of ``DENSE_AXES``."""
-        assert self.dp is not None, "dp is filled in by MimoLayout.resolve"
         return (self.tp, self.cp, self.dp, self.pp)
 
     @property

@@ -66,11 +66,12 @@ def place_one_after_another(modules: Mapping[str, ModuleParallelism], world_size
         filled[open_names[0]] = _fill_dp(open_names[0], modules, world_size)
     elif open_names:
         filled = _fill_open(open_names, modules, world_size)
-    complete, end = {}, 0
+    complete: dict[str, ModuleParallelism] = {}
+    end = 0
     for name, sizes in filled.items():
         placed = sizes if sizes.rank_offset is not None else replace(sizes, rank_offset=end)
         complete[name] = placed
-        end = placed.ranks.stop
+        end = placed.resolved().ranks.stop
     return complete
 
 
@@ -133,13 +134,13 @@ def _ways_to_fill(
     first, *others = open_names
     sizes = modules[first]
     for times in range(1 + spare // sizes.size):
-        larger = replace(sizes, dp=sizes.dp * (1 + times))
+        larger = replace(sizes, dp=sizes.replicas * (1 + times))
         yield from _ways_to_fill(others, {**modules, first: larger}, spare - times * sizes.size)
 
 
 def _nests(modules: Mapping[str, ModuleParallelism]) -> bool:
-    language = modules[LANGUAGE].dp
-    return all(sizes.dp % language == 0 or language % sizes.dp == 0 for sizes in modules.values())
+    language = modules[LANGUAGE].replicas
+    return all(sizes.replicas % language == 0 or language % sizes.replicas == 0 for sizes in modules.values())
 
 
 def check_no_pipeline(name: str, sizes: ModuleParallelism) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_mimo.layout.module_parallelism import ModuleParallelism
+from lightning_mimo.layout.module_parallelism import ResolvedParallelism
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Routes:
         return tuple(rank for part in self.sends for rank in part)
 
 
-def routes_between(mine: ModuleParallelism, theirs: ModuleParallelism, *, rank: int, stage: int) -> Routes:
+def routes_between(mine: ResolvedParallelism, theirs: ResolvedParallelism, *, rank: int, stage: int) -> Routes:
     """Routes of a rank of one module to a pipeline stage of another module, or of its own.
 
     Args:

@@ -160,18 +160,18 @@ def shard_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -
     return group if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1 else None
 
 
+def partition_of(parameter: Any) -> tuple[int, int]:
+    """Dimension and stride in which tensor parallelism cuts a parameter: what megatron-core writes onto it."""
+    return parameter.partition_dim, parameter.partition_stride
+
+
 def cut_shard(master: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
     """This rank's shard of a whole parameter."""
     group = shard_group(parameter, groups)
     if group is None:
         return master
-    return cut_evenly(
-        master,
-        dim=parameter.partition_dim,
-        stride=parameter.partition_stride,
-        rank=group.rank(),
-        size=group.size(),
-    )
+    dim, stride = partition_of(parameter)
+    return cut_evenly(master, dim=dim, stride=stride, rank=group.rank(), size=group.size())
 
 
 def cut_evenly(whole: torch.Tensor, *, dim: int, stride: int, rank: int, size: int) -> torch.Tensor:
@@ -194,7 +194,8 @@ def _shard_of_master(
     """Run a recipe on the unsharded shape, in float32 on the CPU, and cut this rank's shard out of it."""
     shape = list(parameter.shape)
     if (group := shard_group(parameter, groups)) is not None:
-        shape[parameter.partition_dim] *= group.size()
+        dim, _ = partition_of(parameter)
+        shape[dim] *= group.size()
     master = torch.empty(shape, dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

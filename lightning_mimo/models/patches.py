@@ -103,6 +103,7 @@ class PipelinedSubmodules(ModalitySubmodules):
         assert not others, "a pipelined modality has one encoder"
         if self.is_first_stage:
             return None if encoder_inputs is None else encoder(**encoder_inputs[name])
+        assert hidden_states is not None, "later stages continue from the one before"
         if hidden_states.ndim == 2:
             return hidden_states  # MimoModel's empty output: no item at all on the stages before
         output = encoder(hidden_states=hidden_states)

@@ -15,7 +15,7 @@ from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridg
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.layout.module_parallelism import LANGUAGE, ResolvedParallelism
 from lightning_mimo.observe.spans import Spans
 from lightning_mimo.parallel.process_groups import EXPERT_VIEW, GroupPool, PooledGrid, Use
 
@@ -98,7 +98,9 @@ class MimoModelInfra:
 
     def group_of_all(self, use: Use) -> dist.ProcessGroup:
         """The group of all ranks for one use. Collective over the world when it is asked for first."""
-        return self._pool.group_containing_rank([range(self.layout.world_size)], module="", use=use)
+        group = self._pool.group_containing_rank([range(self.layout.world_size)], module="", use=use)
+        assert group is not None, "every rank is in it"
+        return group
 
     def register_communicator(self, communicator: ColocatedBridgeCommunicator) -> None:
         """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
@@ -141,7 +143,7 @@ def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
     function(timeout, group)
 
 
-def _build_grid(name: str, sizes: ModuleParallelism, pool: GroupPool) -> PooledGrid:
+def _build_grid(name: str, sizes: ResolvedParallelism, pool: GroupPool) -> PooledGrid:
     grid = PooledGrid(name, sizes, pool)
     for axes in _DENSE_GROUPS.values():
         grid.create_pg(axes)

@@ -13,7 +13,7 @@ from typing import Literal, override
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
-from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES, ModuleParallelism
+from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES, ResolvedParallelism
 
 EXPERT_VIEW = "expert"
 """Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""
@@ -77,7 +77,7 @@ class GroupPool:
 class PooledGrid(HyperCommGrid):
     """A HyperCommGrid whose groups come out of a pool, which owns them and shares them where ranks are the same."""
 
-    def __init__(self, module: str, sizes: ModuleParallelism, pool: GroupPool) -> None:
+    def __init__(self, module: str, sizes: ResolvedParallelism, pool: GroupPool) -> None:
         """
         Args:
             module: whose grid this is.

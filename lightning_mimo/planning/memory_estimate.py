@@ -205,11 +205,11 @@ def _sizes_of(model: RaggedMimoModel, infra: MimoModelInfra, name: str) -> dict[
 def _size_of(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> ParameterSize:
     is_expert = not getattr(parameter, "allreduce", True)
     cut = shard_group(parameter, groups)
-    sizes = (cut.size() if cut else 1) * (groups.ep.size() if is_expert else 1)
+    shards = (cut.size() if cut else 1) * (groups.ep.size() if is_expert else 1)
     return ParameterSize(
         numel=parameter.numel(),
         itemsize=parameter.element_size(),
-        whole=parameter.numel() * sizes,
+        whole=parameter.numel() * shards,
         trained=parameter.requires_grad,
         replicas=(groups.expt_dp if is_expert else groups.dp_cp).size(),
     )

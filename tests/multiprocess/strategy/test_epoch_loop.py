@@ -48,7 +48,7 @@ def _recording(name: str) -> Any:
         metrics = {
             key: float(value)
             for key, value in trainer.callback_metrics.items()
-            if not key.startswith("telemetry/") and not key.endswith("_per_s")
+            if not key.startswith("telemetry/") and not key.endswith("_per_sec")
         }
         where = trainer.current_epoch, trainer.global_step, module._current_fx_name
         of_batch = ()
@@ -118,7 +118,7 @@ def without_times(logged: Logged) -> Logged:
     return {
         name: values
         for name, values in logged.items()
-        if not name.endswith("_per_s") and not name.startswith("telemetry/")
+        if not name.endswith("_per_sec") and not name.startswith("telemetry/")
     }
 
 

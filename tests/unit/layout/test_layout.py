@@ -111,9 +111,8 @@ def test_coordinates_run_tp_fastest_then_dp_then_pp():
 
 
 def test_coordinates_put_cp_between_tp_and_dp():
-    sizes = ModuleParallelism(
-        tp=2, cp=2, dp=2, rank_offset=0
-    )  # no layout resolves with cp > 1 yet, but the order is pinned
+    # No layout resolves with cp > 1 yet, but the order is pinned.
+    sizes = ModuleParallelism(tp=2, cp=2, dp=2, rank_offset=0).resolved()
     order = [(p["dp"], p["cp"], p["tp"]) for p in map(sizes.coordinates, sizes.ranks)]
     assert order == [(dp, cp, tp) for dp in range(2) for cp in range(2) for tp in range(2)]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism, ResolvedParallelism
 from lightning_mimo.layout.routes import Routes, routes_between
 
 
@@ -81,7 +81,8 @@ def test_parts_are_in_the_order_of_the_samples(layout, num_microbatches, multipl
 
 
 def test_tensor_parallel_ranks_share_the_sending():
-    encoder, language = ModuleParallelism(tp=2, dp=1, rank_offset=0), ModuleParallelism(tp=4, dp=2, rank_offset=2)
+    encoder = ResolvedParallelism(tp=2, dp=1, rank_offset=0)
+    language = ResolvedParallelism(tp=4, dp=2, rank_offset=2)
     assert routes_between(encoder, language, rank=1, stage=0) == Routes(receives=(3, 7), sends=((3, 5), (7, 9)))
     assert routes_between(language, encoder, rank=5, stage=0) == Routes(receives=(1,), sends=((),))
     assert routes_between(language, encoder, rank=3, stage=0) == Routes(receives=(1,), sends=((1,),))
