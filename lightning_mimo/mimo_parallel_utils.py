@@ -273,7 +273,8 @@ def validate_data_loader_contract(
 
 def _by_name(
     infra: MimoModelInfra, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
-) -> list[tuple[str, torch.nn.Module]]:
+) -> list[tuple[str, DistributedDataParallel]]:
+    """Name and module of each pair; all are wrapped in DDP where their gradients are dealt with."""
     names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
     return [(names[id(grid)], module) for module, grid in module_to_grid_tuple]
 

@@ -13,11 +13,11 @@ import torch
 from lightning_mimo.mimo_parallel_utils import loss_divisor
 
 
-def _zero() -> torch.Tensor:
+def _zero() -> Any:
     return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
 
 
-def _nothing() -> torch.Tensor:
+def _nothing() -> Any:
     return torch.zeros(0, dtype=torch.float64, device=torch.cuda.current_device())
 
 
@@ -78,7 +78,8 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
     @property
     def metric_means(self) -> dict[str, Scalar]:
         """Metric name -> sum / count; NaN where nothing was counted."""
-        return {name: _mean(*pair) for name, pair in self.metrics.items()}
+        pairs: Mapping[str, Any] = self.metrics
+        return {name: _mean(total, count) for name, (total, count) in pairs.items()}
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for each in fields(self):
