@@ -1,4 +1,4 @@
-"""Where a loss or a gradient stopped to be finite: found afterwards, so that watching for it costs nothing.
+"""Finds where a loss or a gradient became NaN or infinite: afterwards, so that watching for it costs nothing.
 
 The optimizer's one read to the host tells that a step was not finite, and no rank has updated then. The batch is run
 once more, one microbatch at a time, and everything is looked at in the order in which it is computed.
@@ -45,7 +45,7 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Finding:
-    """Something that is not finite. In the order in which things are computed.
+    """A weight, input, output, loss or gradient with NaN or infinity in it. Ordered as they are computed.
 
     Attributes:
         microbatch: which one; -1 for what was there before.
@@ -67,7 +67,7 @@ class Finding:
 
 
 class _Watch:
-    """Notes what is not finite on this rank."""
+    """Notes what is NaN or infinite on this rank."""
 
     def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         self.found: list[Finding] = []
