@@ -133,17 +133,17 @@ class RunningStrategy(WorldStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Hold gradients back: more batches of the same accumulation window follow."""
-        self._runner.hold = True
+        """Accumulate gradients unreduced: more batches follow before the optimizer steps."""
+        self._runner.is_accumulating = True
         try:
             yield
         finally:
-            self._runner.hold = False
+            self._runner.is_accumulating = False
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._runner.close_window(optimizer)
+        self._runner.end_accumulation(optimizer)
         return result
 
     @override
@@ -215,7 +215,7 @@ class RunningStrategy(WorldStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
         # Also after training, when nothing is running any more.
-        held, window = self._runner.open_window if self._runner is not None else (0, None)
+        held, window = self._runner.accumulation if self._runner is not None else (0, None)
         checkpoint, batches = rewind_to_last_step(checkpoint, held=held, training=self._runner is not None)
         data_state = self._data.data_state(seed=self.seed, batches=batches)
         if data_state is not None:
