@@ -1,6 +1,6 @@
-"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint``.
+"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint | new``.
 
-``layout`` needs neither torch nor Lightning, so both are imported only for the other commands.
+``layout`` and ``new`` need neither torch nor Lightning, so both are imported only for the other commands.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_mimo.commands.layout import check_config_files, picture_of
+from lightning_mimo.commands.new import new_project
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
        lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
+       lightning-mimo new FOLDER
 
   fit        train; with --trace DIR also record one step over all ranks, as a picture and for Perfetto
   validate   evaluate on the validation data        test      on the test data
   predict    write the model's answers              layout    print which module sits on which ranks; starts nothing
+  new        write a small project to begin with: config, model, data, and a job script
 
   --dry-run  instead of running: check all sizes against the layout, and print parameters and bytes of every rank
 
@@ -44,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(picture_of(arguments[1:]))
         elif arguments[0] == "checkpoint":
             print(checkpoint_tool(arguments[1:]))
+        elif arguments[0] == "new":
+            print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
             check_config_files(arguments[1:])
             _run_lightning()
         else:
             raise ConfigError(
-                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint."
+                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint, new."
             )
     except MimoError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
