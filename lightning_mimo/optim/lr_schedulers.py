@@ -58,7 +58,7 @@ class PerModuleLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Advance every scheduler by one."""
         for scheduler in self.schedulers.values():
-            scheduler.optimizer._opt_called = True  # torch would warn that this optimizer has not stepped
+            scheduler.optimizer.step()  # or torch would warn that it has not
             scheduler.step() if epoch is None else scheduler.step(epoch)
 
     def get_last_lr(self) -> list[float]:

@@ -27,7 +27,6 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for, seed_megatron
 from lightning_mimo.strategy.batch_runner import Batch, BatchRunner, StepListener
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.used_hooks import UsedHooks
 from lightning_mimo.strategy.world_strategy import WorldStrategy
 
 
@@ -36,7 +35,6 @@ class RunningStrategy(WorldStrategy):
 
     Attributes:
         infra: layout, grids and process groups; ``None`` before there are any.
-        hooks: those of a batch; ``None`` before there is a run.
         seed: of initial weights, the order of samples and their augmentation, the same on every rank.
     """
 
@@ -68,9 +66,8 @@ class RunningStrategy(WorldStrategy):
         )
         self.global_batch_size = global_batch_size
         self.infra: MimoModelInfra | None = None
-        self.hooks: UsedHooks | None = None
         self.seed = 0
-        self._signals = Signals()
+        self._signals: Signals | None = None
         self._checkpoints: RunCheckpoints | None = None
         self._resumed: Resumed | None = None
         self._data: RunData | None = None
@@ -114,20 +111,9 @@ class RunningStrategy(WorldStrategy):
     # ------------------------------------------------------------------ steps
 
     @override
-    def barrier(self, name: str | None = None) -> None:
-        if name == "run-stage":  # the first thing that the Trainer does after installing handlers that broadcast
-            self._signals.install(self.cluster_environment)
-        super().barrier(name)
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
         return self._runner.train(batch, batch_idx, self.optimizers[0])
-
-    @override
-    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Nothing: the schedule ran the backward passes inside ``training_step``."""
-        return closure_loss
 
     @contextlib.contextmanager
     @override
@@ -150,7 +136,6 @@ class RunningStrategy(WorldStrategy):
         """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
         complete_gathering(self._module.model)
         self.finish_saving()
-        self._signals.remove()
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is being written. Collective over the world.
@@ -159,18 +144,6 @@ class RunningStrategy(WorldStrategy):
             CheckpointWriteError: on every rank, if it failed on any.
         """
         self._checkpoints.finish()
-
-    @override
-    def on_validation_start(self) -> None:
-        self._signals.install(self.cluster_environment)
-
-    @override
-    def on_test_start(self) -> None:
-        self._signals.install(self.cluster_environment)
-
-    @override
-    def on_predict_start(self) -> None:
-        self._signals.install(self.cluster_environment)
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
@@ -260,8 +233,7 @@ class RunningStrategy(WorldStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
-        self._signals.install(self.cluster_environment)
+        """Draw from here on what the run would have drawn that goes on."""
         if (resumed := self._resumed) is not None:
             self._resumed = None
             if resumed.states is not None:

@@ -28,7 +28,7 @@ from lightning_mimo.data.run_data import RunData
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launch.fork_launcher import ForkLauncher, can_fork
-from lightning_mimo.launch.preemption import Preemption
+from lightning_mimo.launch.preemption import Preemption, Signals
 from lightning_mimo.layout.batch_plan import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
@@ -40,13 +40,10 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
 from lightning_mimo.strategy.batch_runner import BatchRunner
 from lightning_mimo.strategy.epoch_loop import replace_epoch_loop
-from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.no_profiler import replace_no_profiler
 from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.running_strategy import RunningStrategy
-from lightning_mimo.strategy.step_metrics import collect_step_metrics
+from lightning_mimo.strategy.step_metrics import StepMetrics
 from lightning_mimo.strategy.trainer_check import check_trainer
-from lightning_mimo.strategy.used_hooks import UsedHooks
 
 _CHOICES = {
     "check_samples": ("first", "always", "never"),
@@ -246,9 +243,8 @@ class MimoStrategy(RunningStrategy):
         # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
         trainer._accelerator_connector.use_distributed_sampler = False
         replace_model_summary(trainer.callbacks)
-        self.hooks = UsedHooks(trainer, MimoModule)
-        replace_epoch_loop(trainer, self.hooks)
-        replace_no_profiler(trainer)
+        replace_epoch_loop(trainer)
+        trainer._signal_connector = self._signals = Signals(trainer, self.cluster_environment)
         # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
         fit_validation = trainer.fit_loop.epoch_loop.val_loop
         for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
@@ -273,13 +269,11 @@ class MimoStrategy(RunningStrategy):
             signals=self._signals,
             telemetry=self.log_telemetry and trainer.state.fn == TrainerFn.FITTING,
             load_ahead=self._data.load_ahead,
-            metrics=None if trainer.barebones else collect_step_metrics(trainer),
+            metrics=None if trainer.barebones else StepMetrics(trainer),
         )
         self._watch()
-        if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
-            trainer.callbacks.append(
-                Preemption(lambda: self._runner.must_stop, self._signals, self.cluster_environment)
-            )
+        trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, Preemption)]
+        trainer.callbacks.append(Preemption(lambda: self._runner.must_stop, self._signals, self.cluster_environment))
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -323,5 +317,4 @@ class MimoStrategy(RunningStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self._runner = None
-        self._signals.remove()
         self._open.close()
