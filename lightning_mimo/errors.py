@@ -40,4 +40,4 @@ class CheckpointWriteError(MimoError, OSError):
 
 
 class NonFiniteError(MimoError, FloatingPointError):
-    """A loss or a gradient was infinite or NaN, and ``on_nonfinite="raise"``."""
+    """A loss or a gradient was infinite or NaN, and ``Checks(on_nonfinite="raise")``."""

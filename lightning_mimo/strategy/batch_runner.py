@@ -169,7 +169,7 @@ class BatchRunner:
             reason = describe(found)
         raise NonFiniteError(
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
-            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and goes on."
         )
 
     def _another_follows(self, batch_idx: int) -> bool:

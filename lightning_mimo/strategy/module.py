@@ -40,7 +40,8 @@ class MimoModule(pl.LightningModule):
 
     All other hooks of Lightning run in its order and as often as on one device. The schedule interleaves the forward
     and backward passes of the microbatches, so both lie before ``on_before_zero_grad``, the first hook of a batch after
-    its steps: ``on_before_backward`` and ``on_after_backward`` find the same gradients, and find them reduced.
+    its steps: ``on_before_backward`` and ``on_after_backward`` find the same gradients, and find them reduced where the
+    batch is the last one of an accumulation window.
 
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
     so on for each module, ``train/skipped_steps``, ``train/tokens_per_sec`` (by each rank's own clock), ``val/loss``,
@@ -236,3 +237,17 @@ class MimoModule(pl.LightningModule):
     def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Only the first pipeline stage of an encoder takes images; later ones get hidden states."""
         return {name: value for name, value in inputs.items() if self.model.role.is_first_stage(name)}
+
+
+def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
+    """The module of a Trainer whose strategy is MimoStrategy.
+
+    Raises:
+        ConfigError: if it is no MimoModule.
+    """
+    if not isinstance(module, MimoModule):
+        raise ConfigError(
+            f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
+            f"lightning_mimo.MimoModule and override configure_mimo."
+        )
+    return module
