@@ -315,6 +315,11 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
 
 
+def megatron_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """What megatron-core needs on a device: :func:`megatron_on_cpu` on the CPU, and nothing on a GPU. May be nested."""
+    return megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _replaced(replacement: Replacement) -> Iterator[None]:
     *place, name = replacement.name.split(".")

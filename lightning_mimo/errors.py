@@ -45,4 +45,4 @@ class ReplicaError(MimoError, ValueError):
 
 
 class NonFiniteError(MimoError, FloatingPointError):
-    """A loss or a gradient was infinite or NaN, and ``on_nonfinite="raise"``."""
+    """A loss or a gradient was infinite or NaN, and ``Checks(on_nonfinite="raise")``."""

@@ -13,6 +13,9 @@ from typing import Any, NoReturn, get_type_hints, override
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_mimo.strategy.options import MOVED, key_now
+from lightning_mimo.strategy.strategy import MimoStrategy
+
 _UNKNOWN = re.compile(
     r"(?:(?:Option|Group '(?P<group>[^']+)'|Subcommand '[^']+') )?(?:does not accept option )?"
     r"'?(?P<key>[^' ]+)'?(?: is not accepted)?$"
@@ -157,6 +160,8 @@ def _leaf(text: str, where: str, given: tuple[str, str] | None, owner: str | Non
     if "accept" in text and (found := _UNKNOWN.match(text)):
         known = _keys_of(owner, found["group"])
         inside = f"{where}.{found['group']}" if found["group"] else place.rpartition(".")[0] if given else where
+        if found["key"] in MOVED and _is_strategy(owner):
+            return f"{inside}.{found['key']} has moved: write {inside}.{key_now(found['key'])}."
         return _no_key(found["key"], inside if found["group"] else f"{inside} ({owner})", known)
     if owner and re.search(r"has no attribute|^No \w+(\.\w+)* attribute|^No module named", text):
         return f"{where.removesuffix('.init_args')}.class_path: {owner!r} is not there: {text}."
@@ -178,6 +183,11 @@ def _any_of(types: Iterable[str]) -> str:
             plain = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", kind)
             names.append(_NAMES.get(plain, plain))
     return " or ".join(names)
+
+
+def _is_strategy(owner: str | None) -> bool:
+    kind = _imported(owner) if owner else None
+    return isinstance(kind, type) and issubclass(kind, MimoStrategy)
 
 
 def _imported(path: str) -> Any:

@@ -14,13 +14,15 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.errors import LayoutError
@@ -33,6 +35,34 @@ from lightning_mimo.launch.supervisor import Supervisor
 def can_fork(root_device: torch.device) -> bool:
     """Whether ranks may be forked: on Linux, without CUDA (a forked process cannot use its parent's CUDA context)."""
     return sys.platform == "linux" and root_device.type == "cpu"
+
+
+def make_launcher(
+    environment: ClusterEnvironment,
+    devices: Sequence[torch.device],
+    *,
+    num_nodes: int,
+    timeout: timedelta,
+    validate: Callable[[Any], object],
+) -> _Launcher:
+    """The launcher of this node's ranks: a :class:`ForkLauncher` where ranks may be forked or are started elsewhere.
+
+    Args:
+        environment: Lightning's ClusterEnvironment.
+        devices: of this node, one for each rank.
+        num_nodes: nodes.
+        timeout: how long a rank may work on after the first one has ended.
+        validate: as for ForkLauncher. Lightning's own launcher, which starts the script anew, does without.
+    """
+    if environment.creates_processes_externally or can_fork(devices[0]):
+        return ForkLauncher(
+            environment,
+            num_processes=len(devices),
+            num_nodes=num_nodes,
+            timeout=timeout.total_seconds(),
+            validate=validate,
+        )
+    return _SubprocessScriptLauncher(environment, len(devices), num_nodes)
 
 
 class ForkLauncher(_Launcher):

@@ -7,14 +7,14 @@ collective that every batch has anyway, so all ranks learn of it together.
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -25,8 +25,11 @@ _NAME = "last-preempted.ckpt"
 """``fit(ckpt_path="last")`` finds it beside the checkpoints of ModelCheckpoint."""
 
 
-class Signals:
-    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while it is installed.
+class Signals(_SignalConnector):
+    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while a run is on.
+
+    The Trainer is given it in the place of its own connector, whose handlers save and broadcast inside of the handler,
+    where the other ranks may be in any other collective.
 
     Attributes:
         received: the last one.
@@ -34,31 +37,26 @@ class Signals:
             job that somebody has cancelled must not come back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: pl.Trainer, environment: object) -> None:
+        """
+        Args:
+            trainer: registers the handlers before it runs a stage and puts back those of the process at its end.
+            environment: Lightning's ClusterEnvironment.
+        """
+        super().__init__(trainer)
         self.received: signal.Signals | None = None
         self.requeue = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._environment = environment
 
-    def install(self, environment: object) -> None:
-        """Take the place of Lightning's handlers, which save and broadcast from inside of the handler."""
+    @override
+    def register_signal_handlers(self) -> None:
+        """Note signals from here on; in a thread other than the main one, which Python lets handle none, do nothing."""
+        self._original_handlers = self._get_current_signal_handlers()
+        environment = self._environment
         requeue = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else signal.SIGUSR1
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python lets no other thread handle signals
         for each in (signal.SIGTERM, requeue):
-            if each is not None and each not in self._before:
-                self._before[each] = signal.signal(each, self._note)
-
-    def remove(self) -> None:
-        """Put back what was there before; not in a run that was told to end, which may be told once more.
-
-        Lightning's handler would broadcast then, to ranks that have ended. It puts back the process's handlers itself.
-        """
-        if self.received is None:
-            for each, handler in self._before.items():
-                signal.signal(each, handler)
-        self._before.clear()
-        self.received = None
-        self.requeue = False
+            if each is not None:
+                self._register_signal(each, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

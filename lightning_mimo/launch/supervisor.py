@@ -182,7 +182,7 @@ class Supervisor:
         if since >= self._timeout:
             how = (
                 f"was still running {self._timeout:g} s after the first rank had ended, longer than "
-                f"MimoStrategy(timeout=...) allows"
+                f"Monitoring(timeout=...) allows"
             )
             return _Failure(rank=min(here), how=how, code=1, grace=0.0)
         if not self._reminded:

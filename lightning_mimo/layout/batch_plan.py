@@ -64,6 +64,19 @@ def validate_batch_sizes(
     return {name: global_batch_size // (num_microbatches * dp) for name, dp in dp_sizes.items()}
 
 
+def micro_batch_sizes(layout: MimoLayout, *, global_batch_size: int, num_microbatches: int) -> dict[str, int]:
+    """:func:`validate_batch_sizes` of a layout: module name -> samples per microbatch and data-parallel rank.
+
+    Raises:
+        LayoutError: if the global batch does not divide over a module.
+    """
+    return validate_batch_sizes(
+        {name: sizes.dp for name, sizes in layout.modules.items()},
+        global_batch_size=global_batch_size,
+        num_microbatches=num_microbatches,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RankBatchPlan:
     """What one rank loads of every global batch.
@@ -87,11 +100,7 @@ class RankBatchPlan:
         Raises:
             LayoutError: if the global batch does not divide over a module.
         """
-        validate_batch_sizes(
-            {name: sizes.dp for name, sizes in layout.modules.items()},
-            global_batch_size=global_batch_size,
-            num_microbatches=num_microbatches,
-        )
+        micro_batch_sizes(layout, global_batch_size=global_batch_size, num_microbatches=num_microbatches)
         shards = {
             name: tuple(
                 shard(

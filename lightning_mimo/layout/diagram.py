@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_mimo.layout.batch_plan import validate_batch_sizes
+from lightning_mimo.layout.batch_plan import micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import DENSE_AXES, LANGUAGE, ResolvedParallelism, span_of
 
@@ -15,11 +15,7 @@ def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches:
     Raises:
         LayoutError: if the global batch does not divide over a module.
     """
-    micro = validate_batch_sizes(
-        {name: sizes.dp for name, sizes in layout.modules.items()},
-        global_batch_size=global_batch_size,
-        num_microbatches=num_microbatches,
-    )
+    micro = micro_batch_sizes(layout, global_batch_size=global_batch_size, num_microbatches=num_microbatches)
     kind = "colocated: all modules on all ranks" if layout.colocated else "each module on ranks of its own"
     drawn = _grid(layout) if layout.world_size <= _WIDEST else _spans(layout)
     lines = [f"{layout.world_size} ranks, {kind}", "", *drawn, ""]

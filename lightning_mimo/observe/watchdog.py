@@ -183,7 +183,7 @@ class Watchdog:
         silent = "which does not answer: its process is gone, or stands still"
         missing = [f"{self._name(rank)}, {silent}" for rank in ranks if rank not in reports]
         missing += [f"{self._name(rank)}, which {each.label}" for rank, each in reports.items() if not each.waits]
-        limit = f"MimoStrategy(timeout={self._timeout:g} s)"
+        limit = f"Monitoring(timeout={self._timeout:g} s)"
         if not missing:
             return f"{limit}: all ranks wait for one another, so they do not run the same steps. Ending all ranks."
         return f"{limit}: the others wait for {'; and for '.join(missing)}. Ending all ranks."

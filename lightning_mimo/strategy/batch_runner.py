@@ -172,7 +172,7 @@ class BatchRunner:
         raise NonFiniteError(
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. "
             f"{self._find_nonfinite(batch, batch_idx, losses)} "
-            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and goes on."
         )
 
     def _find_nonfinite(self, batch: Batch, batch_idx: int, losses: Sequence[tuple[int, torch.Tensor]]) -> str:

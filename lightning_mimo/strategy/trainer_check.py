@@ -79,8 +79,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     if strategy._checkpoint_io is not None and type(strategy._checkpoint_io) is not TorchCheckpointIO:
         raise ConfigError(
             f"{type(strategy._checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
-            f"that all ranks write at once. Leave the plugin out; MimoStrategy(async_save=True) writes behind the "
-            f"training."
+            f"that all ranks write at once. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
+            f"writes behind the training."
         )
     if module is not None and not module.automatic_optimization:
         raise ConfigError(

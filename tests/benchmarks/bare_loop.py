@@ -81,7 +81,7 @@ class BareLoop:
         # Not by the strategy, which would take it for what the Trainer trains on.
         loader = shard_dataloader(
             loader,
-            strategy._plan,
+            strategy.plan,
             special_token_ids=self._model.special_token_ids,
             pad_token_id=module.pad_token_id,
             seed=strategy.seed,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_mimo import ModuleParallelism, StepTrace
+from lightning_mimo import ModuleParallelism, Monitoring, StepTrace
 from lightning_mimo.observe.clocks import offset_to_rank_0
 from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train
@@ -32,7 +32,7 @@ def traced(task: Task, layout: Layout, folder: Path) -> tuple[dict[str, float], 
         task,
         layout,
         callbacks=[StepTrace(folder, step=1)],
-        strategy_options={"timeout": timedelta(seconds=77)},
+        strategy_options={"monitoring": Monitoring(timeout=timedelta(seconds=77))},
         logger=CSVLogger(folder, name="logs", version=0),
         log_every_n_steps=2,
     )
