@@ -25,7 +25,9 @@ from torch.utils._device import _device_constructors
 _CPU = torch.device("cpu")
 # torch's own list of functions that take a device, of those that are called as torch.NAME; its cached answer must be
 # there before any of them is replaced.
-_FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) is each)
+_FACTORIES = sorted(
+    each.__name__ for each in _device_constructors() if each is not None and vars(torch).get(each.__name__) is each
+)
 _FACTORIES += [
     "empty_like",
     "full_like",
@@ -183,7 +185,7 @@ def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., 
     return call
 
 
-def _with_one_device(process_group: type) -> type:
+def _with_one_device(process_group: Any) -> type:
     """``ProcessGroupGloo`` whose groups have one device together, that of the first of them."""
 
     class SharingProcessGroupGloo(process_group):

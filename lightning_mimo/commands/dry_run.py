@@ -11,6 +11,7 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
 from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
 from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.strategy import MimoStrategy
 
 _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
@@ -38,10 +39,12 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     if dist.is_initialized():
         raise ConfigError("A dry run needs a process that belongs to no other run: start it by itself.")
     layout = strategy.validate()
+    precision = strategy.precision_plugin
+    assert isinstance(precision, MimoPrecision), "MimoStrategy converts every other"
     found = memory_estimate(
         layout,
         module.configure_mimo,
-        dtype_policy=strategy.precision_plugin.dtype_policy,
+        dtype_policy=precision.dtype_policy,
         ddp=strategy.ddp_by_module,
         frozen=module.frozen,
         training=training,
@@ -49,7 +52,7 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     picture = draw_layout(
         layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
     )
-    return f"{picture}\n\n{describe(found, layout, precision=strategy.precision_plugin.precision, training=training)}"
+    return f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
 
 
 def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:

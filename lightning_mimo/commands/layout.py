@@ -37,10 +37,9 @@ def picture_of(arguments: Sequence[str]) -> str:
         world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
         colocate=bool(strategy.get("colocate", False)),
     )
+    global_batch_size: Any = strategy.get("global_batch_size")  # refused below if it is missing
     return draw_layout(
-        layout,
-        global_batch_size=strategy.get("global_batch_size"),
-        num_microbatches=strategy.get("num_microbatches", 1),
+        layout, global_batch_size=global_batch_size, num_microbatches=strategy.get("num_microbatches", 1)
     )
 
 

@@ -129,7 +129,7 @@ def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         error = _without_parsers_report(raised)
         if has_begun() or not _is_for_users(error):
             raise
-        if rank_zero_only.rank:
+        if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning keeps it on the function
             time.sleep(_LET_RANK_ZERO_SPEAK)
         print(f"lightning-mimo: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.last_exc = error  # as after a traceback: tells the launcher not to wait for the other ranks

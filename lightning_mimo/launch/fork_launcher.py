@@ -113,7 +113,8 @@ class ForkLauncher(_Launcher):
             local_rank = self._fork_ranks(board, first_process)
             os.environ["LOCAL_RANK"] = str(local_rank)
             # Or this rank would repeat what rank 0 says.
-            rank_zero_only.rank = self._environment.node_rank() * self._num_processes + local_rank
+            rank = self._environment.node_rank() * self._num_processes + local_rank
+            rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning keeps it on the function
         else:
             gc.unfreeze()
             self._children = [supervisor]

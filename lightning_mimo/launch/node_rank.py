@@ -82,26 +82,28 @@ class NodeRank:
 
     def _await_verdict(self) -> None:
         """In a thread of the first rank: end it when the supervisor has ended the others."""
-        while self._board.verdict is None:
+        while (verdict := self._board.verdict) is None:
             if _has_ended(self._supervisor) and self._board.verdict is None:
                 line = f"The process that watches over the ranks (process {self._supervisor}) is gone; ending all.\n"
                 os.write(2, line.encode())
                 os._exit(1)
             time.sleep(_POLL_SECONDS)
         self._verdict.set()
-        if self._board.verdict != 0 and not self._slot.leaving:
-            os._exit(self._board.verdict)
+        if verdict != 0 and not self._slot.leaving:
+            os._exit(verdict)
 
     def _leave_last(self) -> None:
         """At the exit of the first rank: wait for the others, whose failure must show in the exit code."""
         self._tell_exit_code()
         self._verdict.wait()
-        if self._board.verdict in (0, self._slot.code):
+        verdict = self._board.verdict
+        assert verdict is not None, "it is waited for above"
+        if verdict in (0, self._slot.code):
             return  # this process ends as it would have
         atexit.unregister(self._leave_last)
         atexit._run_exitfuncs()
         _flush()
-        os._exit(self._board.verdict)
+        os._exit(verdict)
 
     # ------------------------------------------------------------ the others
 

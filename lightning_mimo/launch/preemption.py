@@ -110,7 +110,8 @@ class Preemption(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         path = _hpc_path(trainer) if self._requeues else _beside_checkpoints(trainer)
         trainer.save_checkpoint(path)
-        trainer.strategy.finish_saving()
+        strategy: Any = trainer.strategy  # MimoStrategy, which imports this folder
+        strategy.finish_saving()
         rank_zero_info(f"Told to end by a signal: saved {path} after step {trainer.global_step}.")
 
     def _requeue(self, trainer: pl.Trainer) -> None:

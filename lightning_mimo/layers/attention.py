@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -197,13 +197,13 @@ class SdpaAttention(DotProductAttention):
         """All sequences in one kernel, without asking the device how long they are."""
         # What no sequence covers would be whatever the memory held. The host does not know; the device stops.
         torch._assert_async(ends[-1] == query.size(0))
-        groups = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
+        groups: dict[str, Any] = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
         if groups and not _VARLEN_TAKES_GROUPS:
             key, value, groups = _expand(key, query, dim=1), _expand(value, query, dim=1), {}
         is_padded = packed.cu_seqlens_q_padded is not None
         # Padding may be longer than the longest sequence.
         longest = query.size(0) if is_padded or packed.max_seqlen_q is None else packed.max_seqlen_q
-        return varlen_attn(
+        attended = varlen_attn(
             query,
             key,
             value,
@@ -215,6 +215,8 @@ class SdpaAttention(DotProductAttention):
             window_size=(-1, 0) if causal else (-1, -1),
             **groups,
         )
+        assert isinstance(attended, torch.Tensor), "a tuple only with return_aux"
+        return attended
 
 
 def _check_config(config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType) -> None:
@@ -278,8 +280,8 @@ def _varlen_can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
     """Whether torch's kernel for packed sequences takes these on this device: as flash attention does, but unpadded."""
     if not query.is_cuda or query.size(-1) % 8:
         return False
-    batch = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    parameters = torch.backends.cuda.SDPAParams(*batch, None, 0.0, False, query.size(1) != key.size(1))
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, query.size(1) != key.size(1))
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
