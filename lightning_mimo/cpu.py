@@ -25,9 +25,7 @@ from torch.utils._device import _device_constructors
 _CPU = torch.device("cpu")
 # torch's own list of functions that take a device, of those that are called as torch.NAME; its cached answer must be
 # there before any of them is replaced.
-_FACTORIES = sorted(
-    each.__name__ for each in _device_constructors() if each is not None and vars(torch).get(each.__name__) is each
-)
+_FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) == each)
 _FACTORIES += [
     "empty_like",
     "full_like",

@@ -123,7 +123,7 @@ def test_an_arrow_leads_from_the_send_to_the_receive():
 
 
 def test_step_trace_refuses_a_step_before_the_first(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"StepTrace\(step=-1\): write how many optimizer steps to let pass first"):
+    with pytest.raises(ValueError, match=r"StepTrace\(step=-1\): step is the number of optimizer steps to skip"):
         StepTrace(tmp_path, step=-1)
 
 
