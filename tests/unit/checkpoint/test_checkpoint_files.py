@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -126,3 +128,15 @@ def test_tool_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["checkpoint", "export", "only_one"])
     assert "write: checkpoint inspect PATH, checkpoint export PATH OUT.safetensors" in capsys.readouterr().err
+
+
+def test_tool_prints_no_warnings_and_may_be_cut_off_by_head(tmp_path: Path) -> None:
+    path = tmp_path / "in.ckpt"
+    tools.import_weights(weights_file(tmp_path), path)
+    command = [sys.executable, "-m", "lightning_mimo", "checkpoint", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `head` does after its last line
+        error = process.stderr.read()
+    assert process.returncode == 141
+    assert "Warning" not in error
+    assert "Error" not in error
