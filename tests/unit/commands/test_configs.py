@@ -114,7 +114,7 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
         (["--model.init_args.vision.depth=3"], "model.init_args.vision has no key 'depth'"),
         (
             ["--trainer.strategy.class_path=lightning_mimo.MimoStrategie"],
-            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' is not there",
+            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' cannot be imported",
         ),
         ([f"{STRATEGY}.checks.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
         (
