@@ -20,13 +20,11 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.errors import LayoutError
 from lightning_mimo.launch.cluster import check_ranks, first_rank_speaks, name_options
+from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed, _SubprocessScriptLauncher
 
 # How long a rank that lost its fellows may take to report an error of its own.
 _GRACE_SECONDS = 10.0
