@@ -20,9 +20,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.errors import LayoutError
@@ -30,6 +27,7 @@ from lightning_mimo.launch.cluster import check_ranks, first_rank_speaks, name_o
 from lightning_mimo.launch.node_rank import NodeRank, this_node_rank
 from lightning_mimo.launch.rank_board import NodeBoard
 from lightning_mimo.launch.supervisor import Supervisor
+from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed, _SubprocessScriptLauncher
 
 
 def can_fork(root_device: torch.device) -> bool:

@@ -14,12 +14,12 @@ from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_mimo.launch.cluster import requeue_job
+from lightning_mimo.upstream.lightning import _SignalConnector
 
 _NAME = "last-preempted.ckpt"
 """``fit(ckpt_path="last")`` finds it beside the checkpoints of ModelCheckpoint."""

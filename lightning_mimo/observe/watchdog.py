@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.observe.spans import COMPUTING, LOADING, Spans
+from lightning_mimo.upstream.torch import _get_default_store
 
 _FRAMES = 4
 _COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
@@ -69,7 +70,7 @@ class Watchdog:
         self._end_node = end_node
         self._leaves_first = leaves_first
         # A clone has a connection of its own: the store's may be taken by a call that waits.
-        self._store = dist.PrefixStore("lightning_mimo/hang", dist.distributed_c10d._get_default_store().clone())
+        self._store = dist.PrefixStore("lightning_mimo/hang", _get_default_store().clone())
         self._poll = min(1.0, self._timeout / 20)
         self._quiet = min(10.0, self._timeout / 2)
         self._longest_wait = self._quiet + 2 * self._poll + 2  # until all ranks that can have reported

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import override
 
 import lightning.pytorch as pl
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from lightning_mimo.upstream.lightning import _TrainingEpochLoop
 
 
 class TrainingEpochLoop(_TrainingEpochLoop):

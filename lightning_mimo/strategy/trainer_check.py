@@ -76,9 +76,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
             "Trainer(gradient_clip_algorithm='value') is not supported by MimoStrategy: Megatron clips by the norm "
             "over all modules. Leave it out, or set it to 'norm'."
         )
-    if strategy._checkpoint_io is not None and type(strategy._checkpoint_io) is not TorchCheckpointIO:
+    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
         raise ConfigError(
-            f"{type(strategy._checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
+            f"{type(strategy.checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
             f"that all ranks write at once. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
             f"writes behind the training."
         )

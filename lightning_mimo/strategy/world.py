@@ -10,10 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
 from torch.distributed import ReduceOp
 
 from lightning_mimo.launch.fork_launcher import ForkLauncher
@@ -23,6 +19,7 @@ from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, va
 from lightning_mimo.observe.spans import SpanInfo, Spans
 from lightning_mimo.observe.watchdog import Watchdog
 from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.upstream.lightning import _get_default_process_group_backend_for_device, _init_dist_connection
 
 _REDUCE = SpanInfo(kind="world", label="reduce a number over ranks, between steps")
 _BARRIER = SpanInfo(kind="world", label="pass a barrier of all ranks, between steps")

@@ -161,8 +161,7 @@ def test_key_of_an_earlier_version_in_a_file_names_its_new_place(
 ) -> None:
     config = tmp_path / "old.yaml"
     now = Path(VLM).read_text()
-    of_strategy = "global_batch_size: 128"
-    config.write_text(now.replace(of_strategy, f"{of_strategy}\n      async_save: true", 1))
+    config.write_text(now.replace("global_batch_size: 128", "global_batch_size: 128\n      async_save: true", 1))
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--dry-run", "--config", str(config)])
     place = "trainer.strategy.init_args"
