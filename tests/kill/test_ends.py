@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.kill.driver import processes_of
 from tests.kill.ends import RANKS, TIMEOUT
 
 
@@ -51,7 +52,7 @@ class Host:
         seconds = time.monotonic() - began
         session = int((folder / "pid").read_text())
         deadline = time.monotonic() + 15
-        while (left := _in_session(session)) and time.monotonic() < deadline:
+        while (left := processes_of(session)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for process in left:
             process.kill()
@@ -61,18 +62,6 @@ class Host:
         self._process.stdin.close()
         self._process.wait(timeout=30)
         self._process.stdout.close()
-
-
-def _in_session(session: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(process)
-    return found
 
 
 @pytest.fixture(scope="module")
