@@ -294,6 +294,7 @@ class MimoStrategy(RunningStrategy):
             timeout=self._timeout,
             end_node=launcher.kill_node if forked else partial(launcher.kill, signal.SIGKILL),
             leaves_first=self.local_rank == 0,
+            on_gpu=self.root_device.type == "cuda",
         )
         watchdog.start()
         self._open.callback(watchdog.stop)
