@@ -22,6 +22,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.cluster import check_ranks, first_rank_speaks, name_options
@@ -39,6 +40,27 @@ _EXIT_SECONDS = 60.0
 def can_fork(root_device: torch.device) -> bool:
     """Whether ranks may be forked: on Linux, without CUDA (a forked process cannot use its parent's CUDA context)."""
     return sys.platform == "linux" and root_device.type == "cpu"
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's, which starts the script again for each further GPU, but not before the layout is known to fit."""
+
+    def __init__(
+        self,
+        cluster_environment: ClusterEnvironment,
+        *,
+        num_processes: int,
+        num_nodes: int,
+        validate: Callable[[Any], object],
+    ) -> None:
+        """Arguments as for :class:`ForkLauncher`."""
+        super().__init__(cluster_environment, num_processes, num_nodes)
+        self._validate = validate
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
+        """Start the other ranks of this node, and call ``function`` in each."""
+        self._validate(trainer)
+        return super().launch(function, *args, trainer=trainer, **kwargs)
 
 
 class ForkLauncher(_Launcher):

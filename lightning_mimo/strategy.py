@@ -18,7 +18,6 @@ from lightning.fabric.utilities.distributed import (
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -28,7 +27,7 @@ from lightning_mimo.data_parallel import check_options, options_by_module, wrap_
 from lightning_mimo.epoch_loop import take_the_place_of_epoch_loop
 from lightning_mimo.infra import MimoModelInfra
 from lightning_mimo.known_warnings import hush_known_warnings
-from lightning_mimo.launcher import ForkLauncher, can_fork
+from lightning_mimo.launcher import ForkLauncher, ScriptLauncher, can_fork
 from lightning_mimo.layout import MimoLayout
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.model_summary import take_the_place
@@ -198,7 +197,12 @@ class MimoStrategy(RunningStrategy):
                 validate=self.validate,
             )
         else:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+            self._launcher = ScriptLauncher(
+                self.cluster_environment,
+                num_processes=self.num_processes,
+                num_nodes=self.num_nodes,
+                validate=self.validate,
+            )
 
     # ------------------------------------------------------------------ setup
 
