@@ -26,8 +26,9 @@ from lightning_mimo.errors import LayoutError
 from lightning_mimo.launch.cluster import check_ranks, first_rank_speaks, name_options
 from lightning_mimo.launch.node_rank import NodeRank, this_node_rank
 from lightning_mimo.launch.rank_board import NodeBoard
+from lightning_mimo.launch.script_launcher import ScriptLauncher
 from lightning_mimo.launch.supervisor import Supervisor
-from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed, _SubprocessScriptLauncher
+from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed
 
 
 def can_fork(root_device: torch.device) -> bool:
@@ -60,7 +61,7 @@ def make_launcher(
             timeout=timeout.total_seconds(),
             validate=validate,
         )
-    return _SubprocessScriptLauncher(environment, len(devices), num_nodes)
+    return ScriptLauncher(environment, num_processes=len(devices), num_nodes=num_nodes, validate=validate)
 
 
 class ForkLauncher(_Launcher):

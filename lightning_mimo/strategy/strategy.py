@@ -246,7 +246,11 @@ class MimoStrategy(ParallelStrategy):
         )
         self._open.callback(self._run.end)
         watchdog = start_watchdog(
-            infra, self.launcher, timeout=self.monitoring.timeout, leaves_first=self.local_rank == 0
+            infra,
+            self.launcher,
+            device=self.root_device,
+            timeout=self.monitoring.timeout,
+            leaves_first=self.local_rank == 0,
         )
         self._open.callback(watchdog.stop)
         if is_fitting:

@@ -111,17 +111,27 @@ def build_infra(
     return infra, plan
 
 
-def start_watchdog(infra: MimoModelInfra, launcher: Any, *, timeout: timedelta, leaves_first: bool) -> Watchdog:
+def start_watchdog(
+    infra: MimoModelInfra, launcher: Any, *, device: torch.device, timeout: timedelta, leaves_first: bool
+) -> Watchdog:
     """Watch over the waiting of this rank. To be called when all of its process groups exist.
 
     Args:
         infra: layout, process groups, and where this rank notes what it does.
         launcher: of this rank's node; ends the others on it.
+        device: of this rank.
         timeout: how long a rank may wait for another.
         leaves_first: whether this rank started others, which are to be gone before it would report their end.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)
-    watchdog = Watchdog(infra.spans, infra.layout, timeout=timeout, end_node=kill, leaves_first=leaves_first)
+    watchdog = Watchdog(
+        infra.spans,
+        infra.layout,
+        timeout=timeout,
+        end_node=kill,
+        leaves_first=leaves_first,
+        on_gpu=device.type == "cuda",
+    )
     watchdog.start()
     return watchdog
