@@ -35,7 +35,7 @@ from lightning_mimo.strategy.batch_runner import Batch, StepListener
 from lightning_mimo.strategy.module import MimoModule, as_mimo_module
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
 from lightning_mimo.strategy.precision import MimoPrecision
-from lightning_mimo.strategy.run import Run
+from lightning_mimo.strategy.run import Run, the_only
 from lightning_mimo.strategy.trainer_check import check_trainer
 from lightning_mimo.strategy.trainer_setup import set_up_trainer
 from lightning_mimo.strategy.world import WorldCollectives, build_infra, join_world, start_watchdog
@@ -128,7 +128,8 @@ class MimoStrategy(ParallelStrategy):
     @property
     @override
     def precision_plugin(self) -> MimoPrecision:
-        return self._precision_plugin or MimoPrecision()
+        plugin = self._precision_plugin
+        return plugin if isinstance(plugin, MimoPrecision) else MimoPrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -202,7 +203,7 @@ class MimoStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]  # an attribute of the function
         reset_seed()
         self._open.enter_context(megatron_on(self.root_device))
         if self.infra is None:
@@ -230,9 +231,9 @@ class MimoStrategy(ParallelStrategy):
         assert infra is not None and plan is not None
         signals = set_up_trainer(trainer, self.cluster_environment, must_stop=lambda: self.run.batches.must_stop)
         # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
-        module.model.to(self.root_device)
+        module.mimo_model.to(self.root_device)
         if is_fitting:
-            wrap_with_ddp(module.model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
+            wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
         self._run = Run.build(
             module,
             infra,
@@ -285,14 +286,14 @@ class MimoStrategy(ParallelStrategy):
     @override
     def on_train_start(self) -> None:
         """Compare the weights of replicas, and draw from here on what the saved run would have drawn."""
-        complete_gathering(self._module.model)
-        check_replicas(self._module.model, self._module.infra)
+        complete_gathering(self._module.mimo_model)
+        check_replicas(self._module.mimo_model, self._module.infra)
         self.run.restore_generators(self.global_rank)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
-        return self.run.batches.train(batch, batch_idx, self.optimizers[0])
+        return self.run.batches.train(batch, batch_idx, the_only(self.optimizers))
 
     @contextlib.contextmanager
     @override
@@ -403,7 +404,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def on_train_end(self) -> None:
         """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
-        complete_gathering(self._module.model)
+        complete_gathering(self._module.mimo_model)
         self.finish_saving()
 
     @override
