@@ -16,10 +16,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.layout.routes import routes_between
+from lightning_mimo.microbatch import ModalityCounts
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 ShapesOf = Callable[[Mapping[str, Any]], Shapes | DynamicShape]
 """Microbatch -> shapes of its parts."""
+
+_UNKNOWN = -1
 
 
 class StageLink:
@@ -128,9 +131,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         for name, (previous, following) in self._encoder_hops.items():
             counts = microbatch["modality_counts"]
             if previous is not None:
-                counts[name] = replace(counts[name], items=previous.told)
+                counts[name] = _told(counts[name], previous.told)
             if following is not None:
-                following.tell(counts[name].items)
+                following.tell(_numbers(counts[name]))
 
     def finish(self) -> None:
         """Call it after every pass. Waits for what is still on its way."""
@@ -207,5 +210,15 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
 
 def _announced_by(encoder: str, microbatch: Mapping[str, Any]) -> DynamicShape:
-    """What an encoder passes on between its stages only its own code knows; the items of every sample go with it."""
-    return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].items))
+    """What an encoder passes on between its stages only its own code knows; what later stages check goes with it."""
+    return DynamicShape(numbers=2 * len(microbatch["modality_counts"][encoder].items))
+
+
+def _numbers(counts: ModalityCounts) -> tuple[int, ...]:
+    """Items of each sample, then embeddings of each, -1 where they are not known."""
+    return (*counts.items, *(counts.embeddings or [_UNKNOWN] * len(counts.items)))
+
+
+def _told(counts: ModalityCounts, numbers: Sequence[int]) -> ModalityCounts:
+    items, embeddings = numbers[: len(counts.items)], numbers[len(counts.items) :]
+    return replace(counts, items=tuple(items), embeddings=None if _UNKNOWN in embeddings else tuple(embeddings))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
 from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
+from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
 
@@ -47,6 +48,7 @@ class RaggedMimoModel(MimoModel):
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
         self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
+        self._rotary = follow_positions(self.language_model) if groups else None
         self._text_token = next(token for token in count() if token not in self.special_token_ids.values())
         for name in self.modality_submodules:
             for encoder in _encoders_of(self, name):
@@ -59,11 +61,13 @@ class RaggedMimoModel(MimoModel):
         # As upstream's encode: the first of a tuple holds the embeddings.
         embeddings = output[0] if isinstance(output, tuple) else output
         self._output_ndim[encoder] = embeddings.ndim
-        items = {value.size(0) for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim}
-        whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
-        if whole and embeddings.ndim == 3 and len(items) == 1 and embeddings.size(0) not in items:
+        counts = self._modality_counts.get(name)
+        if counts is None or not (self.role.is_first_stage(name) and self.role.is_last_stage(name)):
+            return
+        items = sum(counts.items) or 1  # the stand-in for none
+        if embeddings.ndim == 3 and embeddings.size(0) != items:
             raise DataError(
-                f"Module {name!r}: {type(encoder).__name__} was given {items.pop()} items and returned embeddings of "
+                f"Module {name!r}: {type(encoder).__name__} was given {items} items and returned embeddings of "
                 f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
                 f"would get each other's features. Megatron's transformers return (tokens, items, hidden): add "
                 f".transpose(0, 1)."
@@ -81,6 +85,7 @@ class RaggedMimoModel(MimoModel):
         *,
         modality_counts: Mapping[str, ModalityCounts] | None = None,
         token_order: TokenOrder | None = None,
+        custom_positions: bool = False,
     ) -> tuple[Any, torch.Tensor | None]:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
 
@@ -89,7 +94,7 @@ class RaggedMimoModel(MimoModel):
 
         Args:
             input_ids: as in MimoModel, like all others.
-            position_ids: int64 ``[b, s]``.
+            position_ids: int64 ``[b, s]``, or ``[3, b, s]`` for multimodal rotary positions.
             attention_mask: ``None`` for causal attention.
             loss_mask: ``[b, s]``, handed through.
             labels: int64 ``[b, s]``; with them the language module returns token losses in place of logits.
@@ -97,6 +102,7 @@ class RaggedMimoModel(MimoModel):
             packing_kwargs: for packed sequences.
             modality_counts: encoder name -> counts, for the encoders of this rank.
             token_order: of ``input_ids``, for the language module; ``None`` to find it out on the device.
+            custom_positions: whether ``position_ids`` is other than 0, 1, 2, …, which rotary positions are without it.
         """
         self._modality_counts = modality_counts or {}
         self._token_order = token_order
@@ -106,6 +112,8 @@ class RaggedMimoModel(MimoModel):
         def fill(tensor: torch.Tensor | None, value: int = 0) -> torch.Tensor | None:
             return tensor if tensor is None or not missing else pad(tensor, (0, missing), value=value)
 
+        if self._rotary is not None:
+            self._rotary.positions = fill(position_ids) if custom_positions else None
         output, mask = super().forward(
             # What has an order is filled up when everything is in its place.
             input_ids if token_order is not None else fill(input_ids, self._text_token),
@@ -148,6 +156,23 @@ class RaggedMimoModel(MimoModel):
         missing = -combined.size(0) % self._sequence_divisor
         return pad(combined, (0, 0, 0, 0, 0, missing)) if missing else combined
 
+    def sample_limits(self) -> dict[str, Any]:
+        """What the modules ask of samples: fields of :class:`lightning_mimo.data.sample_format.SampleFormat`."""
+        language = self.mimo_config.language_model_spec.params
+        return {
+            "vocab_size": language.get("vocab_size"),
+            "max_sequence_length": language.get("max_sequence_length"),
+            "position_type": language.get("position_embedding_type"),
+            "modules": tuple(self.mimo_config.modality_submodules_spec),
+            "encoders": {
+                name: {
+                    encoder: getattr(module, "item_sizes", None)
+                    for encoder, module in unwrap_model(self.modality_submodules[name]).encoders.items()
+                }
+                for name in self.modality_submodules
+            },
+        }
+
     def _initialize_submodules(self) -> None:
         # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
         # depend on which other modules this rank builds.
@@ -157,6 +182,7 @@ class RaggedMimoModel(MimoModel):
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
             )
+            _check_one_encoder(name, _encoders_of(self, name))
 
     def _initialize_language_model(self) -> None:
         torch.random.default_generator.manual_seed(seed_for(self._seed, LANGUAGE))
@@ -269,6 +295,17 @@ def construct_mimo_model(
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
     return list(unwrap_model(model.modality_submodules[name]).encoders.values())
+
+
+def _check_one_encoder(name: str, encoders: Sequence[torch.nn.Module]) -> None:
+    """Refuse encoders whose embeddings would go to each other's samples."""
+    if len(encoders) > 1:
+        raise DataError(
+            f"Module {name!r} has {len(encoders)} encoders ({', '.join(type(each).__name__ for each in encoders)}): "
+            f"MimoModel puts the embeddings of all samples by the first one before those by the second, so samples "
+            f"would get each other's. Give each encoder a module and a placeholder of its own, or write one encoder "
+            f"that calls both and puts their tokens side by side: [items, tokens, hidden]."
+        )
 
 
 def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:

@@ -98,8 +98,7 @@ class RunningStrategy(WorldStrategy):
         module = self._module
         return self._data.shard(
             dataloader,
-            special_token_ids=module.model.special_token_ids,
-            pad_token_id=module.pad_token_id,
+            sample_format=module.sample_format(),
             seed=self.seed,
             training=module.trainer.training,
         )

@@ -24,8 +24,8 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_mimo.data.collation import MicrobatchCollator
 from lightning_mimo.data.loader import RankBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
@@ -100,11 +100,13 @@ class PlainScenes(Scenes):
     def __getitem__(self, index: int) -> dict[str, Any]:
         noise = torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
         sample = Scenes.load(self, index, frozenset({"images", "language"}))
-        return {**sample, "loss_mask": torch.cat([sample["loss_mask"], noise])}
+        return {**sample, "noise": noise}
 
 
-def rebuilt(loader: DataLoader, plan: RankBatchPlan, *, seed: int = 1) -> DataLoader:
-    return shard_dataloader(loader, plan, special_token_ids={"images": IMAGE}, pad_token_id=PAD, seed=seed)
+def rebuilt(loader: DataLoader, plan: RankBatchPlan, *, seed: int = 1, **fields: Any) -> DataLoader:
+    extras = ("noise",) if isinstance(loader.dataset, PlainScenes) else ()
+    wanted = {"special_token_ids": {"images": IMAGE}, "pad_token_id": PAD, "extra_keys": extras, **fields}
+    return shard_dataloader(loader, plan, sample_format=SampleFormat(**wanted), seed=seed)
 
 
 def order(*, seed: int = 1, epoch: int = 0, size: int = 20, shuffle: bool = True) -> SeededSampler:
@@ -254,10 +256,10 @@ def noise(layout: str, rank: int, *, epoch: int = 0, shuffle: bool = False) -> d
     drawn = {}
     for batch in loader:
         for microbatch in batch:
-            rows = zip(microbatch["sample_indices"], microbatch["lengths"], microbatch["is_padding"], strict=True)
-            for row, (index, length, is_padding) in enumerate(rows):
+            rows = zip(microbatch["sample_indices"], microbatch["noise"], microbatch["is_padding"], strict=True)
+            for index, values, is_padding in rows:
                 if not is_padding:
-                    drawn[index] = microbatch["loss_mask"][row, length : length + 3].tolist()
+                    drawn[index] = values.tolist()
     return drawn
 
 
@@ -297,7 +299,7 @@ def test_samples_of_different_length_are_padded():
     ]
     assert first["lengths"].tolist() == [2, 3, 4, 2]
     assert first["position_ids"].tolist() == [[0, 1, 2, 3]] * 4
-    assert first["labels"].tolist() == [[0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2], [0, 2, 0, 0]]
+    assert first["labels"].tolist() == [[0, 2, -100, -100], [0, 0, 2, -100], [0, 0, 0, 2], [0, 2, -100, -100]]
     assert first["loss_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert first["global_positions"] == (0, 1, 2, 3)
 
@@ -325,7 +327,10 @@ def test_counts_of_a_bridge_leave_out_what_only_a_third_module_needs():
     layout = MimoLayout.resolve(modules, world_size=4, colocate=True)
     plan = RankBatchPlan.build(layout, 3, global_batch_size=BATCH, num_microbatches=2)
     loader = shard_dataloader(
-        DataLoader(Scenes(), BATCH), plan, special_token_ids={"images": IMAGE, "audio": 8}, pad_token_id=PAD, seed=1
+        DataLoader(Scenes(), BATCH),
+        plan,
+        sample_format=SampleFormat(special_token_ids={"images": IMAGE, "audio": 8}, pad_token_id=PAD),
+        seed=1,
     )
     counts = next(iter(loader))[0]["modality_counts"]["images"]
     assert counts.sample_indices == (2, 3)  # the language replica's, of which this rank encodes the second
@@ -415,7 +420,7 @@ def test_pad_token_that_is_a_placeholder_is_refused():
         r"pad_token_id=9 is also the placeholder of module 'images'.*Choose another pad_token_id in your MimoModule"
     )
     with pytest.raises(ValueError, match=message):
-        MicrobatchCollator(ALONE, special_token_ids={"images": IMAGE}, pad_token_id=IMAGE)
+        SampleFormat(special_token_ids={"images": IMAGE}, pad_token_id=IMAGE)
 
 
 def test_settings_of_the_users_loader_are_kept():
