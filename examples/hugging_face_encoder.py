@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTModel
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.encoder import encoder_spec
-from lightning_mimo.models.gpt import TransformerSize, gpt_spec
+from lightning_mimo.models import TransformerSize, encoder_spec, gpt_spec
 
 IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hidden size of the GPT
 TOKENS_PER_IMAGE = 4  # an image of 8 x 8 pixels has four patches of 4 x 4

@@ -16,8 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.vision import ImagePatches
-from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.models import ImagePatches, TransformerSize, vision_language_config
 
 IMAGE, QUESTION, SAMPLES = 8, 9, 64
 FOLDER = Path("logs/own_dataset")

@@ -11,7 +11,7 @@ import lightning as L
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.models.sizes import TransformerSize
+from lightning_mimo.models import TransformerSize
 
 
 class FirstAndLast(L.Callback):

@@ -13,8 +13,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.encoder import encoder_spec
-from lightning_mimo.models.gpt import TransformerSize, gpt_spec
+from lightning_mimo.models import TransformerSize, encoder_spec, gpt_spec
 
 IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hidden size of the GPT
 

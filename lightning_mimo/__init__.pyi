@@ -21,6 +21,9 @@ from .errors import (
 from .errors import (
     NonFiniteError as NonFiniteError,
 )
+from .errors import (
+    ReplicaError as ReplicaError,
+)
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
 from .microbatch import Ragged as Ragged
@@ -58,3 +61,5 @@ from .parallel.infra import MimoModelInfra as MimoModelInfra
 from .strategy.module import MimoModule as MimoModule
 from .strategy.precision import MimoPrecision as MimoPrecision
 from .strategy.strategy import MimoStrategy as MimoStrategy
+
+__version__: str

@@ -6,6 +6,7 @@
     ├── DataError             (ValueError)          a sample, dataset or DataLoader that cannot be used
     ├── CheckpointError       (ValueError)          a checkpoint that cannot be read, or does not fit the run
     ├── CheckpointWriteError  (OSError)             a checkpoint could not be written
+    ├── ReplicaError          (ValueError)          ranks that must hold the same weights do not
     └── NonFiniteError        (FloatingPointError)  a loss or gradient is infinite or NaN
 
 Each also derives from the built-in exception in brackets, so that code which knows nothing of this package can catch
@@ -37,6 +38,10 @@ class CheckpointError(MimoError, ValueError):
 
 class CheckpointWriteError(MimoError, OSError):
     """A checkpoint could not be written. What was there before is still there."""
+
+
+class ReplicaError(MimoError, ValueError):
+    """Ranks that must hold the same weights do not. The message names the parameter and the ranks."""
 
 
 class NonFiniteError(MimoError, FloatingPointError):

@@ -21,7 +21,8 @@ class Ragged(NamedTuple):
     """An argument of an encoder whose items differ in their first dimension.
 
     In a sample it holds the items of that sample; the encoder gets one that holds all items of the microbatch. Without
-    a declaration (``lightning_mimo.ItemSizes``) an encoder that returns ``[rows, hidden]`` makes one embedding of every row.
+    a declaration (``lightning_mimo.ItemSizes``) an encoder that returns ``[rows, hidden]`` makes one embedding of every
+    row.
 
     Example: two clips of 3 and 1 frames with 5 features each::
 
@@ -59,6 +60,7 @@ class Microbatch(TypedDict, total=False):
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
         sample_fingerprints: module -> int64 ``[n, 4]``, position, index, checksum of the text, and checksum of what
             else the module takes of each sample.
+        prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
 
     Keys that :class:`MimoModule` was given as ``extra_keys`` are beside these on ranks of the language module.
     """
@@ -77,6 +79,7 @@ class Microbatch(TypedDict, total=False):
     modality_inputs: dict[str, dict[str, dict[str, torch.Tensor | Ragged]] | None]
     modality_counts: dict[str, ModalityCounts]
     sample_fingerprints: dict[str, torch.Tensor]
+    prompt_lengths: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ with :class:`lightning_mimo.parallel.infra.MimoModelInfra` in the place of ``inf
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -124,20 +125,24 @@ def finalize_model_grads_multimodule(
     computed. In both cases an encoder's gradients arrive as a sum over its replicas, whatever the number of language
     replicas, so what its DDP wrapper divided by on the way is put right.
 
+    ``MimoStrategy`` does the same with the same :func:`reduce_gradients`, :func:`gradient_scale` and
+    :func:`scale_gradients`; its token count travels with all else that a step adds up over the ranks.
+
     Args:
         model: ignored; the modules come from ``module_to_grid_tuple``.
-        num_tokens: integer tensor, loss tokens of this rank's microbatches; zero or anything on ranks that do not
-            compute the loss. ``None`` where the loss is not per token.
+        num_tokens: scalar tensor, loss tokens of this rank's microbatches; zero or anything on ranks that do not
+            compute the loss. A batch whose count is 0 is not divided. ``None`` where the loss is not per token.
+            Megatron's schedules count in whole numbers; a count of another dtype may be a fraction.
         pg_collection: ignored; each module has its own in ``infra.pg_collections``.
         force_all_reduce: passed on to each module: all-reduce even where the distributed optimizer would
             reduce-scatter.
         infra: process groups by module name.
         module_to_grid_tuple: what :func:`get_module_to_grid_tuple` returned.
     """
-    total = None if num_tokens is None else _count_tokens_once(num_tokens, infra)
+    total = None if num_tokens is None else _sum_over_ranks(num_tokens, infra)
     reduce_gradients(infra, module_to_grid_tuple, force_all_reduce=bool(force_all_reduce))
-    for name, module in _by_name(infra, module_to_grid_tuple):
-        module.scale_gradients(_gradient_scale(name, module, infra, total))
+    scale = 1 / infra.layout.modules[LANGUAGE].dp if total is None else gradient_scale(total)
+    scale_gradients(infra, module_to_grid_tuple, scale)
 
 
 def reduce_gradients(
@@ -146,13 +151,60 @@ def reduce_gradients(
     *,
     force_all_reduce: bool = False,
 ) -> None:
-    """The first half of :func:`finalize_model_grads_multimodule`: reduce over each module's own groups, unscaled."""
+    """Reduce the gradients of every module over that module's own process groups, unscaled.
+
+    Collective over the groups of each module.
+    """
     for name, module in _by_name(infra, module_to_grid_tuple):
         groups = infra.pg_collections[name]
         replicas = tuple(rank for rank in dist.get_process_group_ranks(groups.dp_cp) if rank != dist.get_rank())
         info = SpanInfo(kind="reduce", label=f"reduce the gradients of {name}", module=name, peers=replicas)
         with infra.spans.span(info):
             finalize_model_grads([module], None, pg_collection=groups, force_all_reduce=force_all_reduce)
+
+
+def loss_divisor[Number: (torch.Tensor, float)](tokens: Number) -> Number:
+    """What a sum of token losses is divided by: the number of loss tokens, or 1 where there are none.
+
+    Args:
+        tokens: loss tokens of all ranks, a number or a floating-point tensor of any shape. It may be a fraction.
+    """
+    return tokens + (tokens == 0)
+
+
+def gradient_scale(tokens: torch.Tensor, loss_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """What the gradients of a sum of token losses are multiplied by to become those of the mean loss.
+
+    Args:
+        tokens: float64 scalar, loss tokens of all batches that the gradients come from, over all ranks.
+        loss_scale: scalar by which the loss was multiplied before the backward pass; ``None`` for 1.
+
+    Returns:
+        float64 scalar; NaN for a negative number of tokens, which would turn the gradients around. Without dimensions
+        it takes on the gradients' dtype where it multiplies them.
+    """
+    scale = loss_divisor(tokens).reciprocal().masked_fill(tokens < 0, math.nan)
+    return scale if loss_scale is None else scale / loss_scale.to(scale.dtype).reshape(())
+
+
+def scale_gradients(
+    infra: MimoModelInfra,
+    module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]],
+    scale: torch.Tensor | float,
+) -> None:
+    """Multiply the reduced gradients of every module.
+
+    Megatron's DDP sums over the replicas where the loss is per token and averages over them otherwise; an average is
+    made a sum here.
+
+    Args:
+        infra: layout and grids.
+        module_to_grid_tuple: what :func:`get_module_to_grid_tuple` returned.
+        scale: the factor for the sum over a module's replicas.
+    """
+    for name, module in _by_name(infra, module_to_grid_tuple):
+        is_sum = get_model_config(module).calculate_per_token_loss
+        module.scale_gradients(scale if is_sum else scale * infra.layout.modules[name].dp)
 
 
 def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> None:
@@ -221,7 +273,8 @@ def validate_data_loader_contract(
 
 def _by_name(
     infra: MimoModelInfra, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
-) -> list[tuple[str, torch.nn.Module]]:
+) -> list[tuple[str, DistributedDataParallel]]:
+    """Name and module of each pair; all are wrapped in DDP where their gradients are dealt with."""
     names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
     return [(names[id(grid)], module) for module, grid in module_to_grid_tuple]
 
@@ -236,30 +289,10 @@ def _micro_batch_size_of(name: str, micro_batch_size: int | Mapping[str, int]) -
     return micro_batch_size[name]
 
 
-def _count_tokens_once(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch.Tensor:
-    """Sum the token counts of all language replicas and give every rank of the world the result.
-
-    The count of one replica stands on every tensor-parallel rank of its last stage; only the first of them counts.
-    """
-    language = infra.layout.modules[LANGUAGE]
-    # A scalar without dimensions takes on the gradients' dtype where it multiplies them; none of theirs is lost.
+def _sum_over_ranks(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch.Tensor:
+    """Token count of all language replicas: float64 scalar. Collective over the world."""
     total = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
-    rank = dist.get_rank()
-    if rank in language.ranks:
-        place = language.coordinates(rank)
-        if place["pp"] == language.pp - 1 and place["tp"] == 0:
-            total += num_tokens.to(torch.float64).reshape(())
+    if infra.layout.counts_loss(dist.get_rank()):
+        total += num_tokens.to(torch.float64).reshape(())
     dist.all_reduce(total)
-    return total.clamp_(min=1.0)
-
-
-def _gradient_scale(
-    name: str, module: torch.nn.Module, infra: MimoModelInfra, total_tokens: torch.Tensor | None
-) -> torch.Tensor | float:
-    """What a module's reduced gradients still have to be multiplied by."""
-    layout = infra.layout
-    # Megatron's DDP sums over the replicas for per-token loss and averages over them otherwise.
-    averaged = 1 if get_model_config(module).calculate_per_token_loss else layout.modules[name].dp
-    if total_tokens is None:
-        return averaged / layout.modules[LANGUAGE].dp
-    return averaged / total_tokens
+    return total

@@ -11,8 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from examples.digits.data import VOCAB_SIZE, Token, sequence_length
 from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
-from lightning_mimo.models.vision import ImagePatches
-from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.models import ImagePatches, TransformerSize, vision_language_config
 
 
 class DigitsModule(MimoModule):

@@ -10,10 +10,7 @@ from examples.digits.model import DigitsModule
 from examples.digits_avlm.data import MOST, SEQUENCE_LENGTH, VOCAB_SIZE, Token
 from examples.digits_avlm.tones import BINS, FRAMES
 from lightning_mimo import MimoModelInfra, OptimizerOverride
-from lightning_mimo.models.audio import ClipPatches
-from lightning_mimo.models.multimodal import Encoder, multimodal_config
-from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.models import ClipPatches, Encoder, ImagePatches, TransformerSize, multimodal_config
 
 
 class DigitsAvlmModule(DigitsModule):

@@ -10,9 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
-from lightning_mimo.models.multimodal import Encoder, multimodal_config
-from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.models import Encoder, ImagePatches, TransformerSize, multimodal_config
 
 
 class LlavaModule(MimoModule):

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.utils import unwrap_model
 
+from lightning_mimo.callbacks.observed import observed_strategy
 from lightning_mimo.mimo.initialization import shard_group
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.mimo.parameter_names import lies_under, named_parameters_of
@@ -63,7 +64,7 @@ class MimoModelSummary(ModelSummary):
         """Collective over the world."""
         if not self._max_depth:
             return
-        infra = trainer.strategy.infra
+        infra = observed_strategy(trainer, self).infra
         held: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(held, held_modules(pl_module.model, infra, max_depth=self._max_depth))
         rank_zero_info("\n" + draw_summary(held, list(infra.layout.modules), max_depth=self._max_depth))
@@ -72,7 +73,7 @@ class MimoModelSummary(ModelSummary):
 def replace_model_summary(callbacks: list[pl.Callback]) -> None:
     """Put a MimoModelSummary where Lightning's own summaries are, which would show what is on rank 0."""
     for place, callback in enumerate(callbacks):
-        if type(callback) in (ModelSummary, RichModelSummary):
+        if isinstance(callback, ModelSummary) and type(callback) in (ModelSummary, RichModelSummary):
             callbacks[place] = MimoModelSummary(max_depth=callback._max_depth)
 
 

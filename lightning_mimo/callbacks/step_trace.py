@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_mimo.callbacks.observed import observed_strategy
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.observe.clocks import offset_to_rank_0
 from lightning_mimo.observe.spans import Span
@@ -46,10 +47,7 @@ class StepTrace(pl.Callback):
         self._is_done = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not hasattr(trainer.strategy, "step_listeners"):
-            raise ConfigError(
-                f"StepTrace records what MimoStrategy does, but the trainer has {type(trainer.strategy).__name__}."
-            )
+        observed_strategy(trainer, self)
         self._step, self._is_done, self._spans = trainer.global_step + self._after, False, None
         if 0 <= trainer.max_steps <= self._step:
             raise ConfigError(
@@ -60,7 +58,7 @@ class StepTrace(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step != self._step or self._anchor is not None or self._is_done:
             return
-        strategy = trainer.strategy
+        strategy = observed_strategy(trainer, self)
         offset = offset_to_rank_0(strategy.root_device)
         strategy.step_listeners.append(self._receive)
         strategy.barrier()
@@ -69,9 +67,9 @@ class StepTrace(pl.Callback):
         self._anchor = mark, now + offset
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._spans is None:
+        if self._spans is None or self._anchor is None:
             return
-        strategy = trainer.strategy
+        strategy = observed_strategy(trainer, self)
         strategy.step_listeners.remove(self._receive)
         own = trace_of_rank(trainer.global_rank, strategy.infra.layout, self._spans, strategy.spans.clock, self._anchor)
         self._spans = self._anchor = None

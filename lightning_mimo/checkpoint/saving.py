@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from lightning_mimo import __version__
 from lightning_mimo.checkpoint.directory import TRAINER, damaged_files, read_manifest
 from lightning_mimo.checkpoint.reader import CheckpointReader
 from lightning_mimo.checkpoint.shards import ShardSpec
@@ -91,7 +91,7 @@ def content_of(
     return Content(
         shards=shards,
         trainer=written if rank == 0 else b"",
-        about={"lightning_mimo": _version(), "layout": _layout_as_dict(infra.layout), **about},
+        about={"lightning_mimo": __version__, "layout": _layout_as_dict(infra.layout), **about},
     )
 
 
@@ -208,13 +208,6 @@ def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _version() -> str:
-    try:
-        return version("lightning-mimo")
-    except PackageNotFoundError:
-        return "run from its sources"
 
 
 def _layout_as_dict(layout: MimoLayout) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mimo.callbacks.step_trace import StepTrace
 from lightning_mimo.commands.config_errors import OneLineParser
 from lightning_mimo.commands.dry_run import dry_run_report
+from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.launch.cluster import check_slurm_tasks
 from lightning_mimo.strategy.module import MimoModule
@@ -45,6 +46,8 @@ class MimoCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        config_files = [str(path) for path in self._get(self.config, "config") or ()]
+        follow_root_dir(self._get(self.config, "trainer"), config_files)
         folder = self._get(self.config, "trace")
         if folder is None or self.dry_run:
             return
@@ -122,7 +125,8 @@ def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """End with one line and code 2 for what a user can mend; all else, and all that happens in training, passes."""
     try:
         yield
-    except _MESSAGES as error:
+    except _MESSAGES as raised:
+        error = _without_parsers_report(raised)
         if has_begun() or not _is_for_users(error):
             raise
         if rank_zero_only.rank:
@@ -132,9 +136,21 @@ def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         sys.exit(2)
 
 
+def _without_parsers_report(error: BaseException) -> BaseException:
+    """What a class raised when it was made, out of jsonargparse's report on all types that its key may have."""
+    while (cause := error.__cause__) is not None and cause.__traceback__ and _raised_in(error) == "jsonargparse":
+        error = cause
+    return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the package."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def _is_for_users(error: BaseException) -> bool:
     """Whether an error was raised on purpose by this package or by Lightning, and did not come out of a bug."""
     if isinstance(error, MimoError | MisconfigurationException):
         return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == "lightning"
+    return _raised_in(error) == "lightning"

@@ -18,12 +18,13 @@ from lightning_mimo.data.encoder_inputs import (
     concatenate,
     read_inputs,
 )
+from lightning_mimo.data.sample_check import NOT_LOADED
 from lightning_mimo.data.sample_format import IGNORED, Sample, SampleFormat, Text, check_keys, read_ids, read_text
 from lightning_mimo.data.shared_memory import SharedMemoryBatch
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import ModalityCounts, Ragged, token_order
+from lightning_mimo.microbatch import Microbatch, ModalityCounts, Ragged, token_order
 
 _BYTES_OF_A_FINGERPRINT = 256  # of an argument of an encoder
 
@@ -78,7 +79,7 @@ class MicrobatchCollator:
         self._plan = plan
         self._expected = expected
 
-    def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[dict[str, Any]]:
+    def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[Microbatch]:
         by_position = {request.position: self._read(request, sample) for request, sample in loaded}
         for module in self._plan.loads - {LANGUAGE}:
             read = (sample.inputs.get(module) for sample in by_position.values())
@@ -100,7 +101,7 @@ class MicrobatchCollator:
             _check_placeholders(name, each, placeholders.get(name, 0))
         return LoadedSample(request=request, input_ids=ids, placeholders=placeholders, text=text, inputs=inputs)
 
-    def _microbatch(self, loaded: Mapping[int, LoadedSample], microbatch: int) -> dict[str, Any]:
+    def _microbatch(self, loaded: Mapping[int, LoadedSample], microbatch: int) -> Microbatch:
         positions = self._plan.text_samples(microbatch)
         batch = self._text([loaded[position] for position in positions])
         batch["global_positions"] = tuple(positions)
@@ -121,9 +122,9 @@ class MicrobatchCollator:
         }
         return batch
 
-    def _text(self, samples: Sequence[LoadedSample]) -> dict[str, Any]:
+    def _text(self, samples: Sequence[LoadedSample]) -> Microbatch:
         input_ids = _pad([sample.input_ids for sample in samples], self._expected.pad_token_id)
-        batch: dict[str, Any] = {
+        batch: Microbatch = {
             "input_ids": input_ids,
             "position_ids": torch.arange(input_ids.size(1)).expand_as(input_ids),
             "sample_indices": tuple(sample.request.index for sample in samples),
@@ -238,7 +239,7 @@ def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, i
         inputs = sample.inputs[module].arguments
         own = _checksum([value for encoder in sorted(inputs) for _, value in sorted(inputs[encoder].items())])
     else:
-        own = -1  # nothing is loaded for it here
+        own = NOT_LOADED
     return sample.request.position, sample.request.index, text, own
 
 

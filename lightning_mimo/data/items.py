@@ -10,7 +10,6 @@ import torch
 
 from lightning_mimo.microbatch import Ragged
 
-
 Inputs = Mapping[str, torch.Tensor | Ragged]
 """The arguments of one encoder, argument -> its values."""
 PerItem = Callable[[Inputs], Sequence[int] | torch.Tensor]

@@ -125,8 +125,8 @@ def read_ids(index: int, sample: Sample, expected: SampleFormat) -> torch.Tensor
     if expected.max_sequence_length is not None and len(ids) > expected.max_sequence_length:
         raise DataError(
             f"Sample {index}: input_ids has {len(ids)} tokens, but the language module has "
-            f"max_sequence_length={expected.max_sequence_length}. Cut the sample in your dataset (placeholders and their "
-            f"images together), or give the model a larger max_sequence_length."
+            f"max_sequence_length={expected.max_sequence_length}. Cut the sample in your dataset (placeholders and "
+            f"their images together), or give the model a larger max_sequence_length."
         )
     if expected.vocab_size is not None:
         _check_vocabulary(index, "input_ids", ids, expected, allowed=expected.special_token_ids.values())
@@ -168,12 +168,13 @@ def whole_numbers(index: int, key: str, value: object, *, dimensions: tuple[int,
             f"Sample {index}: {key} has the dtype {_name(tensor.dtype)}, but tokens, labels and positions are whole "
             f"numbers. Make them int64: torch.as_tensor({key}, dtype=torch.int64)."
         )
-    if key == "labels" and not tensor.dtype.is_signed and (tensor == IGNORED % 2 ** (8 * tensor.itemsize)).any():
-        raise DataError(
-            f"Sample {index}: labels has the dtype {_name(tensor.dtype)}, which cannot hold -100, and "
-            f"{IGNORED % 2 ** (8 * tensor.itemsize)}, which -100 becomes in it, is among them. Make labels int64 before "
-            f"-100 is written."
-        )
+    if key == "labels" and not tensor.dtype.is_signed:
+        wrapped = IGNORED % 2 ** (8 * tensor.itemsize)
+        if bool((tensor.to(torch.int64) == wrapped).any()):
+            raise DataError(
+                f"Sample {index}: labels has the dtype {_name(tensor.dtype)}, which cannot hold -100, and {wrapped}, "
+                f"which -100 becomes in it, is among them. Make labels int64 before -100 is written."
+            )
     if tensor.ndim not in dimensions:
         wanted = " or ".join("[S]" if each == 1 else "[3, S]" for each in dimensions)
         remedy = f" Take {key}[0]: a tokenizer with return_tensors adds a batch dimension." if tensor.ndim == 2 else ""
@@ -244,8 +245,8 @@ def _check_vocabulary(index: int, key: str, ids: torch.Tensor, expected: SampleF
         place = int(outside.argmax())
         raise DataError(
             f"Sample {index}: {key}[{place}] is {numbers[place]}, but the vocabulary has vocab_size="
-            f"{expected.vocab_size} tokens, 0 to {expected.vocab_size - 1}. Use the tokenizer that belongs to the model, or "
-            f"give the model a larger vocab_size"
+            f"{expected.vocab_size} tokens, 0 to {expected.vocab_size - 1}. Use the tokenizer that belongs to the "
+            f"model, or give the model a larger vocab_size"
             + ("; labels that are not to count are -100." if key == "labels" else ".")
         )
 

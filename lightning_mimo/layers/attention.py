@@ -50,6 +50,9 @@ class SdpaAttention(DotProductAttention):
     Megatron's own holds ``[b, heads, s, s]`` until the backward pass; torch's kernels hold ``[b, s, hidden]`` on a GPU
     and on the CPU alike. With dropout the CPU has no such kernel and holds as much as Megatron's.
 
+    Packed sequences go through one kernel on a GPU, which knows their lengths there. That kernel takes bfloat16 and
+    float16 and has no dropout; otherwise, and on the CPU, they go one after the other, and the host reads the lengths.
+
     Rows that a mask leaves nothing to attend to come out as 0; Megatron's own are the mean of all values.
     """
 
@@ -118,6 +121,9 @@ class SdpaAttention(DotProductAttention):
         """
         if attention_bias is not None:
             raise ConfigError("SdpaAttention takes no attention_bias. Choose attention='te' for it.")
+        if key.is_contiguous():
+            # Rotary positions have made new queries and keys: a view would keep what all three were projected to.
+            value = value.contiguous()
         mask_type = attn_mask_type or self.attn_mask_type
         causal, mask = mask_type in _CAUSAL, None
         with self._dropout_generator():

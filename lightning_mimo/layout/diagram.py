@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_mimo.layout.batch_plan import validate_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import DENSE_AXES, LANGUAGE, ModuleParallelism, span_of
+from lightning_mimo.layout.module_parallelism import DENSE_AXES, LANGUAGE, ResolvedParallelism, span_of
 
 _WIDEST = 24  # ranks that are drawn side by side
 
@@ -67,7 +67,7 @@ def _spans(layout: MimoLayout) -> list[str]:
     return lines
 
 
-def _sizes(sizes: ModuleParallelism) -> str:
+def _sizes(sizes: ResolvedParallelism) -> str:
     text = " ".join(f"{axis}={size}" for axis, size in zip(DENSE_AXES, sizes.shape, strict=True))
     if sizes.ep > 1 or sizes.expt_tp > 1:
         text += f" (experts: expt_tp={sizes.expt_tp} ep={sizes.ep} expt_dp={sizes.expt_dp})"

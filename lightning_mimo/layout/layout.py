@@ -93,6 +93,18 @@ class MimoLayout:
         """Names of the modules that a global rank takes part in."""
         return tuple(name for name, sizes in self.modules.items() if rank in sizes.ranks)
 
+    def is_last_stage(self, rank: int) -> bool:
+        """Whether a global rank is on the last pipeline stage of the language module, where the loss is computed."""
+        language = self.modules[LANGUAGE]
+        return rank in language.ranks and language.coordinates(rank)["pp"] == language.pp - 1
+
+    def counts_loss(self, rank: int) -> bool:
+        """Whether a global rank's loss and tokens count in a sum over all ranks.
+
+        All tensor-parallel ranks of a replica's last stage compute the same loss; the first of them counts.
+        """
+        return self.is_last_stage(rank) and self.modules[LANGUAGE].coordinates(rank)["tp"] == 0
+
 
 def _check_names(modules: Mapping[str, ModuleParallelism]) -> None:
     if LANGUAGE not in modules:

@@ -85,6 +85,9 @@ class Clock(Protocol):
     def is_past(self, mark: Any) -> bool:
         """Whether the device has come to a mark. Does not wait."""
 
+    def is_idle(self) -> bool:
+        """Whether the device has done all that it was given. Does not wait; for any thread."""
+
     def anchor(self) -> tuple[Any, float]:
         """A mark of this moment, and ``perf_counter``. Waits for the device."""
 
@@ -101,6 +104,9 @@ class HostClock:
     def is_past(self, mark: float) -> bool:
         return True
 
+    def is_idle(self) -> bool:
+        return True
+
     def anchor(self) -> tuple[float, float]:
         now = self.mark()
         return now, now
@@ -108,6 +114,9 @@ class HostClock:
 
 class CudaClock:
     """Of a GPU: events in the current stream, which the host does not wait for when it makes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -121,6 +130,10 @@ class CudaClock:
     def is_past(self, mark: torch.cuda.Event) -> bool:
         return mark.query()
 
+    def is_idle(self) -> bool:
+        # By device, since another thread may have another current one.
+        return torch.cuda.default_stream(self._device).query()
+
     def anchor(self) -> tuple[torch.cuda.Event, float]:
         mark = self.mark()
         mark.synchronize()
@@ -129,7 +142,7 @@ class CudaClock:
 
 def clock_of(device: torch.device) -> Clock:
     """The clock of a rank's device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 class Spans:

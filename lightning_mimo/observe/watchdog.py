@@ -124,9 +124,21 @@ class Watchdog:
             return Report(waits=True, label=f"has waited {silent:.0f} s to {span}{peers}")
         if in_collective:
             return Report(waits=True, label=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
+        if self._computes_with_others(span.info.module) and not self._spans.clock.is_idle():
+            # A GPU waits for others by itself, while the host is anywhere.
+            label = f"has waited {silent:.0f} s for its GPU, which has others to wait for inside of {span}"
+            return Report(waits=True, label=f"{label}; {_place(frame)}")
         return Report(
             waits=False, label=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
         )
+
+    def _computes_with_others(self, module: str) -> bool:
+        """Whether there are collectives inside of a module's forward and backward passes, or between them."""
+        layout = self._layout
+        if layout.colocated and len({sizes.dp for sizes in layout.modules.values()}) > 1:
+            return True
+        sizes = layout.modules.get(module)
+        return sizes is not None and max(sizes.tp, sizes.cp, sizes.ep, sizes.expt_tp) > 1
 
     def _end_run(self) -> None:
         """Report, let one rank conclude, and leave. Does not return."""

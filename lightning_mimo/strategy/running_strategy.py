@@ -21,6 +21,7 @@ from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.launch.preemption import Signals
+from lightning_mimo.mimo.replica_check import check_replicas
 from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -131,17 +132,17 @@ class RunningStrategy(WorldStrategy):
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Hold gradients back: more batches of the same accumulation window follow."""
-        self._runner.hold = True
+        """Accumulate gradients unreduced: more batches follow before the optimizer steps."""
+        self._runner.is_accumulating = True
         try:
             yield
         finally:
-            self._runner.hold = False
+            self._runner.is_accumulating = False
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self._runner.close_window(optimizer)
+        self._runner.end_accumulation(optimizer)
         return result
 
     @override
@@ -213,7 +214,7 @@ class RunningStrategy(WorldStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world."""
         # Also after training, when nothing is running any more.
-        held, window = self._runner.open_window if self._runner is not None else (0, None)
+        held, window = self._runner.accumulation if self._runner is not None else (0, None)
         checkpoint, batches = rewind_to_last_step(checkpoint, held=held, training=self._runner is not None)
         data_state = self._data.data_state(seed=self.seed, batches=batches)
         if data_state is not None:
@@ -259,7 +260,9 @@ class RunningStrategy(WorldStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Listen to signals, and draw from here on what the run would have drawn that goes on."""
+        """Check the weights, listen to signals, and draw from here on what the run would have drawn that goes on."""
+        complete_gathering(self._module.model)
+        check_replicas(self._module.model, self.infra)
         self._signals.install(self.cluster_environment)
         if (resumed := self._resumed) is not None:
             self._resumed = None

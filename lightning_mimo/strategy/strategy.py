@@ -103,8 +103,10 @@ class MimoStrategy(RunningStrategy):
             encoder_run_ahead: microbatches that an encoder on ranks of its own computes before 1F1B asks for them, so
                 that the language module need not wait for one that takes longer than others. Each costs an encoder
                 rank the memory of one more microbatch's activations.
-            check_samples: when to check that all ranks hold the same samples: in the first batch of every epoch and
-                evaluation, in every batch, or never. It costs one small all-reduce.
+            check_samples: when to compare the samples of all ranks one by one, before anything is learned from them:
+                in the first batch of every epoch and evaluation, or in every batch, which costs one small all-reduce.
+                In batches in between, checksums travel with the one collective of the step, so that ranks with
+                different samples end the run after that step at the latest. "never" leaves out both.
             on_nonfinite: what to do where a loss or a gradient is not finite: stop on all ranks, with the module, rank,
                 microbatch and samples in the message; or leave out the step, on all ranks alike. A loss scale that is
                 too large is no reason to stop: the step is left out and the scale halved.
@@ -196,6 +198,7 @@ class MimoStrategy(RunningStrategy):
                 self.cluster_environment,
                 num_processes=self.num_processes,
                 num_nodes=self.num_nodes,
+                timeout=self._timeout.total_seconds(),
                 validate=self.validate,
             )
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, override
 
 import torch
@@ -40,6 +42,13 @@ class WorldStrategy(ParallelStrategy):
         """Ranks on this node."""
         return len(self.parallel_devices or [])
 
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Build on the CPU, on every accelerator alike: a GPU's generator would draw other initial weights."""
+        with super().tensor_init_context(empty_init=empty_init), torch.device("cpu"):
+            yield
+
     def _set_world_ranks(self) -> None:
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
@@ -73,7 +82,9 @@ class WorldStrategy(ParallelStrategy):
     def barrier(self, name: str | None = None) -> None:
         if dist.is_initialized():
             with self.spans.span(_BARRIER):
-                dist.barrier()
+                # NCCL reduces a number for it; which GPU is to do so it would have to guess, and warns.
+                device = self.root_device
+                dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:

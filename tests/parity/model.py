@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
-from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
+from lightning_mimo import ItemSizes, MimoModelInfra, MimoModule, OptimizerOverride
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.audio import ClipPatches
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
@@ -88,8 +88,14 @@ class PicturesSoundsAndText(Dataset):
         return {**sample, "modality_inputs": inputs} if inputs else sample
 
 
+def _frames(inputs: Mapping[str, Any]) -> torch.Tensor:
+    return inputs["lengths"]
+
+
 class ClipEncoder(torch.nn.Module):
     """An encoder as a user would bring it: plain PyTorch, its own initial values, a part that is never used."""
+
+    item_sizes = ItemSizes(embeddings=_frames)
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,6 +148,20 @@ class Model:
     dropout: float = 0.0
     clip_grad: float = 0.05
     overrides: Mapping[str, OptimizerOverride] = field(default_factory=dict)
+
+
+def optimizer_config(model: Model) -> OptimizerConfig:
+    """How a model is trained."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPSILON,
+        clip_grad=model.clip_grad,
+        initial_loss_scale=LOSS_SCALE,
+    )
 
 
 class ParityModule(MimoModule):
@@ -208,16 +228,4 @@ class ParityModule(MimoModule):
         return config
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.build_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=LR,
-                weight_decay=WEIGHT_DECAY,
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                adam_eps=EPSILON,
-                clip_grad=self._choice.clip_grad,
-                initial_loss_scale=LOSS_SCALE,
-            ),
-            overrides=self._choice.overrides,
-        )
+        return self.build_optimizer(optimizer_config(self._choice), overrides=self._choice.overrides)

@@ -28,6 +28,7 @@ PUBLIC_NAMES = [
     "OptimizerOverride",
     "PerModuleLR",
     "Ragged",
+    "ReplicaError",
     "StepTrace",
     "build_pg_collection_for_schedule",
     "fan_in_normal_",

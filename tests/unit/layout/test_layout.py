@@ -102,6 +102,15 @@ def test_explicit_offsets_override_the_order():
     assert [layout.modules_on(rank) for rank in range(4)] == [("language",)] * 2 + [("images",)] * 2
 
 
+def test_loss_is_computed_on_the_last_stage_and_counted_once_for_each_replica():
+    layout = resolve({"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=3, pp=2)}, 13)
+    assert [rank for rank in range(13) if layout.is_last_stage(rank)] == [7, 8, 9, 10, 11, 12]
+    assert [rank for rank in range(13) if layout.counts_loss(rank)] == [7, 9, 11]
+    colocated = resolve({"images": ModuleParallelism(dp=4), "language": ModuleParallelism(tp=2)}, 4, colocate=True)
+    assert [rank for rank in range(4) if colocated.is_last_stage(rank)] == [0, 1, 2, 3]
+    assert [rank for rank in range(4) if colocated.counts_loss(rank)] == [0, 2]
+
+
 def test_coordinates_run_tp_fastest_then_dp_then_pp():
     sizes = resolve({"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=3, pp=2)}, 13).modules[
         "language"

@@ -36,6 +36,9 @@ class CountingClock:
     def is_past(self, mark: float) -> bool:
         return mark <= self.done
 
+    def is_idle(self) -> bool:
+        return self.now <= self.done
+
     def anchor(self) -> tuple[float, float]:
         return 0.0, 0.0
 
