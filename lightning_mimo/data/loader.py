@@ -153,22 +153,18 @@ def _seed_generators(seed: int) -> None:
 class ResumableLoader(DataLoader):
     """A DataLoader that can begin in the middle of an epoch. How far a run has come, the strategy knows.
 
-    Without workers, the next batch can be loaded early. That changes no random number: every sample has its own.
+    The next batch can be loaded early. That changes no random number: every sample has its own.
     """
 
     _batches: LoadsAhead | None = None
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
-        batches = super().__iter__()
-        if self.num_workers:
-            return batches
-        self._batches = LoadsAhead(batches)
+        self._batches = LoadsAhead(super().__iter__())
         return self._batches
 
-    def load_ahead(self) -> None:
-        """Load the next batch now, unless there are workers that do so anyway."""
-        if self._batches is not None:
-            self._batches.load_ahead()
+    def load_ahead(self) -> list[Microbatch] | None:
+        """Load the next batch now, or take it from a worker; ``None`` if there is none."""
+        return None if self._batches is None else self._batches.load_ahead()
 
     def state_dict(self) -> dict[str, int]:
         """What the strategy fills in when it saves a checkpoint."""

@@ -12,6 +12,7 @@ from lightning_mimo.data.loader import ResumableLoader, sampler_length, shard_da
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.microbatch import Microbatch
 
 
 class RunData:
@@ -64,9 +65,9 @@ class RunData:
             self._check_saved(samples)
         return sharded
 
-    def load_ahead(self) -> None:
-        """Load the next batch to train on now."""
-        self._training.load_ahead()
+    def load_ahead(self) -> list[Microbatch] | None:
+        """Load the next batch to train on now; ``None`` if there is none."""
+        return None if self._training is None else self._training.load_ahead()
 
     def data_state(self, *, seed: int, batches: int) -> DataState | None:
         """Where the run is after some batches of the epoch; ``None`` where nothing is trained on."""

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -61,8 +62,8 @@ class SampleChecksums:
         self._batches: list[list[Microbatch]] = []
 
     def add(self, microbatches: Sequence[Microbatch]) -> None:
-        """Another batch of this rank."""
-        if not self._enabled:
+        """Another batch of this rank; nothing where it is not known."""
+        if not self._enabled or not microbatches:
             return
         self._batches.append([{"sample_fingerprints": each["sample_fingerprints"]} for each in microbatches])
 
@@ -85,6 +86,17 @@ class SampleChecksums:
         checksums = ((sums ^ (sums >> 31)) & (2**_BITS - 1)) * is_held
         return torch.stack([is_held, checksums, checksums.square()]).double().flatten()
 
+    def differ(self, totals: Sequence[float]) -> bool:
+        """Whether ranks hold different samples.
+
+        Args:
+            totals: :meth:`figures`, added up over all ranks.
+        """
+        if not totals:
+            return False
+        figures = np.array(totals).reshape(3, *self._shape)
+        return _differ(*figures[..., 0].sum(axis=-1)) or _differ(*figures[..., 1])
+
     def check(self, totals: Sequence[float]) -> None:
         """Compare. Collective over the world where something differs.
 
@@ -94,19 +106,15 @@ class SampleChecksums:
         Raises:
             DataError: on every rank, naming the first sample that differs, and which rank holds what there.
         """
-        if not totals:
-            return
-        figures = torch.tensor(totals, dtype=torch.float64).view(3, *self._shape)
-        text, own = figures[..., 0].sum(dim=-1), figures[..., 1]
-        if not _differ(*text) and not _differ(*own):
+        if not self.differ(totals):
             return
         for microbatches in self._batches:
             check_samples(microbatches, self._layout, global_batch_size=self._global_batch_size, device=self._device)
         raise AssertionError("checksums differ, but no sample does")
 
 
-def _differ(number: torch.Tensor, total: torch.Tensor, squares: torch.Tensor) -> bool:
-    return bool((number * squares != total.square()).any())
+def _differ(number: np.ndarray, total: np.ndarray, squares: np.ndarray) -> bool:
+    return bool((number * squares != total**2).any())
 
 
 def _mixed(place: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

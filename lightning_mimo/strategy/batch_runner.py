@@ -63,7 +63,7 @@ class BatchRunner:
         on_nonfinite: str,
         signals: Signals,
         telemetry: bool,
-        load_ahead: Callable[[], None],
+        load_ahead: Callable[[], Batch | None],
         metrics: StepMetrics | None,
     ) -> None:
         """Collective over the world: builds the bridges.
@@ -78,7 +78,8 @@ class BatchRunner:
             on_nonfinite: as for MimoStrategy.
             signals: what this rank was told.
             telemetry: whether to find out what each module does.
-            load_ahead: loads the next batch to train on; called once a batch, where this rank would wait for others.
+            load_ahead: loads the next batch to train on, and returns it if there is one; called once a batch, where
+                this rank would wait for others.
             metrics: where what a step came to is shown; ``None`` for nowhere.
         """
         self.is_accumulating = False
@@ -89,6 +90,8 @@ class BatchRunner:
         self._signals = signals
         self._load_ahead = load_ahead
         self._may_load_ahead = False
+        self._ahead: Batch | None = None
+        self._next_differs = False
         self._metrics = metrics
         self._module = module
         self._infra = infra
@@ -124,14 +127,14 @@ class BatchRunner:
         optimizer.outcome = None
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
-        self._may_load_ahead = self._another_follows(batch_idx)
+        self._may_load_ahead, self._ahead = self._another_follows(batch_idx), None
         with self._module.microbatches():
             totals = self._schedule.train(
                 batch,
                 self._training_step(batch_idx),
                 self._module.loss,
                 optimizer=None if self.is_accumulating else optimizer.mimo,
-                figures=self._figures_of_this_rank(batch),
+                figures=lambda: self._figures_of_this_rank(batch),
             )
         loss = totals.mean_loss
         self._losses.append((batch_idx, loss))
@@ -157,6 +160,7 @@ class BatchRunner:
         outcome = optimizer.outcome
         self.must_stop = outcome.stop
         samples, self._samples = self._samples, self._checksums()
+        self._next_differs = samples.differ(outcome.totals.next_samples)
         try:
             samples.check(outcome.totals.samples)
         except DataError as error:
@@ -209,14 +213,17 @@ class BatchRunner:
         if self._may_load_ahead:
             self._may_load_ahead = False
             with self._infra.spans.span(_LOAD):
-                self._load_ahead()
+                self._ahead = self._load_ahead()
 
     def _figures_of_this_rank(self, batch: Batch) -> DeviceReduction:
         """What the other ranks are to learn of this one with the step."""
         figures = self._stops()
         self._samples.add(batch)
         if not self.is_accumulating:
-            figures = replace(figures, samples=self._samples.figures())
+            self._load_next()
+            following = self._checksums()
+            following.add(self._ahead or [])
+            figures = replace(figures, samples=self._samples.figures(), next_samples=following.figures())
         if self._telemetry is None:
             return figures
         self._telemetry.count(batch)
@@ -354,7 +361,8 @@ class BatchRunner:
         return lambda microbatch: self._module.training_step(microbatch, batch_idx)
 
     def _check_samples(self, batch: Batch, batch_idx: int) -> None:
-        if self._check == "always" or (self._check == "first" and batch_idx == 0):
+        is_due = self._check == "always" or (self._check == "first" and batch_idx == 0)
+        if is_due or self._next_differs:
             check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
 
     def _checksums(self) -> SampleChecksums:
