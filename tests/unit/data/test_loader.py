@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
 )
@@ -413,6 +415,47 @@ def test_batch_sampler_of_the_users_own_is_refused_by_name():
 def test_torchs_own_batch_sampler_is_taken():
     sampler = BatchSampler(SequentialSampler(range(16)), BATCH, drop_last=True)
     assert indices(rebuilt(DataLoader(Scenes(), batch_sampler=sampler), ALONE)) == list(range(16))
+
+
+def test_collate_fn_that_would_not_be_called_is_refused_by_name():
+    def to_tensors(samples: list[Any]) -> list[Any]:
+        return samples
+
+    message = r"has collate_fn=test_collate.*to_tensors, which would not be called.*in the dataset's __getitem__"
+    with pytest.raises(ValueError, match=message):
+        rebuilt(DataLoader(Scenes(), BATCH, collate_fn=to_tensors), ALONE)
+
+
+@pytest.mark.parametrize("name", ["__iter__", "__len__"])
+def test_loader_that_iterates_in_its_own_way_is_refused_by_name(name: str):
+    own = type("TwiceAsLong", (DataLoader,), {name: lambda self: getattr(DataLoader, name)(self)})
+    with pytest.raises(ValueError, match=rf"^TwiceAsLong has its own {name}, which would not be called"):
+        rebuilt(own(Scenes(), BATCH), ALONE)
+
+
+class Endless(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return cycle(range(3))
+
+
+class EndlessWithLength(Endless):
+    def __len__(self) -> int:
+        return 16
+
+
+def test_sampler_without_a_length_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"The sampler Endless has no __len__.*an endless sampler is taken to end"):
+        rebuilt(DataLoader(Scenes(), BATCH, sampler=Endless()), ALONE)
+
+
+def test_endless_sampler_ends_after_its_length():
+    expected = [i % 3 for i in range(16)]
+    assert indices(rebuilt(DataLoader(Scenes(), BATCH, sampler=EndlessWithLength()), ALONE)) == expected
+
+
+def test_sampler_that_yields_no_index_is_refused():
+    with pytest.raises(ValueError, match=r"The sampler yields \(1, 2\), a tuple, but must yield indices"):
+        list(rebuilt(DataLoader(Scenes(), BATCH, sampler=[(1, 2)] * 8), ALONE))
 
 
 def test_pad_token_that_is_a_placeholder_is_refused():
