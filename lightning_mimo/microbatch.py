@@ -8,13 +8,16 @@ its place.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
 from lightning_mimo.errors import DataError
+
+_UNKNOWN = -1
 
 
 class Ragged(NamedTuple):
@@ -94,6 +97,8 @@ class ModalityCounts:
             none, are told them with the first activations.
         embeddings: that the encoder declares to make of each of its own samples; ``None`` where it declares nothing.
         rows: ``encoder.argument`` -> first dimension of it in each of the encoder's own samples.
+        per_item: arguments that later pipeline stages are given as well -> their numbers, for each item a row; empty
+            until a later stage has been told.
     """
 
     sample_indices: tuple[int, ...]
@@ -102,6 +107,7 @@ class ModalityCounts:
     items: tuple[int, ...]
     embeddings: tuple[int, ...] | None = None
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_item: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def own_placeholders(self) -> tuple[int, ...]:
@@ -114,6 +120,21 @@ class ModalityCounts:
     def to(self, *args: object, **kwargs: object) -> ModalityCounts:
         """Itself: Lightning moves whatever has ``to`` and would refuse a frozen dataclass without it."""
         return self
+
+    def to_tell(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the next pipeline stage is to know, which loads nothing: a number that it knows of numbers, and more."""
+        embeddings = self.embeddings or [_UNKNOWN] * len(self.items)
+        more = [(len(rows[0]) if rows else 0, *chain.from_iterable(rows)) for rows in self.per_item.values()]
+        return (*self.items, *embeddings), tuple(chain.from_iterable(more))
+
+    def told(self, numbers: tuple[int, ...], more: tuple[int, ...]) -> ModalityCounts:
+        """These counts with what :meth:`to_tell` of the stage before has said."""
+        items, embeddings = numbers[: len(self.items)], numbers[len(self.items) :]
+        left, per_item = iter(more), {}
+        for name in self.per_item:
+            width = next(left)
+            per_item[name] = tuple(tuple(islice(left, width)) for _ in range(sum(items)))
+        return replace(self, items=items, embeddings=None if _UNKNOWN in embeddings else embeddings, per_item=per_item)
 
     def check_rows(self, module: str, rows: int, *, uniform: bool) -> None:
         """Check the encoder's output against the placeholders, sample by sample.

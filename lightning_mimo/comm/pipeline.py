@@ -4,7 +4,6 @@ and hops between the stages of one module."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.layout.routes import routes_between
-from lightning_mimo.microbatch import Microbatch, ModalityCounts
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 ShapesOf = Callable[[Microbatch], Shapes | DynamicShape]
 """Microbatch -> shapes of its parts."""
-
-_UNKNOWN = -1
 
 
 class StageLink:
@@ -127,9 +124,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         for name, (previous, following) in self._encoder_hops.items():
             counts = microbatch["modality_counts"]
             if previous is not None:
-                counts[name] = _told(counts[name], previous.told)
+                counts[name] = counts[name].told(previous.told, previous.told_more)
             if following is not None:
-                following.tell(_numbers(counts[name]))
+                following.tell(*counts[name].to_tell())
 
     def finish(self) -> None:
         """Call it after every pass. Waits for what is still on its way."""
@@ -207,14 +204,4 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
 def _announced_by(encoder: str, microbatch: Microbatch) -> DynamicShape:
     """What an encoder passes on between its stages only its own code knows; what later stages check goes with it."""
-    return DynamicShape(numbers=2 * len(microbatch["modality_counts"][encoder].items))
-
-
-def _numbers(counts: ModalityCounts) -> tuple[int, ...]:
-    """Items of each sample, then embeddings of each, -1 where they are not known."""
-    return (*counts.items, *(counts.embeddings or [_UNKNOWN] * len(counts.items)))
-
-
-def _told(counts: ModalityCounts, numbers: Sequence[int]) -> ModalityCounts:
-    items, embeddings = numbers[: len(counts.items)], numbers[len(counts.items) :]
-    return replace(counts, items=tuple(items), embeddings=None if _UNKNOWN in embeddings else tuple(embeddings))
+    return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].to_tell()[0]))

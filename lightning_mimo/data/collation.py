@@ -16,6 +16,7 @@ from lightning_mimo.data.encoder_inputs import (
     check_modules,
     check_same_arguments,
     concatenate,
+    names_for_every_stage,
     read_inputs,
 )
 from lightning_mimo.data.sample_check import NOT_LOADED
@@ -180,6 +181,10 @@ class MicrobatchCollator:
             items=tuple(each.items for each in inputs),
             embeddings=None if None in embeddings else tuple(each for each in embeddings if each is not None),
             rows={name: tuple(each.rows.get(name, 0) for each in inputs) for name in names},
+            per_item={
+                name: tuple(row for each in inputs for row in each.per_item.get(name, ()))
+                for name in names_for_every_stage(self._expected, module)
+            },
         )
 
 

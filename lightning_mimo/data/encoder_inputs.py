@@ -25,6 +25,7 @@ class EncoderInputs:
         embeddings: that they make, as far as it is known before the encoder has run.
         is_declared: whether that is what the encoder declares.
         rows: ``encoder.argument`` -> first dimension of its values.
+        per_item: argument for every pipeline stage -> its numbers, for each item a row.
     """
 
     index: int
@@ -33,6 +34,7 @@ class EncoderInputs:
     embeddings: int | None = 0
     is_declared: bool = False
     rows: Mapping[str, int] = field(default_factory=dict)
+    per_item: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
 
 def check_modules(index: int, sample: Sample, modules: Sequence[str] | None) -> None:
@@ -76,9 +78,36 @@ def read_inputs(index: int, sample: Sample, module: str, expected: SampleFormat)
         for encoder, inputs in arguments.items()
         for name, value in inputs.items()
     }
+    per_item = {
+        name: _per_stage(index, f"{module}.{encoder}.{name}", inputs.get(name), items)
+        for encoder, inputs in arguments.items()
+        for name in names_for_every_stage(expected, module)
+    }
     return EncoderInputs(
-        index=index, arguments=arguments, items=items, embeddings=embeddings, is_declared=is_declared, rows=rows
+        index=index,
+        arguments=arguments,
+        items=items,
+        embeddings=embeddings,
+        is_declared=is_declared,
+        rows=rows,
+        per_item=per_item,
     )
+
+
+def names_for_every_stage(expected: SampleFormat, module: str) -> tuple[str, ...]:
+    """Arguments that the encoder of a module wants on all of its pipeline stages."""
+    declared = (sizes for sizes in (expected.encoders.get(module) or {}).values() if sizes is not None)
+    return tuple(name for sizes in declared for name in sizes.every_stage)
+
+
+def _per_stage(index: int, name: str, value: object, items: int) -> tuple[tuple[int, ...], ...]:
+    """Numbers of each item."""
+    if not isinstance(value, torch.Tensor) or value.ndim > 2 or value.is_floating_point() or len(value) != items:
+        raise DataError(
+            f"Sample {index}: {name} must hold whole numbers, [items] or [items, n], because the encoder's item_sizes "
+            f"has it in every_stage."
+        )
+    return tuple(tuple(row) for row in value.view(len(value), -1).tolist()) if items else ()
 
 
 def concatenate(

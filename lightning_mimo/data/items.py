@@ -40,7 +40,7 @@ class ItemSizes:
         embeddings: what the arguments of one sample come to: embeddings of each item, in the order of the items.
         rows: argument -> rows of each item in that argument. The first dimension of every other argument counts items.
         every_stage: integer arguments ``[items]`` or ``[items, n]`` that later pipeline stages of the encoder are given
-            as well, as keyword arguments beside ``hidden_states``.
+            as well, as keyword arguments ``[items, n]`` beside ``hidden_states``.
     """
 
     embeddings: PerItem

@@ -45,7 +45,7 @@ class RaggedMimoModel(MimoModel):
         self._seed = seed
         self._modality_counts: Mapping[str, ModalityCounts] = {}
         self._token_order: TokenOrder | None = None
-        self._output_ndim: dict[torch.nn.Module, int] = {}
+        self._uniform: set[torch.nn.Module] = set()  # encoders whose last output was [items, tokens, hidden]
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
         self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
@@ -58,15 +58,16 @@ class RaggedMimoModel(MimoModel):
     def _look_at_output(
         self, name: str, encoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note how many dimensions an encoder's output has, and refuse one that is not batch first."""
+        """Note whether an encoder made the same number of embeddings of every item, and refuse a wrong order."""
         # As upstream's encode: the first of a tuple holds the embeddings.
         embeddings = output[0] if isinstance(output, tuple) else output
-        self._output_ndim[encoder] = embeddings.ndim
         counts = self._modality_counts.get(name)
-        if counts is None or not (self.role.is_first_stage(name) and self.role.is_last_stage(name)):
-            return
-        items = sum(counts.items) or 1  # the stand-in for none
-        if embeddings.ndim == 3 and embeddings.size(0) != items:
+        items = 0 if counts is None else sum(counts.items) or 1  # the stand-in for none
+        self._uniform.discard(encoder)
+        if embeddings.ndim == 3 and embeddings.size(0) == items:
+            self._uniform.add(encoder)
+        is_whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
+        if counts is not None and is_whole and embeddings.ndim == 3 and embeddings.size(0) != items:
             raise DataError(
                 f"Module {name!r}: {type(encoder).__name__} was given {items} items and returned embeddings of "
                 f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
@@ -198,6 +199,11 @@ class RaggedMimoModel(MimoModel):
         for name in self.role.modality_module_names:
             if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
                 self._modality_counts[name].check_rows(name, 0, uniform=True)
+            if not self.role.is_first_stage(name) and (per_item := self._modality_counts[name].per_item):
+                unwrap_model(self.modality_submodules[name]).stage_arguments = {
+                    argument: torch.tensor(rows, dtype=torch.int64, device=torch.cuda.current_device())
+                    for argument, rows in per_item.items()
+                }
         outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
         return {
             name: self._own_rows(name, output) if self.role.is_last_stage(name) else output
@@ -229,7 +235,7 @@ class RaggedMimoModel(MimoModel):
 
     def _is_uniform(self, name: str) -> bool:
         """Whether an encoder makes the same number of embeddings of every item: it returned ``[n, tokens, hidden]``."""
-        return all(self._output_ndim.get(encoder) == 3 for encoder in _encoders_of(self, name))
+        return self._uniform.issuperset(_encoders_of(self, name))
 
     def _build_colocated_communicators(self) -> None:
         for name in self._infra.layout.encoders:

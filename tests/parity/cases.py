@@ -14,7 +14,7 @@ from lightning_mimo import LayoutError, ModuleParallelism, OptimizerOverride
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.sizes import Recompute
 from tests.parity.layouts import Layout
-from tests.parity.model import GridEncoder, Model, RaggedClipEncoder, Samples
+from tests.parity.model import GridEncoder, Model, PipelinedGridEncoder, RaggedClipEncoder, Samples
 from tests.parity.oracle import Task
 
 MAX_RANKS = 8
@@ -245,6 +245,14 @@ CASES = {
     "ragged_grid-rare": Case(
         task=task(audio=True, clip_encoder=GridEncoder, samples=RARE_GRIDS),
         layout=apart(ModuleParallelism(), ModuleParallelism(pp=2), ModuleParallelism(dp=2), ddp=OVERLAP),
+    ),
+    "ragged_grid-audio_pp2-language_tp2": Case(
+        task=task(audio=True, clip_encoder=PipelinedGridEncoder, samples=GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(tp=2), ModuleParallelism(pp=2), num_microbatches=3),
+    ),
+    "ragged_grid-audio_pp2dp2-rare": Case(
+        task=task(audio=True, clip_encoder=PipelinedGridEncoder, samples=RARE_GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(), ModuleParallelism(pp=2, dp=2)),
     ),
     # ---- positions of three dimensions
     "positions_in_space-language_tp2pp2": Case(

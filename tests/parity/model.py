@@ -10,6 +10,7 @@ import torch
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
@@ -18,7 +19,7 @@ from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layers.vocab_parallel import token_losses
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
-from lightning_mimo.models.audio import ClipPatches
+from lightning_mimo.models.audio import ClipPatches, PipelinedAudioSubmodules
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 from lightning_mimo.models.vision import ImagePatches
@@ -175,6 +176,35 @@ class GridEncoder(torch.nn.Module):
         return self.merge(patches.view(-1, MERGE**2 * HIDDEN))
 
 
+class PipelinedGridEncoder(torch.nn.Module):
+    """The same cut in two; the second stage needs to know the grids as well."""
+
+    item_sizes = ItemSizes.of_grid(merge_size=MERGE)
+
+    def __init__(self, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__()
+        self._is_first = pg_collection.pp.rank() == 0
+        self._is_last = pg_collection.pp.rank() == pg_collection.pp.size() - 1
+        if self._is_first:
+            self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+        if self._is_last:
+            self.merge = torch.nn.Linear(MERGE**2 * HIDDEN, HIDDEN)
+
+    def forward(
+        self,
+        image_grid_thw: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[items, 3]``, and ``[patches, features]`` or ``[patches, 1, hidden]``"""
+        lengths = image_grid_thw.prod(dim=-1)
+        hidden = torch.tanh(self.inner(pixel_values)) if self._is_first else hidden_states[:, 0]
+        hidden = _with_means(hidden, lengths) if self._is_first else hidden
+        if not self._is_last:
+            return hidden.unsqueeze(1)
+        return self.merge(_with_means(hidden, lengths).view(-1, MERGE**2 * HIDDEN))
+
+
 class SequenceFirst(torch.nn.Module):
     """What goes wrong most easily: an encoder that returns (tokens, items, hidden), as Megatron's transformers do."""
 
@@ -288,10 +318,12 @@ class ParityModule(MimoModule):
             sequence_parallel=self._sequence_parallel,
         )
         if choice.audio and choice.clip_encoder is not None:
-            encoder = ModuleSpec(module=choice.clip_encoder)
+            params = {"pg_collection": infra.pg_collections.get("audio")}
+            is_pipelined = choice.clip_encoder is PipelinedGridEncoder
+            encoder = ModuleSpec(module=choice.clip_encoder, params=params if is_pipelined else {})
             config.modality_submodules_spec["audio"] = ModuleSpec(
-                module=AudioModalitySubmodules,
-                params={"pg_collection": infra.pg_collections.get("audio")},
+                module=PipelinedAudioSubmodules if is_pipelined else AudioModalitySubmodules,
+                params=params,
                 submodules={"encoders": {"clips": encoder}},
             )
             config.special_token_ids["audio"] = CLIP
