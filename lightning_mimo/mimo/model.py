@@ -126,6 +126,7 @@ class RaggedMimoModel(MimoModel):
             modality_inputs,
             packing_kwargs,
         )
+        self._modality_counts = {}  # an encoder that is called by itself has none
         if missing and isinstance(output, torch.Tensor):
             output = output[:, :length]
         return output, mask if mask is None else mask[:, :length]
