@@ -1,4 +1,5 @@
 from .callbacks.step_trace import StepTrace as StepTrace
+from .data.items import ItemSizes as ItemSizes
 from .errors import (
     CheckpointError as CheckpointError,
 )
@@ -25,6 +26,7 @@ from .errors import (
 )
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
+from .microbatch import Ragged as Ragged
 from .mimo.initialization import fan_in_normal_ as fan_in_normal_
 from .mimo_parallel_utils import (
     build_pg_collection_for_schedule as build_pg_collection_for_schedule,

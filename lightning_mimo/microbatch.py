@@ -8,13 +8,36 @@ its place.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 
 from lightning_mimo.errors import DataError
+
+_UNKNOWN = -1
+
+
+class Ragged(NamedTuple):
+    """An argument of an encoder whose items differ in their first dimension.
+
+    In a sample it holds the items of that sample; the encoder gets one that holds all items of the microbatch. Without
+    a declaration (``lightning_mimo.ItemSizes``) an encoder that returns ``[rows, hidden]`` makes one embedding of every
+    row.
+
+    Example: two clips of 3 and 1 frames with 5 features each::
+
+        Ragged(values=torch.rand(4, 5), lengths=torch.tensor([3, 1]))
+
+    Attributes:
+        values: ``[rows, ...]``, the rows of all items one after the other.
+        lengths: int64 ``[items]``, rows of each item; they add up to ``rows``.
+    """
+
+    values: torch.Tensor
+    lengths: torch.Tensor
 
 
 class Microbatch(TypedDict, total=False):
@@ -24,9 +47,11 @@ class Microbatch(TypedDict, total=False):
 
     Attributes:
         input_ids: int64 ``[b, s]``.
-        position_ids: int64 ``[b, s]``.
-        labels: int64 ``[b, s]``, the token to predict at each position; ranks of the language module only.
-        loss_mask: ``[b, s]``, 0 where a position counts for nothing; ranks of the language module only.
+        position_ids: int64 ``[b, s]``; ``[3, b, s]`` for a language module with multimodal rotary positions.
+        custom_positions: whether these are other than 0, 1, 2, …; ranks of the language module only.
+        labels: int64 ``[b, s]``, the token to predict at each position, -100 for none; ranks of the language module
+            only.
+        loss_mask: float ``[b, s]``, 0 where a position counts for nothing; ranks of the language module only.
         token_order: where text and embeddings go; ranks of the language module only.
         lengths: int64 ``[b]``, tokens of each sample before padding.
         placeholders: encoder module -> placeholder tokens of each sample, ``b`` numbers.
@@ -36,12 +61,16 @@ class Microbatch(TypedDict, total=False):
         modality_inputs: module -> ``{encoder: {argument: [items, ...]}}`` of the samples that this rank encodes;
             ``None`` where no sample has any.
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
-        sample_fingerprints: module -> int64 ``[n, 3]``, position, index and text checksum of this rank's samples.
+        sample_fingerprints: module -> int64 ``[n, 4]``, position, index, checksum of the text, and checksum of what
+            else the module takes of each sample.
         prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
+
+    Keys that :class:`MimoModule` was given as ``extra_keys`` are beside these on ranks of the language module.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    custom_positions: bool
     labels: torch.Tensor
     loss_mask: torch.Tensor
     token_order: TokenOrder
@@ -50,7 +79,7 @@ class Microbatch(TypedDict, total=False):
     sample_indices: tuple[int, ...]
     global_positions: tuple[int, ...]
     is_padding: tuple[bool, ...]
-    modality_inputs: dict[str, dict[str, dict[str, torch.Tensor]] | None]
+    modality_inputs: dict[str, dict[str, dict[str, torch.Tensor | Ragged]] | None]
     modality_counts: dict[str, ModalityCounts]
     sample_fingerprints: dict[str, torch.Tensor]
     prompt_lengths: torch.Tensor
@@ -66,47 +95,91 @@ class ModalityCounts:
         own: which of these samples this rank's encoder replica encodes.
         items: images, clips, … of each of the encoder's own samples. Later pipeline stages of an encoder, which load
             none, are told them with the first activations.
+        embeddings: that the encoder declares to make of each of its own samples; ``None`` where it declares nothing.
+        rows: ``encoder.argument`` -> first dimension of it in each of the encoder's own samples.
+        per_item: arguments that later pipeline stages are given as well -> their numbers, for each item a row; empty
+            until a later stage has been told.
     """
 
     sample_indices: tuple[int, ...]
     placeholders: tuple[int, ...]
     own: range
     items: tuple[int, ...]
+    embeddings: tuple[int, ...] | None = None
+    rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    per_item: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
 
     @property
     def own_placeholders(self) -> tuple[int, ...]:
         return self.placeholders[self.own.start : self.own.stop]
 
+    @property
+    def own_indices(self) -> tuple[int, ...]:
+        return self.sample_indices[self.own.start : self.own.stop]
+
     def to(self, *args: object, **kwargs: object) -> ModalityCounts:
         """Itself: Lightning moves whatever has ``to`` and would refuse a frozen dataclass without it."""
         return self
 
+    def to_tell(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the next pipeline stage is to know, which loads nothing: a number that it knows of numbers, and more."""
+        embeddings = self.embeddings or [_UNKNOWN] * len(self.items)
+        more = [(len(rows[0]) if rows else 0, *chain.from_iterable(rows)) for rows in self.per_item.values()]
+        return (*self.items, *embeddings), tuple(chain.from_iterable(more))
+
+    def told(self, numbers: tuple[int, ...], more: tuple[int, ...]) -> ModalityCounts:
+        """These counts with what :meth:`to_tell` of the stage before has said."""
+        items, embeddings = numbers[: len(self.items)], numbers[len(self.items) :]
+        left, per_item = iter(more), {}
+        for name in self.per_item:
+            width = next(left)
+            per_item[name] = tuple(tuple(islice(left, width)) for _ in range(sum(items)))
+        return replace(self, items=items, embeddings=None if _UNKNOWN in embeddings else embeddings, per_item=per_item)
+
     def check_rows(self, module: str, rows: int, *, uniform: bool) -> None:
-        """Check the encoder's output against the placeholders.
+        """Check the encoder's output against the placeholders, sample by sample.
 
         Args:
             module: name of the encoder, for the message.
             rows: embeddings that the encoder made for its own samples together.
-            uniform: whether it makes the same number of every item, so that each sample can be checked; else only the
-                sum can.
+            uniform: whether it returned ``[items, tokens, hidden]``, the same number of every item.
 
         Raises:
-            DataError: naming the first sample whose numbers differ, or all samples where only the sum is known.
+            DataError: naming the first sample whose numbers differ; or if the encoder returned ``[rows, hidden]`` and
+                does not say which of them belong to which sample.
         """
-        per_item = rows // sum(self.items) if sum(self.items) else 0
-        indices = self.sample_indices[self.own.start : self.own.stop]
-        for index, placeholders, items in zip(indices, self.own_placeholders, self.items, strict=True):
-            if uniform and placeholders != items * per_item:
+        made, explained = self._made(module, rows, uniform=uniform)
+        for index, placeholders, items, embeddings in zip(
+            self.own_indices, self.own_placeholders, self.items, made, strict=True
+        ):
+            if placeholders != embeddings:
                 raise DataError(
                     f"Sample {index}: input_ids has {placeholders} placeholder tokens for {module!r}, but its {items} "
-                    f"inputs give {items * per_item} embeddings ({per_item} each). Write {items * per_item} "
-                    f"placeholder tokens into this sample, or give it as many inputs as it has placeholders for."
+                    f"inputs give {embeddings} embeddings{explained}. Write {embeddings} placeholder tokens into this "
+                    f"sample, or give it as many inputs as it has placeholders for."
                 )
-        if rows != sum(self.own_placeholders):
+        if rows != sum(made):
             raise DataError(
-                f"Samples {list(indices)}: input_ids has {sum(self.own_placeholders)} placeholder tokens for "
-                f"{module!r}, but the encoder made {rows} embeddings. One placeholder must stand for each embedding."
+                f"Samples {list(self.own_indices)}: the encoder of {module!r} made {rows} embeddings, but its inputs "
+                f"are declared to give {' + '.join(map(str, made))} = {sum(made)}. Let the encoder return one row for "
+                f"each, or correct its item_sizes."
             )
+
+    def _made(self, module: str, rows: int, *, uniform: bool) -> tuple[Sequence[int], str]:
+        """Embeddings of each of the encoder's own samples, and how they come about."""
+        items = sum(self.items)
+        if uniform or items == 0:
+            per_item = rows // items if items else 0
+            return [each * per_item for each in self.items], f" ({per_item} each)" if items else ""
+        if self.embeddings is not None:
+            return self.embeddings, ""
+        if rows == items:
+            return self.items, " (1 each)"
+        raise DataError(
+            f"Module {module!r}: the encoder returned {rows} rows for {items} items, [rows, hidden], so which of them "
+            f"belong to which sample is not known. Return [items, tokens, hidden]; or declare how many embeddings each "
+            f"item makes: item_sizes = lightning_mimo.ItemSizes(embeddings=...) in the encoder's class."
+        )
 
 
 class TokenOrder(NamedTuple):

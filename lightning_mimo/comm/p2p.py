@@ -110,6 +110,7 @@ class SendChannel:
 
     Attributes:
         numbers: that are told with the next shape that is announced.
+        more_numbers: any number of them that follow it.
     """
 
     def __init__(self, link: P2PLink, direction: str) -> None:
@@ -121,6 +122,7 @@ class SendChannel:
         self._shapes: Sequence[Shapes | DynamicShape] = ()
         self._number = 0
         self.numbers: tuple[int, ...] = ()
+        self.more_numbers: tuple[int, ...] = ()
 
     def expect(self, shapes: Sequence[Shapes | DynamicShape]) -> None:
         """Begin a pass.
@@ -181,12 +183,12 @@ class SendChannel:
 
     def _announced(self, tensor: torch.Tensor) -> list[tuple[dist.Work, torch.Tensor]]:
         assert tensor.ndim == _DIMENSIONS and self._link.routes.parts == 1
-        announcement = torch.tensor([*tensor.shape, *self.numbers], device=tensor.device)
+        announcement = torch.tensor([*tensor.shape, len(self.more_numbers), *self.numbers], device=tensor.device)
+        more = torch.tensor(self.more_numbers, dtype=torch.int64, device=tensor.device)
         posted = []
         for peer in self._info.peers:
             posted.append(self._post(announcement, peer, _ANNOUNCEMENT))
-            if tensor.numel():
-                posted.append(self._post(tensor.detach().contiguous(), peer, _DATA))
+            posted += [self._post(part, peer, _DATA) for part in (tensor.detach().contiguous(), more) if part.numel()]
         return posted
 
     def _post(self, tensor: torch.Tensor, peer: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
@@ -198,6 +200,7 @@ class ReceiveChannel:
 
     Attributes:
         numbers: that were told with the last shape that was announced.
+        more_numbers: that followed it.
     """
 
     def __init__(self, link: P2PLink, direction: str) -> None:
@@ -210,6 +213,7 @@ class ReceiveChannel:
         self._shapes: Sequence[Shapes | DynamicShape] = ()
         self._number = 0
         self.numbers: tuple[int, ...] = ()
+        self.more_numbers: tuple[int, ...] = ()
 
     def expect(self, shapes: Sequence[Shapes | DynamicShape]) -> None:
         """Begin a pass, in which every one of these microbatches is received; arguments as for :class:`SendChannel`."""
@@ -237,7 +241,8 @@ class ReceiveChannel:
     def _post(self, shapes: Shapes | DynamicShape) -> tuple[list[torch.Tensor], list[dist.Work]]:
         device = torch.cuda.current_device()
         if isinstance(shapes, DynamicShape):
-            parts, tag = [torch.empty(_DIMENSIONS + shapes.numbers, dtype=torch.int64, device=device)], _ANNOUNCEMENT
+            size = _DIMENSIONS + 1 + shapes.numbers
+            parts, tag = [torch.empty(size, dtype=torch.int64, device=device)], _ANNOUNCEMENT
         else:
             parts, tag = [torch.empty(shape, dtype=self._link.dtype, device=device) for shape in shapes], _DATA
         return parts, [
@@ -248,10 +253,13 @@ class ReceiveChannel:
 
     def _receive_announced(self, announcement: torch.Tensor) -> torch.Tensor:
         told = announcement.tolist()
-        shape, self.numbers = told[:_DIMENSIONS], tuple(told[_DIMENSIONS:])
+        shape, size, self.numbers = told[:_DIMENSIONS], told[_DIMENSIONS], tuple(told[_DIMENSIONS + 1 :])
         part = torch.empty(shape, dtype=self._link.dtype, device=announcement.device)
-        if part.numel():
-            dist.irecv(part, src=self._info.peers[0], group=self._group, tag=_DATA).wait()
+        more = torch.empty(size, dtype=torch.int64, device=announcement.device)
+        for each in (part, more):
+            if each.numel():
+                dist.irecv(each, src=self._info.peers[0], group=self._group, tag=_DATA).wait()
+        self.more_numbers = tuple(more.tolist()) if size else ()
         return part
 
 
@@ -287,9 +295,14 @@ class Sender:
         """End the pass."""
         self._forward.finish()
 
-    def tell(self, numbers: tuple[int, ...]) -> None:
-        """Numbers that go with the next activations, where their shape is announced."""
-        self._forward.numbers = numbers
+    def tell(self, numbers: tuple[int, ...], more: tuple[int, ...] = ()) -> None:
+        """Numbers that go with the next activations, where their shape is announced.
+
+        Args:
+            numbers: as many as the other side expects.
+            more: any number of them.
+        """
+        self._forward.numbers, self._forward.more_numbers = numbers, more
 
     def send_forward(self, activations: torch.Tensor) -> None:
         self._forward.send(activations)
@@ -326,6 +339,11 @@ class Receiver:
     def told(self) -> tuple[int, ...]:
         """Numbers that came with the last activations, where their shape was announced."""
         return self._forward.numbers
+
+    @property
+    def told_more(self) -> tuple[int, ...]:
+        """Further ones that came with them, however many there were."""
+        return self._forward.more_numbers
 
     def recv_forward(self) -> torch.Tensor:
         # The graph of this rank begins here.

@@ -4,7 +4,6 @@ and hops between the stages of one module."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -125,9 +124,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         for name, (previous, following) in self._encoder_hops.items():
             counts = microbatch["modality_counts"]
             if previous is not None:
-                counts[name] = replace(counts[name], items=previous.told)
+                counts[name] = counts[name].told(previous.told, previous.told_more)
             if following is not None:
-                following.tell(counts[name].items)
+                following.tell(*counts[name].to_tell())
 
     def finish(self) -> None:
         """Call it after every pass. Waits for what is still on its way."""
@@ -204,5 +203,5 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
 
 def _announced_by(encoder: str, microbatch: Microbatch) -> DynamicShape:
-    """What an encoder passes on between its stages only its own code knows; the items of every sample go with it."""
-    return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].items))
+    """What an encoder passes on between its stages only its own code knows; what later stages check goes with it."""
+    return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].to_tell()[0]))

@@ -11,14 +11,23 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lightning_mimo.data.encoder_inputs import (
+    EncoderInputs,
+    check_modules,
+    check_same_arguments,
+    concatenate,
+    names_for_every_stage,
+    read_inputs,
+)
+from lightning_mimo.data.sample_check import NOT_LOADED
+from lightning_mimo.data.sample_format import IGNORED, Sample, SampleFormat, Text, check_keys, read_ids, read_text
 from lightning_mimo.data.shared_memory import SharedMemoryBatch
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import Microbatch, ModalityCounts, token_order
+from lightning_mimo.microbatch import Microbatch, ModalityCounts, Ragged, token_order
 
-Sample = Mapping[str, Any]
-"""``{"input_ids": [S], "labels": [S], "loss_mask": [S], "modality_inputs": {module: {encoder: {arg: [n, …]}}}}``"""
+_BYTES_OF_A_FINGERPRINT = 256  # of an argument of an encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,133 +49,218 @@ class SampleRequest:
     is_padding: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadedSample:
+    """A sample, read and checked.
+
+    Attributes:
+        request: what was asked for.
+        input_ids: int64 ``[S]``.
+        placeholders: encoder module -> its placeholders in ``input_ids``.
+        text: labels and the like; ``None`` where the language module of this rank does not take the sample.
+        inputs: encoder module -> its inputs; of the modules that load the sample.
+    """
+
+    request: SampleRequest
+    input_ids: torch.Tensor
+    placeholders: Mapping[str, int]
+    text: Text | None
+    inputs: Mapping[str, EncoderInputs]
+
+
 class MicrobatchCollator:
     """Turns this rank's samples of one global batch into a list of microbatches."""
 
-    def __init__(self, plan: RankBatchPlan, *, special_token_ids: Mapping[str, int], pad_token_id: int) -> None:
+    def __init__(self, plan: RankBatchPlan, expected: SampleFormat) -> None:
         """
         Args:
             plan: which samples belong to which microbatch and module.
-            special_token_ids: encoder name -> its placeholder in ``input_ids``.
-            pad_token_id: fills up sequences that are shorter than the longest of their microbatch.
-
-        Raises:
-            DataError: if the pad token is also a placeholder.
+            expected: what samples hold.
         """
-        for name, token in special_token_ids.items():
-            if token == pad_token_id:
-                raise DataError(
-                    f"pad_token_id={pad_token_id} is also the placeholder of module {name!r}, so padding would ask for "
-                    f"embeddings. Choose another pad_token_id in your MimoModule."
-                )
         self._plan = plan
-        self._special_token_ids = dict(special_token_ids)
-        self._pad_token_id = pad_token_id
+        self._expected = expected
 
     def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[Microbatch]:
-        by_position = {request.position: (request, sample) for request, sample in loaded}
+        by_position = {request.position: self._read(request, sample) for request, sample in loaded}
+        for module in self._plan.loads - {LANGUAGE}:
+            read = (sample.inputs.get(module) for sample in by_position.values())
+            check_same_arguments(module, [inputs for inputs in read if inputs is not None])
         return SharedMemoryBatch(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
 
-    def _microbatch(self, loaded: Mapping[int, tuple[SampleRequest, Sample]], microbatch: int) -> Microbatch:
-        texts = [loaded[position] for position in self._plan.text_samples(microbatch)]
-        batch = self._text(texts)
-        batch["global_positions"] = tuple(self._plan.text_samples(microbatch))
+    def _read(self, request: SampleRequest, sample: Sample) -> LoadedSample:
+        index, expected = request.index, self._expected
+        check_keys(index, sample, expected)
+        check_modules(index, sample, expected.modules)
+        text = read_text(index, sample, expected) if LANGUAGE in request.modules else None
+        ids = read_ids(index, sample, expected) if text is None else text.input_ids
+        tokens = ids.numpy()
+        placeholders = {
+            name: int(np.count_nonzero(tokens == token)) for name, token in expected.special_token_ids.items()
+        }
+        inputs = {name: read_inputs(index, sample, name, expected) for name in request.modules - {LANGUAGE}}
+        for name, each in inputs.items():
+            _check_placeholders(name, each, placeholders.get(name, 0))
+        return LoadedSample(request=request, input_ids=ids, placeholders=placeholders, text=text, inputs=inputs)
+
+    def _microbatch(self, loaded: Mapping[int, LoadedSample], microbatch: int) -> Microbatch:
+        positions = self._plan.text_samples(microbatch)
+        batch = self._text([loaded[position] for position in positions])
+        batch["global_positions"] = tuple(positions)
         batch["modality_inputs"] = {}
         batch["modality_counts"] = {}
         for module, runs in self._plan.shards.items():
             if module == LANGUAGE:
                 continue
             own = runs[microbatch]
-            samples = [loaded[position] for position in own]
-            batch["modality_inputs"][module] = _concatenate(module, samples)
+            inputs = [loaded[position].inputs[module] for position in own] if module in self._plan.loads else []
+            batch["modality_inputs"][module] = concatenate(module, inputs, self._expected)
             batch["modality_counts"][module] = self._counts(
                 module, loaded, self._plan.bridge_samples(module, microbatch), own
             )
         batch["sample_fingerprints"] = {
-            module: torch.tensor([_fingerprint_of(*loaded[position]) for position in runs[microbatch]])
+            module: torch.tensor([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
             for module, runs in self._plan.shards.items()
         }
         return batch
 
-    def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> Microbatch:
-        input_ids = _pad([sample["input_ids"] for _, sample in texts], self._pad_token_id)
+    def _text(self, samples: Sequence[LoadedSample]) -> Microbatch:
+        input_ids = _pad([sample.input_ids for sample in samples], self._expected.pad_token_id)
         batch: Microbatch = {
             "input_ids": input_ids,
             "position_ids": torch.arange(input_ids.size(1)).expand_as(input_ids),
-            "sample_indices": tuple(request.index for request, _ in texts),
-            "is_padding": tuple(request.is_padding for request, _ in texts),
-            "lengths": torch.tensor([len(sample["input_ids"]) for _, sample in texts]),
+            "sample_indices": tuple(sample.request.index for sample in samples),
+            "is_padding": tuple(sample.request.is_padding for sample in samples),
+            "lengths": torch.tensor([len(sample.input_ids) for sample in samples]),
             # Plain numbers: both sides of a bridge know from them what comes, without asking the device.
             "placeholders": {
-                module: tuple(_occurrences(sample, token) for _, sample in texts)
-                for module, token in self._special_token_ids.items()
+                module: tuple(sample.placeholders[module] for sample in samples)
+                for module in self._expected.special_token_ids
             },
         }
         if LANGUAGE in self._plan.shards:
-            masks = [sample["loss_mask"] * (0 if request.is_padding else 1) for request, sample in texts]
-            batch["labels"] = _pad([sample["labels"] for _, sample in texts], 0)
-            batch["loss_mask"] = _pad(masks, 0)
-            batch["token_order"] = token_order(input_ids, self._special_token_ids)
+            texts = [sample.text for sample in samples]
+            assert None not in texts, "a language rank reads the text of all its samples"
+            batch |= self._language(texts, [sample.request for sample in samples])
+            batch["token_order"] = token_order(input_ids, self._expected.special_token_ids)
         return batch
 
-    def _counts(
-        self, module: str, loaded: Mapping[int, tuple[SampleRequest, Sample]], seen: range, own: range
-    ) -> ModalityCounts:
-        token = self._special_token_ids[module]
+    def _language(self, texts: Sequence[Text], requests: Sequence[SampleRequest]) -> dict[str, Any]:
+        """What only the language module is given."""
+        counts = [0 if request.is_padding else 1 for request in requests]
+        labels = [
+            text.labels if count else torch.full_like(text.labels, IGNORED)
+            for text, count in zip(texts, counts, strict=True)
+        ]
+        masks = [text.loss_mask * count for text, count in zip(texts, counts, strict=True)]
+        widest = torch.float64 if any(mask.dtype == torch.float64 for mask in masks) else torch.float32
+        batch: dict[str, Any] = {
+            "labels": _pad(labels, IGNORED),
+            "loss_mask": _pad([mask.to(widest) for mask in masks], 0),
+            "custom_positions": any(text.position_ids is not None for text in texts),
+        }
+        if self._expected.position_type == "mrope" or batch["custom_positions"]:
+            batch["position_ids"] = _positions(texts, in_space=self._expected.position_type == "mrope")
+        for key in self._expected.extra_keys:
+            batch[key] = _extra(
+                key,
+                [text.extras[key] for text in texts],
+                per_token=all(_length(text.extras[key]) == len(text.input_ids) for text in texts),
+                indices=[request.index for request in requests],
+            )
+        return batch
+
+    def _counts(self, module: str, loaded: Mapping[int, LoadedSample], seen: range, own: range) -> ModalityCounts:
+        given = module in self._plan.loads
+        inputs = [loaded[position].inputs[module] if given else EncoderInputs(index=-1) for position in own]
+        embeddings = [each.embeddings for each in inputs]
+        names = next((each.rows for each in inputs if each.rows), {})
         return ModalityCounts(
-            sample_indices=tuple(loaded[position][0].index for position in seen),
-            placeholders=tuple(_occurrences(loaded[position][1], token) for position in seen),
+            sample_indices=tuple(loaded[position].request.index for position in seen),
+            placeholders=tuple(loaded[position].placeholders[module] for position in seen),
             own=range(own.start - seen.start, own.stop - seen.start),
-            items=tuple(_items(module, *loaded[position]) if module in self._plan.loads else 0 for position in own),
+            items=tuple(each.items for each in inputs),
+            embeddings=None if None in embeddings else tuple(each for each in embeddings if each is not None),
+            rows={name: tuple(each.rows.get(name, 0) for each in inputs) for name in names},
+            per_item={
+                name: tuple(row for each in inputs for row in each.per_item.get(name, ()))
+                for name in names_for_every_stage(self._expected, module)
+            },
         )
 
 
-def _fingerprint_of(request: SampleRequest, sample: Sample) -> tuple[int, int, int]:
-    """Position, index and checksum of the text, which ``sample_check`` compares over the ranks."""
-    return request.position, request.index, zlib.crc32(sample["input_ids"].numpy().tobytes())
+def _check_placeholders(module: str, inputs: EncoderInputs, placeholders: int) -> None:
+    """Compare what an encoder declares of its inputs with the placeholders."""
+    if inputs.is_declared and inputs.embeddings != placeholders:
+        raise DataError(
+            f"Sample {inputs.index}: input_ids has {placeholders} placeholder tokens for {module!r}, but its "
+            f"{inputs.items} inputs give {inputs.embeddings} embeddings by the encoder's item_sizes. Write "
+            f"{inputs.embeddings} placeholder tokens into this sample; if it was cut to a length, cut it elsewhere."
+        )
 
 
-def _occurrences(sample: Sample, token: int) -> int:
-    return int(np.count_nonzero(sample["input_ids"].numpy() == token))
+def _positions(texts: Sequence[Text], *, in_space: bool) -> torch.Tensor:
+    """int64 ``[b, s]``, or ``[3, b, s]`` in space or where a sample has it so."""
+    plain = [torch.arange(len(text.input_ids)) if text.position_ids is None else text.position_ids for text in texts]
+    if not in_space and all(positions.ndim == 1 for positions in plain):
+        return _pad(plain, 0)
+    # pad_sequence pads the first dimension.
+    columns = [positions.expand(3, -1).T for positions in plain]
+    return _pad(columns, 0).permute(2, 0, 1).contiguous()
+
+
+def _extra(key: str, values: list[Any], *, per_token: bool, indices: Sequence[int]) -> Any:
+    """Numbers as ``[b]``, tensors as ``[b, ...]`` and padded if they have an entry for each token, else a tuple."""
+    if all(isinstance(value, bool | int | float | np.number) for value in values):
+        return torch.as_tensor(np.array(values))
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return tuple(values)
+    dtypes = {value.dtype for value in values}
+    if len(dtypes) == 1 and (per_token or len({value.shape for value in values}) == 1):
+        return _pad(values, 0) if per_token else torch.stack(values)
+    found = {
+        index: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}"
+        for index, v in zip(indices, values, strict=True)
+    }
+    raise DataError(
+        f"The samples of a microbatch have {key!r} of different kinds, so they cannot be stacked, by sample: {found}. "
+        f"Give all the same dtype, and the same shape or one entry for each token."
+    )
+
+
+def _length(value: Any) -> int:
+    return len(value) if isinstance(value, torch.Tensor) and value.ndim else -1
+
+
+def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, int]:
+    """Position, index, checksum of the text, and of all else that the module takes of the sample.
+
+    ``sample_check`` compares the former over all ranks, the latter over those of the module.
+    """
+    text = zlib.crc32(sample.input_ids.numpy())
+    if module == LANGUAGE:
+        assert sample.text is not None
+        own = _checksum([sample.text.labels, sample.text.loss_mask, sample.text.position_ids])
+    elif module in sample.inputs:
+        inputs = sample.inputs[module].arguments
+        own = _checksum([value for encoder in sorted(inputs) for _, value in sorted(inputs[encoder].items())])
+    else:
+        own = NOT_LOADED
+    return sample.request.position, sample.request.index, text, own
+
+
+def _checksum(values: Sequence[torch.Tensor | Ragged | None]) -> int:
+    """Of dtypes, shapes, and some of the bytes: a sum over whole images would cost as much as loading them."""
+    checksum = 0
+    for value in values:
+        for tensor in value if isinstance(value, Ragged) else (value,):
+            if tensor is None:
+                continue
+            content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            step = -(-content.size // _BYTES_OF_A_FINGERPRINT) | 1  # odd, so that it meets every byte of a number
+            checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(content[::step]), checksum)
+    return checksum
 
 
 def _pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
     return pad_sequence(sequences, batch_first=True, padding_value=value)
-
-
-def _items(module: str, request: SampleRequest, sample: Sample) -> int:
-    """Number of images (clips, …) of one sample, checked over all encoder arguments."""
-    numbers = {
-        f"{encoder}.{name}": value.size(0)
-        for encoder, arguments in sample.get("modality_inputs", {}).get(module, {}).items()
-        for name, value in arguments.items()
-    }
-    if len(set(numbers.values())) > 1:
-        raise DataError(
-            f"Sample {request.index}: the inputs of module {module!r} differ in their first dimension, the number of "
-            f"items: {numbers}. They must agree."
-        )
-    return next(iter(numbers.values()), 0)
-
-
-def _concatenate(
-    module: str, loaded: Sequence[tuple[SampleRequest, Sample]]
-) -> dict[str, dict[str, torch.Tensor]] | None:
-    """``{encoder: {arg: [items of all samples, …]}}``, or None where no sample says what the arguments look like.
-
-    Where there is not one item, an item of zeros stands in, because few encoders take an empty batch; the model drops
-    its embeddings again, so every parameter still gets its (zero) gradient.
-    """
-    inputs = [sample.get("modality_inputs", {}).get(module) for _, sample in loaded]
-    inputs = [each for each in inputs if each]
-    if not inputs:
-        return None
-    result: dict[str, dict[str, torch.Tensor]] = {}
-    for encoder, arguments in inputs[0].items():
-        result[encoder] = {}
-        for name in arguments:
-            together = torch.cat([each[encoder][name] for each in inputs])
-            if together.size(0) == 0:
-                together = together.new_zeros((1, *together.shape[1:]))
-            result[encoder][name] = together
-    return result

@@ -8,6 +8,7 @@ the layout.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
@@ -25,10 +26,12 @@ from torch.utils.data import (
     Sampler,
     SequentialSampler,
     Subset,
+    default_collate,
 )
 
-from lightning_mimo.data.collation import MicrobatchCollator, Sample, SampleRequest
+from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.prefetch import LoadsAhead
+from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
@@ -63,7 +66,8 @@ class SeededSampler(Sampler[int]):
             return
         with isolate_rng(include_cuda=False):
             _seed_generators(seed_for(self._seed, f"order/{self.epoch}"))
-            order = list(self._sampler)
+            # An endless sampler is taken at its word, its length.
+            order = list(islice(self._sampler, len(self)))
         yield from order
 
 
@@ -89,7 +93,7 @@ class RankBatchSampler(BatchSampler):
         batch: list[int] = []
         done, self.skip = self.skip * self.batch_size, 0
         for index in islice(self._order, done, None):
-            batch.append(index)
+            batch.append(_as_index(index))
             if len(batch) == self.batch_size:
                 yield self._requests(batch)
                 batch = []
@@ -130,6 +134,16 @@ class ModalityDataset(Dataset):
         return self._load(request.index, request.modules)
 
 
+def _as_index(index: object) -> int:
+    try:
+        return operator.index(index)  # type: ignore[arg-type]  # the error is what is asked for
+    except TypeError:
+        raise DataError(
+            f"The sampler yields {index!r}, a {type(index).__name__}, but must yield indices of the dataset, whole "
+            f"numbers."
+        ) from None
+
+
 def _seed_generators(seed: int) -> None:
     """The default generators of Python, numpy and torch's CPU."""
     random.seed(seed)
@@ -140,24 +154,20 @@ def _seed_generators(seed: int) -> None:
 class ResumableLoader(DataLoader):
     """A DataLoader that can begin in the middle of an epoch. How far a run has come, the strategy knows.
 
-    Without workers, the next batch can be loaded early. That changes no random number: every sample has its own.
+    The next batch can be loaded early. That changes no random number: every sample has its own.
     """
 
     _batches: LoadsAhead | None = None
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
-        if self.num_workers:
-            if not isinstance(self.worker_init_fn, EndWithRank):  # here: Lightning sets one of its own until now
-                self.worker_init_fn = EndWithRank(self.worker_init_fn)
-            return super().__iter__()
-        batches = super().__iter__()
-        self._batches = LoadsAhead(batches)
+        if self.num_workers and not isinstance(self.worker_init_fn, EndWithRank):
+            self.worker_init_fn = EndWithRank(self.worker_init_fn)  # here: Lightning sets one of its own until now
+        self._batches = LoadsAhead(super().__iter__())
         return self._batches
 
-    def load_ahead(self) -> None:
-        """Load the next batch now, unless there are workers that do so anyway."""
-        if self._batches is not None:
-            self._batches.load_ahead()
+    def load_ahead(self) -> list[Microbatch] | None:
+        """Load the next batch now, or take it from a worker; ``None`` if there is none."""
+        return None if self._batches is None else self._batches.load_ahead()
 
     def state_dict(self) -> dict[str, int]:
         """What the strategy fills in when it saves a checkpoint."""
@@ -170,28 +180,23 @@ class ResumableLoader(DataLoader):
 
 
 def shard_dataloader(
-    loader: DataLoader,
-    plan: RankBatchPlan,
-    *,
-    special_token_ids: Mapping[str, int],
-    pad_token_id: int,
-    seed: int,
+    loader: DataLoader, plan: RankBatchPlan, *, sample_format: SampleFormat, seed: int
 ) -> ResumableLoader:
     """Rebuild a DataLoader that was written for one process for one rank.
 
     Args:
         loader: over a map-style dataset, with ``batch_size`` 1 or the global batch. Its sampler, ``drop_last`` and
-            worker settings are kept; its ``collate_fn`` is replaced.
+            worker settings are kept.
         plan: this rank's share.
-        special_token_ids: encoder name -> its placeholder in ``input_ids``.
-        pad_token_id: fills up short sequences.
+        sample_format: what samples hold.
         seed: the run's seed, the same on all ranks.
 
     Returns:
         A loader that yields, per global batch, the list of this rank's microbatches.
 
     Raises:
-        DataError: for an IterableDataset, a DistributedSampler, a custom batch sampler, or another batch size.
+        DataError: for an IterableDataset, a DistributedSampler, a custom batch sampler, a sampler without a length, a
+            ``collate_fn``, a subclass that iterates in its own way, or another batch size.
     """
     _check_loader(loader, plan.global_batch_size)
     sampler = _batch_sampler_of(loader)
@@ -199,7 +204,7 @@ def shard_dataloader(
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
         batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
-        collate_fn=MicrobatchCollator(plan, special_token_ids=special_token_ids, pad_token_id=pad_token_id),
+        collate_fn=MicrobatchCollator(plan, sample_format),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -210,6 +215,23 @@ def shard_dataloader(
         # Not the default generator, from which dropout draws on a CPU: a run that goes on iterates once more.
         generator=torch.Generator().manual_seed(seed_for(seed, "loader")),
     )
+
+
+def sampler_length(loader: DataLoader) -> int:
+    """Samples in an epoch, from the loader's sampler.
+
+    Raises:
+        DataError: if the sampler does not say.
+    """
+    sampler = _batch_sampler_of(loader).sampler
+    try:
+        return len(sampler)
+    except (TypeError, NotImplementedError):
+        raise DataError(
+            f"The sampler {type(sampler).__name__} has no __len__, so it cannot be told when an epoch is over, nor "
+            f"whether all ranks go through the same samples. Give it a __len__, the number of samples in an epoch; an "
+            f"endless sampler is taken to end there."
+        ) from None
 
 
 def _check_loader(loader: DataLoader, global_batch_size: int) -> None:
@@ -237,6 +259,27 @@ def _check_loader(loader: DataLoader, global_batch_size: int) -> None:
             "The DataLoader has a DistributedSampler, but MimoStrategy divides samples itself, differently for each "
             "module. Leave the sampler out and write shuffle=True where you want it."
         )
+    _check_own_code(loader)
+    sampler_length(loader)
+
+
+def _check_own_code(loader: DataLoader) -> None:
+    """Refuse code of the user's that would never be called."""
+    if loader.collate_fn is not default_collate:
+        name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
+        raise DataError(
+            f"The DataLoader has collate_fn={name}, which would not be called: every rank takes other samples of the "
+            f"global batch, for its own modules, and puts them together itself. Leave collate_fn out and do its work "
+            f"for each sample, in the dataset's __getitem__; samples of different lengths are padded."
+        )
+    kind = type(loader)
+    own = [name for name in ("__iter__", "__len__") if getattr(kind, name) is not getattr(DataLoader, name)]
+    if own and not isinstance(loader, ResumableLoader):
+        raise DataError(
+            f"{kind.__name__} has its own {' and '.join(own)}, which would not be called: MimoStrategy builds a loader "
+            f"of its own for every rank. Use a torch.utils.data.DataLoader, and put what {own[0]} does into the "
+            f"dataset or the sampler."
+        )
 
 
 def _batch_sampler_of(loader: DataLoader) -> object:
@@ -254,8 +297,6 @@ def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
         return load
 
     def load_all(index: int, modules: frozenset[str]) -> Sample:
-        sample = dataset[index]
-        inputs = {name: value for name, value in sample.get("modality_inputs", {}).items() if name in modules}
-        return {**sample, "modality_inputs": inputs}
+        return dataset[index]  # what is for other modules is not looked at
 
     return load_all

@@ -1,4 +1,4 @@
-"""The next batch of a DataLoader without workers, loaded while the rank would wait for others."""
+"""The next batch of a DataLoader, loaded while the rank would wait for others."""
 
 from __future__ import annotations
 
@@ -25,12 +25,16 @@ class LoadsAhead(Iterator[list[Microbatch]]):
         ahead, self._ahead = self._ahead, None
         return ahead.result()
 
-    def load_ahead(self) -> None:
-        """Load the next batch, if that has not been done. What goes wrong is raised when the batch is asked for."""
-        if self._ahead is not None:
-            return
-        self._ahead = Future()
-        try:
-            self._ahead.set_result(next(self._batches))
-        except Exception as error:  # the end of the batches, too
-            self._ahead.set_exception(error)
+    def load_ahead(self) -> list[Microbatch] | None:
+        """Load the next batch, if that has not been done. What goes wrong is raised when the batch is asked for.
+
+        Returns:
+            The batch; ``None`` if something went wrong, or there is none.
+        """
+        if self._ahead is None:
+            self._ahead = Future()
+            try:
+                self._ahead.set_result(next(self._batches))
+            except Exception as error:  # the end of the batches, too
+                self._ahead.set_exception(error)
+        return None if self._ahead.exception() else self._ahead.result()

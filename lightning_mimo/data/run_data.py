@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_mimo.data.data_state import DataState
-from lightning_mimo.data.loader import ResumableLoader, shard_dataloader
+from lightning_mimo.data.loader import ResumableLoader, sampler_length, shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.microbatch import Microbatch
 
 
 class RunData:
@@ -35,8 +36,7 @@ class RunData:
         self,
         loader: object,
         *,
-        special_token_ids: Mapping[str, int],
-        pad_token_id: int,
+        sample_format: SampleFormat,
         seed: int,
         training: bool,
     ) -> DataLoader:
@@ -44,8 +44,7 @@ class RunData:
 
         Args:
             loader: as for one process.
-            special_token_ids: encoder module -> the placeholder token of one of its embeddings.
-            pad_token_id: fills up short sequences.
+            sample_format: what samples hold.
             seed: of the order of samples and their augmentation, the same on all ranks.
             training: whether it is what the run trains on.
 
@@ -58,23 +57,17 @@ class RunData:
                 f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(loader).__name__}. "
                 f"Return a DataLoader over a map-style dataset."
             )
-        sharded = shard_dataloader(
-            loader,
-            self._plan,
-            special_token_ids=special_token_ids,
-            pad_token_id=pad_token_id,
-            seed=seed,
-        )
+        sharded = shard_dataloader(loader, self._plan, sample_format=sample_format, seed=seed)
         samples = len(loader.dataset)
-        _check_same_length(samples)
+        _check_same_lengths(samples, sampler_length(loader))
         if training:
             self._training_samples, self._training = samples, sharded
             self._check_saved(samples)
         return sharded
 
-    def load_ahead(self) -> None:
-        """Load the next batch to train on now."""
-        self._training.load_ahead()
+    def load_ahead(self) -> list[Microbatch] | None:
+        """Load the next batch to train on now; ``None`` if there is none."""
+        return None if self._training is None else self._training.load_ahead()
 
     def data_state(self, *, seed: int, batches: int) -> DataState | None:
         """Where the run is after some batches of the epoch; ``None`` where nothing is trained on."""
@@ -97,11 +90,13 @@ class RunData:
             )
 
 
-def _check_same_length(length: int) -> None:
+def _check_same_lengths(samples: int, drawn: int) -> None:
+    """Collective over the world."""
     lengths: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lengths, length)
-    if len(set(lengths)) > 1:
-        raise DataError(
-            f"The dataset has a different length on different ranks: {dict(enumerate(lengths))}. Every rank must "
-            f"see the same samples under the same indices."
-        )
+    dist.all_gather_object(lengths, (samples, drawn))
+    for what, found in zip(("dataset", "sampler"), zip(*lengths, strict=True), strict=True):
+        if len(set(found)) > 1:
+            raise DataError(
+                f"The {what} has a different length on different ranks: {dict(enumerate(found))}. Every rank must "
+                f"see the same samples under the same indices, in the same order."
+            )

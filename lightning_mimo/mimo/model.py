@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -22,6 +22,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
 from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
+from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
 from lightning_mimo.upstream.torch import _BatchNorm
@@ -45,10 +46,11 @@ class RaggedMimoModel(MimoModel):
         self._seed = seed
         self._modality_counts: Mapping[str, ModalityCounts] = {}
         self._token_order: TokenOrder | None = None
-        self._output_ndim: dict[torch.nn.Module, int] = {}
+        self._uniform: set[torch.nn.Module] = set()  # encoders whose last output was [items, tokens, hidden]
         groups = infra.pg_collections.get(LANGUAGE)
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
         self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
+        self._rotary = follow_positions(self.language_model) if groups else None
         self._text_token = next(token for token in count() if token not in self.special_token_ids.values())
         for name in self.modality_submodules:
             for encoder in _encoders_of(self, name):
@@ -57,15 +59,18 @@ class RaggedMimoModel(MimoModel):
     def _look_at_output(
         self, name: str, encoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note how many dimensions an encoder's output has, and refuse one that is not batch first."""
+        """Note whether an encoder made the same number of embeddings of every item, and refuse a wrong order."""
         # As upstream's encode: the first of a tuple holds the embeddings.
         embeddings = output[0] if isinstance(output, tuple) else output
-        self._output_ndim[encoder] = embeddings.ndim
-        items = {value.size(0) for value in kwargs.values() if isinstance(value, torch.Tensor) and value.ndim}
-        whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
-        if whole and embeddings.ndim == 3 and len(items) == 1 and embeddings.size(0) not in items:
+        counts = self._modality_counts.get(name)
+        items = 0 if counts is None else sum(counts.items) or 1  # the stand-in for none
+        self._uniform.discard(encoder)
+        if embeddings.ndim == 3 and embeddings.size(0) == items:
+            self._uniform.add(encoder)
+        is_whole = self.role.is_first_stage(name) and self.role.is_last_stage(name)
+        if counts is not None and is_whole and embeddings.ndim == 3 and embeddings.size(0) != items:
             raise DataError(
-                f"Module {name!r}: {type(encoder).__name__} was given {items.pop()} items and returned embeddings of "
+                f"Module {name!r}: {type(encoder).__name__} was given {items} items and returned embeddings of "
                 f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
                 f"would get each other's features. Megatron's transformers return (tokens, items, hidden): add "
                 f".transpose(0, 1)."
@@ -83,6 +88,7 @@ class RaggedMimoModel(MimoModel):
         *,
         modality_counts: Mapping[str, ModalityCounts] | None = None,
         token_order: TokenOrder | None = None,
+        custom_positions: bool = False,
     ) -> tuple[Any, torch.Tensor | None]:
         """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
 
@@ -91,7 +97,7 @@ class RaggedMimoModel(MimoModel):
 
         Args:
             input_ids: as in MimoModel, like all others.
-            position_ids: int64 ``[b, s]``.
+            position_ids: int64 ``[b, s]``, or ``[3, b, s]`` for multimodal rotary positions.
             attention_mask: ``None`` for causal attention.
             loss_mask: ``[b, s]``, handed through.
             labels: int64 ``[b, s]``; with them the language module returns token losses in place of logits.
@@ -99,6 +105,7 @@ class RaggedMimoModel(MimoModel):
             packing_kwargs: for packed sequences.
             modality_counts: encoder name -> counts, for the encoders of this rank.
             token_order: of ``input_ids``, for the language module; ``None`` to find it out on the device.
+            custom_positions: whether ``position_ids`` is other than 0, 1, 2, …, which rotary positions are without it.
         """
         self._modality_counts = modality_counts or {}
         self._token_order = token_order
@@ -108,6 +115,8 @@ class RaggedMimoModel(MimoModel):
         def fill(tensor: torch.Tensor | None, value: int = 0) -> torch.Tensor | None:
             return tensor if tensor is None or not missing else pad(tensor, (0, missing), value=value)
 
+        if self._rotary is not None:
+            self._rotary.positions = fill(position_ids) if custom_positions else None
         output, mask = super().forward(
             # What has an order is filled up when everything is in its place.
             input_ids if token_order is not None else fill(input_ids, self._text_token),
@@ -118,6 +127,7 @@ class RaggedMimoModel(MimoModel):
             modality_inputs,
             packing_kwargs,
         )
+        self._modality_counts = {}  # an encoder that is called by itself has none
         if missing and isinstance(output, torch.Tensor):
             output = output[:, :length]
         return output, mask if mask is None else mask[:, :length]
@@ -150,6 +160,23 @@ class RaggedMimoModel(MimoModel):
         missing = -combined.size(0) % self._sequence_divisor
         return pad(combined, (0, 0, 0, 0, 0, missing)) if missing else combined
 
+    def sample_limits(self) -> dict[str, Any]:
+        """What the modules ask of samples: fields of :class:`lightning_mimo.data.sample_format.SampleFormat`."""
+        language = self.mimo_config.language_model_spec.params
+        return {
+            "vocab_size": language.get("vocab_size"),
+            "max_sequence_length": language.get("max_sequence_length"),
+            "position_type": language.get("position_embedding_type"),
+            "modules": tuple(self.mimo_config.modality_submodules_spec),
+            "encoders": {
+                name: {
+                    encoder: getattr(module, "item_sizes", None)
+                    for encoder, module in unwrap_model(self.modality_submodules[name]).encoders.items()
+                }
+                for name in self.modality_submodules
+            },
+        }
+
     def _initialize_submodules(self) -> None:
         # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
         # depend on which other modules this rank builds.
@@ -159,6 +186,7 @@ class RaggedMimoModel(MimoModel):
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
             )
+            _check_one_encoder(name, _encoders_of(self, name))
 
     def _initialize_language_model(self) -> None:
         _seed_generators(seed_for(self._seed, LANGUAGE))
@@ -173,6 +201,11 @@ class RaggedMimoModel(MimoModel):
         for name in self.role.modality_module_names:
             if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
                 self._modality_counts[name].check_rows(name, 0, uniform=True)
+            if not self.role.is_first_stage(name) and (per_item := self._modality_counts[name].per_item):
+                unwrap_model(self.modality_submodules[name]).stage_arguments = {
+                    argument: torch.tensor(rows, dtype=torch.int64, device=torch.cuda.current_device())
+                    for argument, rows in per_item.items()
+                }
         outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
         return {
             name: self._own_rows(name, output) if self.role.is_last_stage(name) else output
@@ -204,7 +237,7 @@ class RaggedMimoModel(MimoModel):
 
     def _is_uniform(self, name: str) -> bool:
         """Whether an encoder makes the same number of embeddings of every item: it returned ``[n, tokens, hidden]``."""
-        return all(self._output_ndim.get(encoder) == 3 for encoder in _encoders_of(self, name))
+        return self._uniform.issuperset(_encoders_of(self, name))
 
     def _build_colocated_communicators(self) -> None:
         for name in self._infra.layout.encoders:
@@ -289,6 +322,17 @@ def construct_mimo_model(
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
     return list(unwrap_model(model.modality_submodules[name]).encoders.values())
+
+
+def _check_one_encoder(name: str, encoders: Sequence[torch.nn.Module]) -> None:
+    """Refuse encoders whose embeddings would go to each other's samples."""
+    if len(encoders) > 1:
+        raise DataError(
+            f"Module {name!r} has {len(encoders)} encoders ({', '.join(type(each).__name__ for each in encoders)}): "
+            f"MimoModel puts the embeddings of all samples by the first one before those by the second, so samples "
+            f"would get each other's. Give each encoder a module and a placeholder of its own, or write one encoder "
+            f"that calls both and puts their tokens side by side: [items, tokens, hidden]."
+        )
 
 
 def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:

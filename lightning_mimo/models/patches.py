@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -109,7 +111,16 @@ def _vit_layer(attention: AttentionKind) -> ModuleSpec:
 
 
 class PipelinedSubmodules(ModalitySubmodules):
-    """Modality whose encoder may span pipeline stages: upstream's skip the encoder on later stages."""
+    """Modality whose encoder may span pipeline stages: upstream's skip the encoder on later stages.
+
+    An encoder that takes ragged items passes on ``[rows, 1, hidden]``, returns ``[rows, hidden]`` on its last stage,
+    and is given on later stages what its ``item_sizes.every_stage`` names.
+
+    Attributes:
+        stage_arguments: int64 ``[items, n]``, for the next forward pass of a later stage.
+    """
+
+    stage_arguments: Mapping[str, torch.Tensor] = MappingProxyType({})
 
     def forward(
         self, encoder_inputs: dict[str, Any] | None = None, hidden_states: torch.Tensor | None = None
@@ -124,7 +135,7 @@ class PipelinedSubmodules(ModalitySubmodules):
         assert hidden_states is not None, "later stages continue from the one before"
         if hidden_states.ndim == 2:
             return hidden_states  # MimoModel's empty output: no item at all on the stages before
-        output = encoder(hidden_states=hidden_states)
+        output = encoder(hidden_states=hidden_states, **self.stage_arguments)
         if not self.is_last_stage:
             return output
         return self.project_embeddings([output.reshape(-1, output.size(-1))], is_input=True)

@@ -40,6 +40,9 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
         accumulated_tokens: scalar, ``tokens`` of the same.
         stops: scalar, how many ranks want the run to end.
         group_squares: ``[parameter groups]``, squared gradient norms; empty where no optimizer step follows.
+        samples: ``[n]``, see :meth:`lightning_mimo.data.sample_check.SampleChecksums.figures`; empty where no optimizer
+            step follows.
+        next_samples: ``[n]``, the same of the batch that follows, as far as it has been loaded.
         telemetry: ``[n]``, see :meth:`lightning_mimo.observe.telemetry.Telemetry.figures`; empty in most steps.
     """
 
@@ -50,6 +53,8 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
     accumulated_tokens: Scalar = field(default_factory=_zero)
     stops: Scalar = field(default_factory=_zero)
     group_squares: Vector = field(default_factory=_nothing)
+    samples: Vector = field(default_factory=_nothing)
+    next_samples: Vector = field(default_factory=_nothing)
     telemetry: Vector = field(default_factory=_nothing)
 
     def pack(self) -> torch.Tensor:

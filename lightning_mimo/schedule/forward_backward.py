@@ -116,7 +116,7 @@ class GlobalBatchSchedule:
         loss: LossFunction,
         *,
         optimizer: SingleSyncMimoOptimizer | None,
-        figures: DeviceReduction | None = None,
+        figures: Callable[[], DeviceReduction] = StepReduction,
     ) -> DeviceReduction:
         """Forward and backward of all microbatches.
 
@@ -128,7 +128,8 @@ class GlobalBatchSchedule:
             optimizer: what steps on the gradients once this batch, the last one of its accumulation, is done. They are
                 then reduced and divided by the loss tokens of all batches of the accumulation. ``None`` keeps them
                 unreduced, because more batches of the same accumulation follow.
-            figures: what this rank adds beside loss, metrics and gradient norms, which are filled in here.
+            figures: called when all passes are done: what this rank adds beside loss, metrics and gradient norms,
+                which are filled in here.
 
         Returns:
             Sums over all ranks, for the optimizer's step where there is one.
@@ -139,7 +140,7 @@ class GlobalBatchSchedule:
         self._model.config.no_sync_func = contextlib.nullcontext if self._is_accumulating else self._no_sync
         with self._no_sync() if self._is_accumulating else contextlib.nullcontext():
             results = self._run(microbatches, forward, loss, forward_only=False)
-        own = self._accumulate(self._add_losses(figures or StepReduction(), results, training=True))
+        own = self._accumulate(self._add_losses(figures(), results, training=True))
         if optimizer is None:
             return self._all_reduce(own)
         with self._infra.spans.span(_NORMS):
@@ -159,7 +160,7 @@ class GlobalBatchSchedule:
         *,
         figures: DeviceReduction | None = None,
     ) -> DeviceReduction:
-        """Forward of all microbatches; arguments and result as for :meth:`train`."""
+        """Forward of all microbatches; result and arguments as for :meth:`train`, but ``figures`` is what is added."""
         results = self._run(microbatches, forward, loss, forward_only=True)
         return self._all_reduce(self._add_losses(figures or StepReduction(), results, training=False))
 

@@ -124,7 +124,19 @@ def _check_prompts(microbatch: Microbatch, placeholders: Mapping[str, int]) -> N
 def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int, placeholders: Mapping[str, int]) -> Microbatch:
     """A copy whose sequences are longer by ``columns``; what stands there comes after all that is read."""
     input_ids = torch.nn.functional.pad(microbatch["input_ids"], (0, columns), value=pad_token_id)
-    positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+    positions = _continued(microbatch["position_ids"], prompt_lengths(microbatch), columns)
     # Only text is written, and no placeholder comes behind the prompt: the order stays.
     order = TokenOrder(*(each.to(input_ids.device) for each in token_order(input_ids.cpu(), placeholders)))
     return {**microbatch, "input_ids": input_ids, "position_ids": positions, "token_order": order}
+
+
+def _continued(positions: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
+    """Positions of the prompts, ``[..., b, s]``, then of what is written: one above the largest, and so on."""
+    padded = torch.nn.functional.pad(positions, (0, columns))
+    places = torch.arange(padded.size(-1), device=padded.device)
+    is_prompt = places < lengths.unsqueeze(1)
+    largest = padded.where(is_prompt, -1).amax(dim=-1)
+    if largest.ndim > 1:  # multimodal: text has the same in all three rows
+        largest = largest.amax(dim=0)
+    written = (largest + 1 - lengths).unsqueeze(1) + places
+    return padded.where(is_prompt, written)

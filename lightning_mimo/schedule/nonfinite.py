@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.microbatch import Microbatch, Ragged
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.mimo.parameter_names import named_parameters_of
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -116,15 +116,16 @@ class _Watch:
 
         return look
 
-    def _inputs(self, module: str, inputs: dict[str, dict[str, torch.Tensor]]) -> None:
+    def _inputs(self, module: str, inputs: dict[str, dict[str, torch.Tensor | Ragged]]) -> None:
         counts = self._batch["modality_counts"][module]
-        own = counts.sample_indices[counts.own.start : counts.own.stop]
-        of_item = [index for index, items in zip(own, counts.items, strict=True) for _ in range(items)]
         for encoder, arguments in inputs.items():
-            for name, value in arguments.items():
-                if value.is_floating_point() and of_item and not value.isfinite().all():
+            for name, argument in arguments.items():
+                value = argument.values if isinstance(argument, Ragged) else argument
+                rows = counts.rows.get(f"{encoder}.{name}", ())
+                of_row = [index for index, n in zip(counts.own_indices, rows, strict=False) for _ in range(n)]
+                if value.is_floating_point() and of_row and not value.isfinite().all():
                     bad = (~value.isfinite()).flatten(1).any(dim=1).tolist()
-                    samples = {index for index, is_bad in zip(of_item, bad, strict=True) if is_bad}
+                    samples = {index for index, is_bad in zip(of_row, bad, strict=True) if is_bad}
                     what = f"the input {encoder}.{name}"
                     self._note(module, what, phase=Phase.INPUTS, samples=tuple(sorted(samples)))
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mimo.checkpoint.saving import Generators, generators
-from lightning_mimo.data.sample_check import check_samples
+from lightning_mimo.data.sample_check import SampleChecksums, check_samples
 from lightning_mimo.errors import ConfigError, DataError, NonFiniteError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -63,7 +63,7 @@ class BatchRunner:
         on_nonfinite: str,
         signals: Signals,
         telemetry: bool,
-        load_ahead: Callable[[], None],
+        load_ahead: Callable[[], Batch | None],
         metrics: StepMetrics | None,
     ) -> None:
         """Collective over the world: builds the bridges.
@@ -78,7 +78,8 @@ class BatchRunner:
             on_nonfinite: as for MimoStrategy.
             signals: what this rank was told.
             telemetry: whether to find out what each module does.
-            load_ahead: loads the next batch to train on; called once a batch, where this rank would wait for others.
+            load_ahead: loads the next batch to train on, and returns it if there is one; called once a batch, where
+                this rank would wait for others.
             metrics: where what a step came to is shown; ``None`` for nowhere.
         """
         self.is_accumulating = False
@@ -89,6 +90,8 @@ class BatchRunner:
         self._signals = signals
         self._load_ahead = load_ahead
         self._may_load_ahead = False
+        self._ahead: Batch | None = None
+        self._next_differs = False
         self._metrics = metrics
         self._module = module
         self._infra = infra
@@ -101,6 +104,7 @@ class BatchRunner:
         )
         self._generators: Generators | None = None  # as they were before the accumulation; None between two
         self._last: tuple[Batch, int] | None = None
+        self._samples = self._checksums()  # of the batches of the accumulation
         self._losses: list[tuple[int, torch.Tensor]] = []  # of the batches of the accumulation
         self._step_started = 0.0
 
@@ -123,14 +127,14 @@ class BatchRunner:
         optimizer.outcome = None
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
-        self._may_load_ahead = self._another_follows(batch_idx)
+        self._may_load_ahead, self._ahead = self._another_follows(batch_idx), None
         with self._module.microbatches():
             totals = self._schedule.train(
                 batch,
                 self._training_step(batch_idx),
                 self._module.loss,
                 optimizer=None if self.is_accumulating else optimizer.mimo,
-                figures=self._figures_of_this_rank(batch),
+                figures=lambda: self._figures_of_this_rank(batch),
             )
         loss = totals.mean_loss
         self._losses.append((batch_idx, loss))
@@ -148,7 +152,7 @@ class BatchRunner:
             optimizer: says what came of it.
 
         Raises:
-            DataError: if ``MimoModule.loss`` counted what is no number of tokens.
+            DataError: if ranks held different samples, or ``MimoModule.loss`` counted what is no number of tokens.
             NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
                 merely too large or such steps are to be left out.
         """
@@ -156,6 +160,15 @@ class BatchRunner:
         outcome = optimizer.outcome
         assert outcome is not None and self._last is not None, "the optimizer has stepped on the last batch"
         self.must_stop = outcome.stop
+        samples, self._samples = self._samples, self._checksums()
+        self._next_differs = samples.differ(outcome.totals.next_samples)
+        try:
+            samples.check(outcome.totals.samples)
+        except DataError as error:
+            raise DataError(
+                f"{error} This step has been taken with it: go on from the last checkpoint. "
+                f"MimoStrategy(check_samples='always') compares before a batch is learned from."
+            ) from None
         (batch, batch_idx), self._last = self._last, None
         self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))
         losses, self._losses = self._losses, []
@@ -201,11 +214,17 @@ class BatchRunner:
         if self._may_load_ahead:
             self._may_load_ahead = False
             with self._infra.spans.span(_LOAD):
-                self._load_ahead()
+                self._ahead = self._load_ahead()
 
     def _figures_of_this_rank(self, batch: Batch) -> DeviceReduction:
         """What the other ranks are to learn of this one with the step."""
         figures = self._stops()
+        self._samples.add(batch)
+        if not self.is_accumulating:
+            self._load_next()
+            following = self._checksums()
+            following.add(self._ahead or [])
+            figures = replace(figures, samples=self._samples.figures(), next_samples=following.figures())
         if self._telemetry is None:
             return figures
         self._telemetry.count(batch)
@@ -294,6 +313,8 @@ class BatchRunner:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
         self._check_samples(batch, batch_idx)
+        samples = self._checksums()
+        samples.add(batch)
         self._step_started = self._step_ended = 0.0  # or the next training step would be charged with the validation
         self._infra.spans.keep = False
         with self._module.microbatches():
@@ -301,9 +322,10 @@ class BatchRunner:
                 batch,
                 lambda microbatch: step(microbatch, batch_idx, *dataloader_idx),
                 self._module.loss,
-                figures=self._stops(),
+                figures=replace(self._stops(), samples=samples.figures()),
             )
         figures = totals.read()
+        samples.check(figures.samples)
         self.must_stop = figures.stops > 0
         self._log(stage, figures)
         return totals.mean_loss.float()
@@ -340,8 +362,17 @@ class BatchRunner:
         return lambda microbatch: self._module.training_step(microbatch, batch_idx)
 
     def _check_samples(self, batch: Batch, batch_idx: int) -> None:
-        if self._check == "always" or (self._check == "first" and batch_idx == 0):
+        is_due = self._check == "always" or (self._check == "first" and batch_idx == 0)
+        if is_due or self._next_differs:
             check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
+
+    def _checksums(self) -> SampleChecksums:
+        return SampleChecksums(
+            self._infra.layout,
+            global_batch_size=self._global_batch_size,
+            device=self._device,
+            enabled=self._check != "never",
+        )
 
     def _log(self, stage: str, figures: HostReduction) -> None:
         """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""

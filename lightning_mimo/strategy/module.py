@@ -14,6 +14,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from lightning_mimo.data.sample_format import KEYS, SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -36,7 +37,9 @@ class MimoModule(pl.LightningModule):
     The steps are per microbatch: the strategy cuts a global batch into microbatches and sends them through Megatron's
     schedule, which calls :meth:`training_step` (or its siblings) for each, and :meth:`loss` where the last stage of
     the language module is. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``), on ranks of the
-    language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
+    language module ``labels`` (int64 ``[b, s]``), ``loss_mask`` (``[b, s]``) and the ``extra_keys``, and
+    ``modality_inputs``; see :class:`lightning_mimo.microbatch.Microbatch`. What samples hold says
+    :class:`lightning_mimo.data.sample_format.SampleFormat`.
 
     All other hooks of Lightning run in its order and as often as on one device. The schedule interleaves the forward
     and backward passes of the microbatches, so both lie before ``on_before_zero_grad``, the first hook of a batch after
@@ -49,18 +52,40 @@ class MimoModule(pl.LightningModule):
     :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
-    def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        pad_token_id: int = 0,
+        max_new_tokens: int = 16,
+        frozen: Sequence[str] = (),
+        labels_shifted: bool = True,
+        extra_keys: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             pad_token_id: fills up ``input_ids`` where samples of a microbatch differ in length.
             max_new_tokens: tokens that ``predict`` writes for each sample.
             frozen: what is not trained: names of modules (``"images"``, ``"language"``) or of parts of them
                 (``"images.encoders"`` leaves the projector). Nothing is sent back to or reduced for what is frozen.
+            labels_shifted: whether a sample's ``labels[t]`` is the token after ``input_ids[t]``. ``False`` for labels
+                as transformers takes them, equal to ``input_ids`` where they count and -100 elsewhere.
+            extra_keys: keys of every sample beside the known ones, for :meth:`loss`. A microbatch holds under each:
+                numbers as ``[b]``, tensors of one shape as ``[b, ...]``, tensors with an entry for each token as
+                ``[b, s]`` and padded with 0, anything else as a tuple of ``b``.
+
+        Raises:
+            ConfigError: if one of ``extra_keys`` is a key that microbatches have anyway.
         """
         super().__init__()
+        taken = [key for key in extra_keys if key in Microbatch.__annotations__ or key in KEYS]
+        if taken or isinstance(extra_keys, str):
+            what = f"holds {taken[0]!r}, which has a meaning of its own" if taken else "is a string"
+            raise ConfigError(f"extra_keys={extra_keys!r} {what}. Give a list of other names, those of your samples.")
         self.pad_token_id = pad_token_id
         self.max_new_tokens = max_new_tokens
         self.frozen = tuple(frozen)
+        self.labels_shifted = labels_shifted
+        self.extra_keys = tuple(extra_keys)
         self.model: RaggedMimoModel | None = None
         self._sees_microbatches = False
 
@@ -158,6 +183,7 @@ class MimoModule(pl.LightningModule):
         output, _ = self.mimo_model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
+            custom_positions=batch.get("custom_positions", False),
             attention_mask=None,
             modality_inputs=self._first_stage_inputs(batch["modality_inputs"]),
             modality_counts=batch["modality_counts"],
@@ -240,6 +266,17 @@ class MimoModule(pl.LightningModule):
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Do nothing: the schedule ran the backward passes of all microbatches, after the forward pass of each."""
+
+    def sample_format(self) -> SampleFormat:
+        """What the samples of this run hold, as far as the model says so. Its modules must have been built."""
+        return SampleFormat(
+            **self.mimo_model.sample_limits(),
+            special_token_ids=self.mimo_model.special_token_ids,
+            pad_token_id=self.pad_token_id,
+            labels_shifted=self.labels_shifted,
+            labels_required=not self.trainer.predicting,
+            extra_keys=self.extra_keys,
+        )
 
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""

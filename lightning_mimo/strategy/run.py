@@ -108,8 +108,7 @@ class Run:
         module = self.module
         return self.data.shard(
             loader,
-            special_token_ids=module.mimo_model.special_token_ids,
-            pad_token_id=module.pad_token_id,
+            sample_format=module.sample_format(),
             seed=seed,
             training=module.trainer.training,
         )

@@ -35,6 +35,7 @@ from examples.digits.model import DigitsModule
 from lightning_mimo import MimoModelInfra, MimoModule, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.model import build_mimo_model
@@ -117,8 +118,9 @@ class Whole(pl.LightningModule):
         return shard_dataloader(
             DataLoader(self._dataset, batch_size=self._batch),
             plan,
-            special_token_ids=self.model.special_token_ids,
-            pad_token_id=self._module[0].pad_token_id,
+            sample_format=SampleFormat(
+                special_token_ids=self.model.special_token_ids, pad_token_id=self._module[0].pad_token_id
+            ),
             seed=SEED,
         )
 

@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils.data import DataLoader
 
 from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.mimo_parallel_utils import (
@@ -82,8 +83,9 @@ class BareLoop:
         loader = shard_dataloader(
             loader,
             strategy.plan,
-            special_token_ids=self._model.special_token_ids,
-            pad_token_id=module.pad_token_id,
+            sample_format=SampleFormat(
+                special_token_ids=self._model.special_token_ids, pad_token_id=module.pad_token_id
+            ),
             seed=strategy.seed,
         )
         self._batches = _forever(loader)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -182,7 +183,9 @@ def _taking(rounds: int) -> Comparison:
 
     def block(packed: bool) -> float:
         loader = DataLoader(SleepingData([]), batch_size=4 * MANY, num_workers=1)
-        loader = shard_dataloader(loader, plan, special_token_ids={}, pad_token_id=0, seed=1)
+        loader = shard_dataloader(
+            loader, plan, sample_format=SampleFormat(special_token_ids={}, pad_token_id=0), seed=1
+        )
         if not packed:
             loader.collate_fn = _Unpacked(loader.collate_fn)
         batches, taken = iter(loader), []

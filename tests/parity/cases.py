@@ -14,7 +14,7 @@ from lightning_mimo import LayoutError, ModuleParallelism, OptimizerOverride
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.sizes import Recompute
 from tests.parity.layouts import Layout
-from tests.parity.model import Model, Samples
+from tests.parity.model import GridEncoder, Model, PipelinedGridEncoder, RaggedClipEncoder, Samples
 from tests.parity.oracle import Task
 
 MAX_RANKS = 8
@@ -31,6 +31,11 @@ class Case:
 USUAL = Samples()
 CLIPS = Samples(clips=(1, 0, 2, 1, 0))
 DENSE_CLIPS = replace(CLIPS, dense=True)
+RAGGED_CLIPS = replace(CLIPS, sizes="ragged")
+GRIDS = replace(CLIPS, sizes="grid")
+RARE_GRIDS = replace(GRIDS, clips=(2, *[0] * 6), bare=True)
+IN_SPACE = Samples(in_space=True)
+WEIGHTED = Samples(weighted=True)
 # One sample in twelve has images, so most microbatches and most replicas see none.
 RARE = Samples(images=(3, *[0] * 11))
 RARE_AND_BARE = replace(RARE, bare=True)
@@ -197,6 +202,79 @@ CASES = {
         layout=together(
             ModuleParallelism(dp=4), ModuleParallelism(tp=2, dp=2), ModuleParallelism(tp=4), num_microbatches=3
         ),
+    ),
+    # ---- items of different sizes
+    "ragged_rows-fan_in": Case(
+        task=task(audio=True, clip_encoder=RaggedClipEncoder, samples=RAGGED_CLIPS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(), ModuleParallelism(dp=2)),
+    ),
+    "ragged_rows-fan_out": Case(
+        task=task(audio=True, clip_encoder=RaggedClipEncoder, samples=RAGGED_CLIPS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(dp=2), ModuleParallelism()),
+    ),
+    "ragged_rows-equal": Case(
+        task=task(audio=True, clip_encoder=RaggedClipEncoder, samples=RAGGED_CLIPS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(dp=2), ModuleParallelism(dp=2), num_microbatches=3),
+    ),
+    "ragged_rows-colocated": Case(
+        task=task(audio=True, clip_encoder=RaggedClipEncoder, samples=RAGGED_CLIPS),
+        layout=together(ModuleParallelism(dp=2), ModuleParallelism(tp=2), ModuleParallelism(dp=2)),
+    ),
+    "ragged_grid-fan_in-language_tp2": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(tp=2), ModuleParallelism(dp=4), num_microbatches=3),
+    ),
+    "ragged_grid-fan_out-language_dp2pp2": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(dp=2, pp=2), ModuleParallelism()),
+    ),
+    "ragged_grid-equal": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(dp=2), ModuleParallelism(dp=2)),
+    ),
+    "ragged_grid-colocated-fan_in": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=GRIDS),
+        layout=together(
+            ModuleParallelism(tp=2, dp=2), ModuleParallelism(tp=4), ModuleParallelism(dp=4), num_microbatches=3
+        ),
+    ),
+    "ragged_grid-colocated-fan_out": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=GRIDS),
+        layout=together(ModuleParallelism(dp=2), ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
+    ),
+    "ragged_grid-rare": Case(
+        task=task(audio=True, clip_encoder=GridEncoder, samples=RARE_GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(pp=2), ModuleParallelism(dp=2), ddp=OVERLAP),
+    ),
+    "ragged_grid-audio_pp2-language_tp2": Case(
+        task=task(audio=True, clip_encoder=PipelinedGridEncoder, samples=GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(tp=2), ModuleParallelism(pp=2), num_microbatches=3),
+    ),
+    "ragged_grid-audio_pp2dp2-rare": Case(
+        task=task(audio=True, clip_encoder=PipelinedGridEncoder, samples=RARE_GRIDS),
+        layout=apart(ModuleParallelism(), ModuleParallelism(), ModuleParallelism(pp=2, dp=2)),
+    ),
+    # ---- positions of three dimensions
+    "positions_in_space-language_tp2pp2": Case(
+        task=task(in_space=True, samples=IN_SPACE),
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2)),
+    ),
+    "positions_in_space-sequence_parallel-fan_out": Case(
+        task=task(in_space=True, samples=IN_SPACE),
+        layout=apart(ModuleParallelism(), ModuleParallelism(tp=2, dp=2), sequence_parallel=True),
+    ),
+    "positions_in_space-colocated": Case(
+        task=task(in_space=True, samples=IN_SPACE),
+        layout=together(ModuleParallelism(tp=2), ModuleParallelism(dp=2)),
+    ),
+    # ---- what a loss of one's own looks at
+    "weighted_samples-language_tp2dp2": Case(
+        task=task(weighted=True, samples=WEIGHTED),
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, dp=2)),
+    ),
+    "weighted_samples-colocated": Case(
+        task=task(weighted=True, samples=WEIGHTED),
+        layout=together(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
     ),
     # ---- RMS norms, gated MLPs, fewer heads of keys and values
     "llama-language_tp2pp2": Case(

@@ -10,20 +10,26 @@ import torch
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.models.mimo.submodules.audio import AudioModalitySubmodules
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
-from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
+from lightning_mimo import ItemSizes, MimoModelInfra, MimoModule, OptimizerOverride, Ragged
 from lightning_mimo.layers.attention import AttentionKind
-from lightning_mimo.models.audio import ClipPatches
+from lightning_mimo.layers.vocab_parallel import token_losses
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.models.audio import ClipPatches, PipelinedAudioSubmodules
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.schedule.forward_backward import Metrics
 
 IMAGE, CLIP, TEXT, VOCABULARY = 3, 2, 4, 32
 TOKENS_PER_IMAGE, LONGEST_CLIP, FEATURES, HIDDEN = 2, 3, 5, 16
 CLIP_PATCHES = ClipPatches(frames=12, bins=FEATURES, frames_per_patch=2, tokens_per_clip=LONGEST_CLIP)
-MAX_LENGTH = 32
+MERGE, SHAPES = 2, ((1, 2, 2), (1, 2, 4), (2, 2, 2), (1, 4, 2))  # of patches: time, height, width
+MAX_LENGTH = 48
 LR, WEIGHT_DECAY, BETAS, EPSILON = 1e-2, 0.1, (0.9, 0.99), 1e-8
 LOSS_SCALE = 2.0**8
 
@@ -37,6 +43,10 @@ class Samples:
         images: images of the samples 0, 1, 2, …, over and over.
         clips: audio clips of the same; empty where the model has no audio.
         dense: clips for an AudioEncoder, all of one length, in place of clips for a ClipEncoder.
+        sizes: how clips of different lengths are given: padded with their lengths, or as rows with the lengths (Ragged)
+            or a grid (time, height, width) of each.
+        in_space: give positions of three dimensions.
+        weighted: give every sample a weight, a number for each token and a name.
         masked: which samples have no loss token, over and over.
         bare: leave modality_inputs out where a sample has none, in place of empty tensors.
     """
@@ -45,6 +55,9 @@ class Samples:
     images: Sequence[int] = (0, 1, 2, 2, 0, 3, 1)
     clips: Sequence[int] = ()
     dense: bool = False
+    sizes: Literal["padded", "ragged", "grid"] = "padded"
+    in_space: bool = False
+    weighted: bool = False
     masked: Sequence[bool] = (False, False, False, True, False)
     bare: bool = False
 
@@ -64,7 +77,9 @@ class PicturesSoundsAndText(Dataset):
         images = kinds.images[index % len(kinds.images)] if kinds.images else 0
         clips = kinds.clips[index % len(kinds.clips)] if kinds.clips else 0
         frames = torch.randint(LONGEST_CLIP if kinds.dense else 1, LONGEST_CLIP + 1, (clips,), generator=generator)
-        placeholders = [IMAGE] * (images * TOKENS_PER_IMAGE) + [CLIP] * int(frames.sum())
+        grids = torch.tensor(SHAPES)[torch.randint(len(SHAPES), (clips,), generator=generator)].view(-1, 3)
+        embeddings = grids.prod(dim=-1) // MERGE**2 if kinds.sizes == "grid" else frames
+        placeholders = [IMAGE] * (images * TOKENS_PER_IMAGE) + [CLIP] * int(embeddings.sum())
         length = 3 + len(placeholders) + index % 4
         text = torch.randint(TEXT, VOCABULARY, (length + 1,), generator=generator)
         # Before, after and between text, and not the same places in every sample.
@@ -76,20 +91,42 @@ class PicturesSoundsAndText(Dataset):
         if images or not kinds.bare:
             inputs["images"] = {"vit": {"pixel_values": torch.randn(images, 1, 4, 4, generator=generator)}}
         if kinds.clips and (clips or not kinds.bare):
-            longest = CLIP_PATCHES.frames if kinds.dense else LONGEST_CLIP
-            sound = torch.randn(clips, longest, FEATURES, generator=generator)
-            arguments = {"features": sound} if kinds.dense else {"frames": sound, "lengths": frames}
-            inputs["audio"] = {"clips": arguments}
+            inputs["audio"] = {"clips": _clips(kinds, frames, grids, generator)}
         sample = {
             "input_ids": text[:-1],
             "labels": torch.where(text[1:] < TEXT, TEXT, text[1:]),
             "loss_mask": mask * (not kinds.masked[index % len(kinds.masked)]),
         }
+        if kinds.in_space:
+            steps = torch.randint(0, 3, (3, length), generator=generator)
+            sample["position_ids"] = steps.cumsum(dim=1)
+        if kinds.weighted:
+            numbers = torch.rand(length, generator=generator, dtype=torch.float64)
+            sample |= {"weight": 0.5 + index, "numbers": numbers, "source": {"name": str(index)}}
         return {**sample, "modality_inputs": inputs} if inputs else sample
+
+
+def _clips(kinds: Samples, frames: torch.Tensor, grids: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """The arguments of the encoder of clips."""
+    if kinds.sizes == "grid":
+        rows = int(grids.prod(dim=-1).sum())
+        return {"pixel_values": torch.randn(rows, FEATURES, generator=generator), "image_grid_thw": grids}
+    if kinds.sizes == "ragged":
+        rows = torch.randn(int(frames.sum()), FEATURES, generator=generator)
+        return {"frames": Ragged(values=rows, lengths=frames)}
+    longest = CLIP_PATCHES.frames if kinds.dense else LONGEST_CLIP
+    sound = torch.randn(len(frames), longest, FEATURES, generator=generator)
+    return {"features": sound} if kinds.dense else {"frames": sound, "lengths": frames}
+
+
+def _frames(inputs: Mapping[str, Any]) -> torch.Tensor:
+    return inputs["lengths"]
 
 
 class ClipEncoder(torch.nn.Module):
     """An encoder as a user would bring it: plain PyTorch, its own initial values, a part that is never used."""
+
+    item_sizes = ItemSizes(embeddings=_frames)
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +139,70 @@ class ClipEncoder(torch.nn.Module):
         """``[n, longest, features], [n] -> [sum(lengths), hidden]``"""
         encoded = torch.tanh(self.inner(frames * self.scale))
         return encoded[torch.arange(frames.size(1)) < lengths.unsqueeze(1)]
+
+
+def _with_means(rows: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Add to every row what its item has on average, so that a wrong cut between items is seen."""
+    items = torch.arange(len(lengths)).repeat_interleave(lengths)
+    sums = rows.new_zeros(len(lengths), rows.size(1)).index_add(0, items, rows)
+    return rows + (sums / lengths.unsqueeze(1)).index_select(0, items)
+
+
+class RaggedClipEncoder(torch.nn.Module):
+    """Makes an embedding of every row of a Ragged, which it need not declare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+
+    def forward(self, frames: Ragged) -> torch.Tensor:
+        """``[rows, features] -> [rows, hidden]``"""
+        return _with_means(torch.tanh(self.inner(frames.values)), frames.lengths)
+
+
+class GridEncoder(torch.nn.Module):
+    """Takes what the processor of a Qwen2.5-VL gives, and makes an embedding of four patches each."""
+
+    item_sizes = ItemSizes.of_grid(merge_size=MERGE)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+        self.merge = torch.nn.Linear(MERGE**2 * HIDDEN, HIDDEN)
+
+    def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
+        """``[patches, features], [items, 3] -> [embeddings, hidden]``"""
+        patches = _with_means(torch.tanh(self.inner(pixel_values)), image_grid_thw.prod(dim=-1))
+        return self.merge(patches.view(-1, MERGE**2 * HIDDEN))
+
+
+class PipelinedGridEncoder(torch.nn.Module):
+    """The same cut in two; the second stage needs to know the grids as well."""
+
+    item_sizes = ItemSizes.of_grid(merge_size=MERGE)
+
+    def __init__(self, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__()
+        self._is_first = pg_collection.pp.rank() == 0
+        self._is_last = pg_collection.pp.rank() == pg_collection.pp.size() - 1
+        if self._is_first:
+            self.inner = torch.nn.Linear(FEATURES, HIDDEN)
+        if self._is_last:
+            self.merge = torch.nn.Linear(MERGE**2 * HIDDEN, HIDDEN)
+
+    def forward(
+        self,
+        image_grid_thw: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[items, 3]``, and ``[patches, features]`` or ``[patches, 1, hidden]``"""
+        lengths = image_grid_thw.prod(dim=-1)
+        hidden = torch.tanh(self.inner(pixel_values)) if self._is_first else hidden_states[:, 0]
+        hidden = _with_means(hidden, lengths) if self._is_first else hidden
+        if not self._is_last:
+            return hidden.unsqueeze(1)
+        return self.merge(_with_means(hidden, lengths).view(-1, MERGE**2 * HIDDEN))
 
 
 class SequenceFirst(torch.nn.Module):
@@ -123,6 +224,8 @@ class Model:
         image_layers: of the image encoder.
         audio: with a second encoder.
         clip_encoder: the class of that encoder; None is an AudioEncoder, which wants Samples(dense=True).
+        in_space: with multimodal rotary positions.
+        weighted: with a loss that weights samples and tokens.
         style: of the language module, with fewer heads of keys and values where it is "llama".
         experts: experts of every language MLP; None is a dense model.
         tied: whether the head shares the weights of the word embeddings.
@@ -135,6 +238,8 @@ class Model:
     image_layers: int = 2
     audio: bool = False
     clip_encoder: type[torch.nn.Module] | None = ClipEncoder
+    in_space: bool = False
+    weighted: bool = False
     style: Literal["gpt", "llama"] = "gpt"
     experts: int | None = None
     tied: bool = False
@@ -169,7 +274,8 @@ class ParityModule(MimoModule):
         recompute: Recompute | None = None,
         attention: AttentionKind = "sdpa",
     ) -> None:
-        super().__init__(pad_token_id=0, frozen=model.frozen)
+        extra_keys = ("weight", "numbers", "source") if model.weighted else ()
+        super().__init__(pad_token_id=0, frozen=model.frozen, extra_keys=extra_keys)
         self._choice = model
         self._sequence_parallel = sequence_parallel
         self._recompute = recompute
@@ -212,14 +318,29 @@ class ParityModule(MimoModule):
             sequence_parallel=self._sequence_parallel,
         )
         if choice.audio and choice.clip_encoder is not None:
-            encoder = ModuleSpec(module=choice.clip_encoder)
+            params = {"pg_collection": infra.pg_collections.get("audio")}
+            is_pipelined = choice.clip_encoder is PipelinedGridEncoder
+            encoder = ModuleSpec(module=choice.clip_encoder, params=params if is_pipelined else {})
             config.modality_submodules_spec["audio"] = ModuleSpec(
-                module=AudioModalitySubmodules,
-                params={"pg_collection": infra.pg_collections.get("audio")},
+                module=PipelinedAudioSubmodules if is_pipelined else AudioModalitySubmodules,
+                params=params,
                 submodules={"encoders": {"clips": encoder}},
             )
             config.special_token_ids["audio"] = CLIP
+        if choice.in_space:
+            gpt = config.language_model_spec.params
+            gpt["position_embedding_type"] = "mrope"
+            gpt["config"].kv_channels, gpt["config"].mrope_section = 8, [1, 2, 1]
         return config
+
+    def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+        """The usual one; or, where the model is weighted, one that looks at what samples have beside."""
+        if not self._choice.weighted:
+            return super().loss(output, batch)
+        assert [each["name"] for each in batch["source"]] == [str(index) for index in batch["sample_indices"]]
+        group = self.infra.pg_collections[LANGUAGE].tp
+        weights = batch["loss_mask"] * batch["numbers"] * batch["weight"].unsqueeze(1)
+        return (token_losses(output, batch["labels"], group) * weights).sum(), (batch["loss_mask"] > 0).sum(), {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(optimizer_config(self._choice), overrides=self._choice.overrides)

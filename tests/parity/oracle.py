@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 
 from lightning_mimo import MimoModelInfra, MimoPrecision, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
@@ -211,14 +212,21 @@ def sample_loss(model: RaggedMimoModel, sample: Mapping[str, Any], dtype: torch.
             inputs = sample["modality_inputs"][module]
             rows = model.modality_submodules[module](encoder_inputs=_to(inputs, dtype))
             embedded = embedded.index_copy(0, places, rows)
-    logits = language(input_ids=None, position_ids=None, attention_mask=None, decoder_input=embedded[:, None])[0]
+    positions = sample["position_ids"][:, None] if "position_ids" in sample else None
+    logits = language(input_ids=None, position_ids=positions, attention_mask=None, decoder_input=embedded[:, None])[0]
     losses = torch.nn.functional.cross_entropy(logits, sample["labels"], reduction="none")
-    return (losses * sample["loss_mask"].to(dtype)).sum()
+    weights = sample["loss_mask"].to(dtype)
+    if "weight" in sample:
+        weights = weights * sample["weight"] * sample["numbers"]
+    return (losses * weights).sum()
 
 
-def _to(inputs: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
+def _to(inputs: Mapping[str, Mapping[str, Any]], dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    def convert(value: torch.Tensor) -> torch.Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
     return {
-        encoder: {name: value.to(dtype) if value.is_floating_point() else value for name, value in arguments.items()}
+        encoder: {name: apply_to_collection(value, torch.Tensor, convert) for name, value in arguments.items()}
         for encoder, arguments in inputs.items()
     }
 

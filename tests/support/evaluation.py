@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_mimo import MimoModelInfra, MimoModule, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layers.vocab_parallel import greedy_tokens
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
@@ -207,8 +208,7 @@ def train_plainly(run: Run) -> History:
             loader = shard_dataloader(
                 DataLoader(dataset, batch_size=size),
                 plan,
-                special_token_ids=model.special_token_ids,
-                pad_token_id=0,
+                sample_format=SampleFormat(special_token_ids=model.special_token_ids, pad_token_id=0),
                 seed=SEED,
             )
             return [microbatch for (microbatch,) in loader]

@@ -128,13 +128,79 @@ def test_other_text_under_one_index_names_the_sample_and_the_ranks(rank_pool: Ra
         rank_pool.run(fit, None, OtherTextOnRank2(Samples()), APART, world_size=4)
 
 
-def test_a_later_batch_is_checked_when_asked_for(rank_pool: RankPool) -> None:
+def test_a_later_batch_is_checked_before_it_is_learned_from_when_asked_for(rank_pool: RankPool) -> None:
     sampler, dataset = SwappedOnRank1(12), PicturesSoundsAndText(Samples(images=(1,)))
-    assert [reached for reached, _ in rank_pool.run(fit, sampler, dataset, APART, world_size=4)] == [2] * 4
     with pytest.raises(
-        RankFailure, match=r"Position 9 of the global batch holds .* images has sample 19 on ranks \[1\]"
+        RankFailure, match=r"Position 9 of the global batch holds .* images has sample 19 on ranks \[1\](?!.*This step)"
     ):
         rank_pool.run(fit, sampler, dataset, APART, check="always", world_size=4)
+
+
+def test_a_later_batch_is_checked_with_the_step_before(rank_pool: RankPool) -> None:
+    sampler, dataset = SwappedOnRank1(12), PicturesSoundsAndText(Samples(images=(1,)))
+    message = r"Position 9 of the global batch holds .* images has sample 19 on ranks \[1\](?!.*This step)"
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(fit, sampler, dataset, APART, world_size=4)
+
+
+class AnotherSampleWhereOneIsBad(PicturesSoundsAndText):
+    """Answers a sample that one rank cannot read with another one, as many datasets do."""
+
+    def __init__(self, samples: Samples, *, rank: int) -> None:
+        super().__init__(samples)
+        self._rank = rank
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return super().__getitem__(index - 4 if index == 20 and dist.get_rank() == self._rank else index)
+
+
+@pytest.mark.parametrize(
+    ("rank", "where"), [(0, r"images has text [0-9a-f]{8} on ranks \[0\]"), (3, r"text [0-9a-f]{8} on ranks \[3\]")]
+)
+def test_another_sample_for_one_that_is_bad_is_found_in_any_batch(rank_pool: RankPool, rank: int, where: str) -> None:
+    dataset = AnotherSampleWhereOneIsBad(Samples(images=(1,)), rank=rank)
+    message = (
+        rf"Sample 20 \(position 8 of the global batch\) has other input_ids .*{where}.*answer no sample that cannot"
+    )
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(fit, None, dataset, APART, world_size=4)
+
+
+class OtherContentsOnRank(PicturesSoundsAndText):
+    """The same text, and something else that is not."""
+
+    def __init__(self, samples: Samples, *, rank: int, key: str) -> None:
+        super().__init__(samples)
+        self._rank, self._key = rank, key
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        if index == 16 and dist.get_rank() == self._rank:
+            if self._key == "labels":
+                sample["labels"][0] += 1
+            else:
+                sample["modality_inputs"]["images"]["vit"]["pixel_values"] += 1e-6
+        return sample
+
+
+@pytest.mark.parametrize(
+    ("modules", "key", "message"),
+    [
+        (APART, "labels", r"other labels, loss_mask or position_ids .*: language has contents .* on ranks \[3\]\."),
+        (
+            {"images": ModuleParallelism(tp=2), "language": ModuleParallelism(dp=2)},
+            "pixels",
+            r"other inputs for 'images' on some ranks than on others; by checksum: images has contents",
+        ),
+    ],
+    ids=["labels", "pixels"],
+)
+def test_other_labels_or_pixels_of_tensor_parallel_ranks_are_found(
+    rank_pool: RankPool, modules: dict[str, ModuleParallelism], key: str, message: str
+) -> None:
+    dataset = OtherContentsOnRank(Samples(images=(1,)), rank=3 if key == "labels" else 1, key=key)
+    with pytest.raises(RankFailure, match=r"Sample 16 \(position 4 of the global batch\) has " + message):
+        rank_pool.run(fit, None, dataset, modules, world_size=4)
 
 
 def test_check_can_be_switched_off(rank_pool: RankPool) -> None:
@@ -147,3 +213,13 @@ def test_sampler_that_draws_from_numpy_is_seeded_on_every_rank(rank_pool: RankPo
     dataset = PicturesSoundsAndText(Samples())
     found = rank_pool.run(fit, DrawnFromNumpy(), dataset, APART, check="always", world_size=4)
     assert [reached for reached, _ in found] == [2] * 4
+
+
+@pytest.mark.parametrize("colocate", [False, True], ids=["apart", "colocated"])
+def test_a_sample_of_another_length_is_found_before_it_is_learned_from(rank_pool: RankPool, colocate: bool) -> None:
+    # Sample 20 has two images, sample 16 has one: nothing would fit together any more.
+    dataset = AnotherSampleWhereOneIsBad(Samples(images=(3, 1, 2)), rank=0)
+    modules = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
+    message = r"Sample 20 \(position 8 of the global batch\) has other input_ids (?!.*This step)"
+    with pytest.raises(RankFailure, match=message):
+        rank_pool.run(fit, None, dataset, modules, colocate=colocate, world_size=2 if colocate else 4)

@@ -8,13 +8,19 @@ from lightning_mimo.microbatch import ModalityCounts
 
 
 def counts(
-    *, placeholders: tuple[int, ...], items: tuple[int, ...], own: range | None = None, first: int = 100
+    *,
+    placeholders: tuple[int, ...],
+    items: tuple[int, ...],
+    embeddings: tuple[int, ...] | None = None,
+    own: range | None = None,
+    first: int = 100,
 ) -> ModalityCounts:
     return ModalityCounts(
         sample_indices=tuple(range(first, first + len(placeholders))),
         placeholders=placeholders,
         own=range(len(placeholders)) if own is None else own,
         items=items,
+        embeddings=embeddings,
     )
 
 
@@ -30,9 +36,34 @@ def test_rows_that_agree_pass(placeholders, items, rows):
     counts(placeholders=placeholders, items=items).check_rows("images", rows, uniform=True)
 
 
-@pytest.mark.parametrize("placeholders", [(3, 4), (3, 5)], ids=["odd-sum", "sum-that-divides"])
-def test_clips_of_different_lengths_are_checked_by_their_sum(placeholders):
-    counts(placeholders=placeholders, items=(1, 1)).check_rows("audio", sum(placeholders), uniform=False)
+def test_rows_of_undeclared_items_are_refused() -> None:
+    message = (
+        r"^Module 'audio': the encoder returned 7 rows for 2 items, \[rows, hidden\], .* Return \[items, tokens, "
+        r"hidden\]; or declare .*ItemSizes"
+    )
+    with pytest.raises(ValueError, match=message):
+        counts(placeholders=(3, 4), items=(1, 1)).check_rows("audio", 7, uniform=False)
+
+
+def test_one_row_for_each_item_needs_no_declaration() -> None:
+    counts(placeholders=(2, 1), items=(2, 1)).check_rows("audio", 3, uniform=False)
+    with pytest.raises(
+        ValueError, match=r"^Sample 100: .* 1 placeholder tokens .* 2 inputs give 2 embeddings \(1 each"
+    ):
+        counts(placeholders=(1, 2), items=(2, 1)).check_rows("audio", 3, uniform=False)
+
+
+def test_declared_rows_are_checked_by_sample() -> None:
+    declared = counts(placeholders=(3, 4), items=(1, 1), embeddings=(3, 4))
+    declared.check_rows("audio", 7, uniform=False)
+    with pytest.raises(ValueError, match=r"^Sample 100: .* 3 placeholder tokens .* its 1 inputs give 4 embeddings\."):
+        counts(placeholders=(3, 4), items=(1, 1), embeddings=(4, 3)).check_rows("audio", 7, uniform=False)
+
+
+def test_encoder_that_does_not_keep_to_its_declaration_is_named() -> None:
+    message = r"Samples \[100, 101\]: the encoder of 'audio' made 6 embeddings, but .* declared to give 3 \+ 4 = 7"
+    with pytest.raises(ValueError, match=message):
+        counts(placeholders=(3, 4), items=(1, 1), embeddings=(3, 4)).check_rows("audio", 6, uniform=False)
 
 
 def test_only_the_encoders_own_samples_are_checked():
@@ -66,12 +97,6 @@ def test_placeholders_without_any_input_are_found():
     message = r"^Sample 101: input_ids has 4 placeholder tokens for 'images', but its 0 inputs give 0 embeddings"
     with pytest.raises(ValueError, match=message):
         counts(placeholders=(0, 4), items=(0, 0)).check_rows("images", 0, uniform=True)
-
-
-def test_uneven_rows_name_all_samples_and_both_sums():
-    message = r"Samples \[100, 101\]: input_ids has 6 placeholder tokens for 'audio', but the encoder made 7 embeddings"
-    with pytest.raises(ValueError, match=message):
-        counts(placeholders=(3, 3), items=(1, 1)).check_rows("audio", 7, uniform=True)
 
 
 def test_counts_survive_a_move_to_another_device():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     Subset,
 )
 
-from lightning_mimo.data.collation import MicrobatchCollator
 from lightning_mimo.data.loader import RankBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
@@ -100,11 +102,13 @@ class PlainScenes(Scenes):
     def __getitem__(self, index: int) -> dict[str, Any]:
         noise = torch.tensor([torch.rand(()).item(), np.random.rand(), random.random()])
         sample = Scenes.load(self, index, frozenset({"images", "language"}))
-        return {**sample, "loss_mask": torch.cat([sample["loss_mask"], noise])}
+        return {**sample, "noise": noise}
 
 
-def rebuilt(loader: DataLoader, plan: RankBatchPlan, *, seed: int = 1) -> DataLoader:
-    return shard_dataloader(loader, plan, special_token_ids={"images": IMAGE}, pad_token_id=PAD, seed=seed)
+def rebuilt(loader: DataLoader, plan: RankBatchPlan, *, seed: int = 1, **fields: Any) -> DataLoader:
+    extras = ("noise",) if isinstance(loader.dataset, PlainScenes) else ()
+    wanted = {"special_token_ids": {"images": IMAGE}, "pad_token_id": PAD, "extra_keys": extras, **fields}
+    return shard_dataloader(loader, plan, sample_format=SampleFormat(**wanted), seed=seed)
 
 
 def order(*, seed: int = 1, epoch: int = 0, size: int = 20, shuffle: bool = True) -> SeededSampler:
@@ -254,10 +258,10 @@ def noise(layout: str, rank: int, *, epoch: int = 0, shuffle: bool = False) -> d
     drawn = {}
     for batch in loader:
         for microbatch in batch:
-            rows = zip(microbatch["sample_indices"], microbatch["lengths"], microbatch["is_padding"], strict=True)
-            for row, (index, length, is_padding) in enumerate(rows):
+            rows = zip(microbatch["sample_indices"], microbatch["noise"], microbatch["is_padding"], strict=True)
+            for index, values, is_padding in rows:
                 if not is_padding:
-                    drawn[index] = microbatch["loss_mask"][row, length : length + 3].tolist()
+                    drawn[index] = values.tolist()
     return drawn
 
 
@@ -297,7 +301,7 @@ def test_samples_of_different_length_are_padded():
     ]
     assert first["lengths"].tolist() == [2, 3, 4, 2]
     assert first["position_ids"].tolist() == [[0, 1, 2, 3]] * 4
-    assert first["labels"].tolist() == [[0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2], [0, 2, 0, 0]]
+    assert first["labels"].tolist() == [[0, 2, -100, -100], [0, 0, 2, -100], [0, 0, 0, 2], [0, 2, -100, -100]]
     assert first["loss_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]
     assert first["global_positions"] == (0, 1, 2, 3)
 
@@ -325,7 +329,10 @@ def test_counts_of_a_bridge_leave_out_what_only_a_third_module_needs():
     layout = MimoLayout.resolve(modules, world_size=4, colocate=True)
     plan = RankBatchPlan.build(layout, 3, global_batch_size=BATCH, num_microbatches=2)
     loader = shard_dataloader(
-        DataLoader(Scenes(), BATCH), plan, special_token_ids={"images": IMAGE, "audio": 8}, pad_token_id=PAD, seed=1
+        DataLoader(Scenes(), BATCH),
+        plan,
+        sample_format=SampleFormat(special_token_ids={"images": IMAGE, "audio": 8}, pad_token_id=PAD),
+        seed=1,
     )
     counts = next(iter(loader))[0]["modality_counts"]["images"]
     assert counts.sample_indices == (2, 3)  # the language replica's, of which this rank encodes the second
@@ -410,12 +417,53 @@ def test_torchs_own_batch_sampler_is_taken():
     assert indices(rebuilt(DataLoader(Scenes(), batch_sampler=sampler), ALONE)) == list(range(16))
 
 
+def test_collate_fn_that_would_not_be_called_is_refused_by_name():
+    def to_tensors(samples: list[Any]) -> list[Any]:
+        return samples
+
+    message = r"has collate_fn=test_collate.*to_tensors, which would not be called.*in the dataset's __getitem__"
+    with pytest.raises(ValueError, match=message):
+        rebuilt(DataLoader(Scenes(), BATCH, collate_fn=to_tensors), ALONE)
+
+
+@pytest.mark.parametrize("name", ["__iter__", "__len__"])
+def test_loader_that_iterates_in_its_own_way_is_refused_by_name(name: str):
+    own = type("TwiceAsLong", (DataLoader,), {name: lambda self: getattr(DataLoader, name)(self)})
+    with pytest.raises(ValueError, match=rf"^TwiceAsLong has its own {name}, which would not be called"):
+        rebuilt(own(Scenes(), BATCH), ALONE)
+
+
+class Endless(Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return cycle(range(3))
+
+
+class EndlessWithLength(Endless):
+    def __len__(self) -> int:
+        return 16
+
+
+def test_sampler_without_a_length_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"The sampler Endless has no __len__.*an endless sampler is taken to end"):
+        rebuilt(DataLoader(Scenes(), BATCH, sampler=Endless()), ALONE)
+
+
+def test_endless_sampler_ends_after_its_length():
+    expected = [i % 3 for i in range(16)]
+    assert indices(rebuilt(DataLoader(Scenes(), BATCH, sampler=EndlessWithLength()), ALONE)) == expected
+
+
+def test_sampler_that_yields_no_index_is_refused():
+    with pytest.raises(ValueError, match=r"The sampler yields \(1, 2\), a tuple, but must yield indices"):
+        list(rebuilt(DataLoader(Scenes(), BATCH, sampler=[(1, 2)] * 8), ALONE))
+
+
 def test_pad_token_that_is_a_placeholder_is_refused():
     message = (
         r"pad_token_id=9 is also the placeholder of module 'images'.*Choose another pad_token_id in your MimoModule"
     )
     with pytest.raises(ValueError, match=message):
-        MicrobatchCollator(ALONE, special_token_ids={"images": IMAGE}, pad_token_id=IMAGE)
+        SampleFormat(special_token_ids={"images": IMAGE}, pad_token_id=IMAGE)
 
 
 def test_settings_of_the_users_loader_are_kept():
