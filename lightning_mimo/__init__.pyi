@@ -20,6 +20,9 @@ from .errors import (
 from .errors import (
     NonFiniteError as NonFiniteError,
 )
+from .errors import (
+    ReplicaError as ReplicaError,
+)
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
 from .mimo.initialization import fan_in_normal_ as fan_in_normal_
@@ -59,3 +62,5 @@ from .strategy.options import Monitoring as Monitoring
 from .strategy.options import Saving as Saving
 from .strategy.precision import MimoPrecision as MimoPrecision
 from .strategy.strategy import MimoStrategy as MimoStrategy
+
+__version__: str

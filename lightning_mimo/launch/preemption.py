@@ -1,7 +1,7 @@
-"""A run that is told to end saves where it is and ends, on all ranks after the same step.
+"""Ends a run on a signal: all ranks save after the same step and exit.
 
-Signals are noted only, and no collective happens inside of a handler: what each rank has noted travels with the
-collective that every batch has anyway, so all ranks learn of it together.
+The signal handler only records the signal and calls no collective. The record is sent with the collective that every
+batch needs anyway, so all ranks learn of the signal after the same batch.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Signals(_SignalConnector):
     where the other ranks may be in any other collective.
 
     Attributes:
-        received: the last one.
-        requeue: whether the one before the time is up was among them. SIGTERM alone also comes with ``scancel``, and a
-            job that somebody has cancelled must not come back.
+        received: the last signal, if any.
+        requeue: whether the signal before the time limit was received. ``scancel`` sends SIGTERM only, and a cancelled
+            job must not be requeued.
     """
 
     def __init__(self, trainer: pl.Trainer, environment: object) -> None:
@@ -64,13 +64,13 @@ class Signals(_SignalConnector):
 
 
 class Preemption(pl.Callback):
-    """Added by MimoStrategy. Ends the run after the batch in which the ranks agreed to; training is saved before."""
+    """Saves and ends the run after the batch in which the ranks agreed to stop. Added by MimoStrategy."""
 
     def __init__(self, must_stop: Callable[[], bool], signals: Signals, environment: object) -> None:
         """
         Args:
-            must_stop: whether the batch that just ended is the last one; the same on every rank.
-            signals: what this rank was told.
+            must_stop: returns whether the run ends after the current batch; the same on every rank.
+            signals: signals that this rank has received.
             environment: Lightning's ClusterEnvironment.
         """
         self._must_stop = must_stop
@@ -79,7 +79,7 @@ class Preemption(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if self._must_stop():
-            # What the step has logged: Lightning would write it down after this hook only.
+            # Write the logged values of this step, which Lightning would do only after this hook.
             trainer._logger_connector.update_train_step_metrics()
         self._end_if_told(trainer)
 
@@ -99,7 +99,7 @@ class Preemption(pl.Callback):
         if fitting and not trainer.sanity_checking:
             self._save(trainer)
         else:
-            rank_zero_info("Told to end by a signal.")
+            rank_zero_info("Ended by a signal.")
         if fitting:
             self._requeue(trainer)
         trainer.strategy.barrier()
@@ -108,13 +108,14 @@ class Preemption(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         path = _hpc_path(trainer) if self._requeues else _beside_checkpoints(trainer)
         trainer.save_checkpoint(path)
-        trainer.strategy.finish_saving()
-        rank_zero_info(f"Told to end by a signal: saved {path} after step {trainer.global_step}.")
+        strategy: Any = trainer.strategy  # MimoStrategy, which imports this folder
+        strategy.finish_saving()
+        rank_zero_info(f"Ended by a signal: saved {path} after step {trainer.global_step}.")
 
     def _requeue(self, trainer: pl.Trainer) -> None:
         asked = trainer.strategy.reduce_boolean_decision(self._signals.requeue, all=False)
         if asked and self._requeues and trainer.is_global_zero and (problem := requeue_job()) is not None:
-            rank_zero_warn(f"The job will not go on by itself: {problem}. Submit it again to go on.")
+            rank_zero_warn(f"The job could not be requeued: {problem}. Submit it again to resume.")
 
     @property
     def _requeues(self) -> bool:
@@ -122,7 +123,7 @@ class Preemption(pl.Callback):
 
 
 def _hpc_path(trainer: pl.Trainer) -> str:
-    """Where Lightning looks when SLURM starts the job again."""
+    """Path at which Lightning looks for a checkpoint when Slurm restarts the job."""
     return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
 
 

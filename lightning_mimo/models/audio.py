@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, modality_spec
 
 
@@ -91,6 +92,7 @@ def audio_spec(
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
     encoder_name: str = "clips",
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of an audio modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
@@ -101,4 +103,5 @@ def audio_spec(
         encoder=encoder,
         projector=projector,
         pg_collection=pg_collection,
+        attention=attention,
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormInterface, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import (
@@ -15,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from lightning_mimo.layers.attention import AttentionKind, SdpaAttention
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -68,7 +72,7 @@ def gpt_spec(
         module=GPTModel,
         params={
             "config": config,
-            "transformer_layer_spec": _gpt_block(config, pp_rank=groups.pp.rank() if groups else 0),
+            "transformer_layer_spec": _gpt_block(config, size.attention, pp_rank=groups.pp.rank() if groups else 0),
             "vocab_size": vocab_size,
             "max_sequence_length": max_sequence_length,
             "position_embedding_type": "rope",
@@ -82,22 +86,33 @@ def gpt_spec(
     )
 
 
-def _gpt_block(config: TransformerConfig, *, pp_rank: int) -> TransformerBlockSubmodules:
+def _gpt_block(config: TransformerConfig, attention: AttentionKind, *, pp_rank: int) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage, dense or with experts as the config says.
 
     Args:
         config: of the language module.
+        attention: as for TransformerSize.
         pp_rank: the stage.
     """
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
+    layer = _gpt_layer(config, attention)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(layer.submodules, name, _for_sequence_parallel(getattr(layer.submodules, name)))
-    # Apex has no RMS norm.
-    last = LayerNormImpl if config.normalization == "LayerNorm" else layer.submodules.input_layernorm
+    # Apex has no RMS norm; Transformer Engine's layers have theirs inside of the next linear layer.
+    own = config.normalization == "LayerNorm" or attention == "te"
+    last = LayerNormImpl if own else layer.submodules.input_layernorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, pp_rank=pp_rank),
         layer_norm=_for_sequence_parallel(last),
     )
+
+
+def _gpt_layer(config: TransformerConfig, attention: AttentionKind) -> ModuleSpec:
+    if attention == "te":
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization=config.normalization)
+    if attention == "sdpa":
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return layer
 
 
 def _for_sequence_parallel(norm: type) -> type:

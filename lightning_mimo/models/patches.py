@@ -7,7 +7,10 @@ from typing import Any, Protocol
 import torch
 from megatron.core.models.mimo.submodules.base import ModalitySubmodules
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
-from megatron.core.models.vision.vit_layer_specs import get_vit_layer_with_local_spec
+from megatron.core.models.vision.vit_layer_specs import (
+    get_vit_layer_with_local_spec,
+    get_vit_layer_with_transformer_engine_spec,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -15,6 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from lightning_mimo.layers.attention import AttentionKind, SdpaAttention
 
 
 class Patches(Protocol):
@@ -44,7 +49,11 @@ class PatchEncoder(MegatronModule):
     """
 
     def __init__(
-        self, transformer_config: TransformerConfig, patches: Patches, pg_collection: ProcessGroupCollection
+        self,
+        transformer_config: TransformerConfig,
+        patches: Patches,
+        pg_collection: ProcessGroupCollection,
+        attention: AttentionKind = "sdpa",
     ) -> None:
         super().__init__(config=transformer_config)
         self.patches = patches
@@ -61,7 +70,7 @@ class PatchEncoder(MegatronModule):
             torch.nn.init.normal_(self.positions, std=transformer_config.embedding_init_method_std)
         self.decoder = TransformerBlock(
             config=transformer_config,
-            spec=get_vit_layer_with_local_spec(),
+            spec=_vit_layer(attention),
             pre_process=self._first,
             post_process=self._last,
             pg_collection=pg_collection,
@@ -88,6 +97,15 @@ class PatchEncoder(MegatronModule):
             return hidden_states
         # Back to [n, patches, hidden] before anything is flattened: otherwise samples get each other's features.
         return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.patches.tokens_per_item, -1)
+
+
+def _vit_layer(attention: AttentionKind) -> ModuleSpec:
+    if attention == "te":
+        return get_vit_layer_with_transformer_engine_spec()
+    layer = get_vit_layer_with_local_spec()
+    if attention == "sdpa":
+        layer.submodules.self_attention.submodules.core_attention = SdpaAttention
+    return layer
 
 
 class PipelinedSubmodules(ModalitySubmodules):
@@ -121,6 +139,7 @@ def modality_spec(
     encoder: TransformerConfig,
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of a modality: a :class:`PatchEncoder` and a two-layer projector.
 
@@ -133,6 +152,7 @@ def modality_spec(
         projector: config of the projector; its ``hidden_size`` is the language module's, its ``ffn_hidden_size`` the
             width of the layer between.
         pg_collection: the module's process groups on this rank; ``None`` where this rank does not hold it.
+        attention: of the encoder, as for TransformerSize.
     """
     return ModuleSpec(
         module=submodules,
@@ -141,7 +161,12 @@ def modality_spec(
             "encoders": {
                 encoder_name: ModuleSpec(
                     module=encoder_class,
-                    params={"transformer_config": encoder, "patches": patches, "pg_collection": pg_collection},
+                    params={
+                        "transformer_config": encoder,
+                        "patches": patches,
+                        "pg_collection": pg_collection,
+                        "attention": attention,
+                    },
                 )
             },
             "input_projections": [

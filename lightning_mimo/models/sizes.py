@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
 from lightning_mimo.errors import LayoutError
+from lightning_mimo.layers.attention import AttentionKind, check_attention
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.initialization import fan_in_normal_
 
@@ -62,6 +63,12 @@ class TransformerSize:
         num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them. No balancing loss is added.
         experts_per_token: experts that each token is sent to.
         recompute: which activations are computed again in the backward pass; ``None`` keeps all.
+        attention: ``sdpa`` is torch's ``scaled_dot_product_attention``, whose memory does not grow with the sequence
+            squared; ``megatron`` is megatron-core's own, unfused; ``te`` has all layers from Transformer Engine, which
+            must be installed.
+
+    Raises:
+        ValueError: if ``attention`` is unknown, or ``te`` where Transformer Engine is not installed.
     """
 
     num_layers: int
@@ -74,6 +81,10 @@ class TransformerSize:
     num_experts: int | None = None
     experts_per_token: int = 2
     recompute: Recompute | None = None
+    attention: AttentionKind = "sdpa"
+
+    def __post_init__(self) -> None:
+        check_attention(self.attention)
 
     @property
     def ffn(self) -> int:
@@ -129,6 +140,39 @@ def transformer_config(
         moe_router_dtype="fp32" if size.num_experts else None,
         **_style(size),
         **(size.recompute.settings() if size.recompute else {}),
+    )
+
+
+def mlp_config(
+    layout: MimoLayout, module: str, *, hidden_size: int, ffn_hidden_size: int, output_gain: float = 1.0
+) -> TransformerConfig:
+    """Megatron's config of an MLP that stands alone, with GELU and biases, such as a projector.
+
+    megatron-core knows an MLP by a TransformerConfig only. What concerns layers and attention in it is not read here:
+    ``num_attention_heads`` is tp, because upstream refuses fewer.
+
+    Args:
+        layout: what runs where.
+        module: the MLP's module.
+        hidden_size: width of its output.
+        ffn_hidden_size: width between its two layers; tp must divide it.
+        output_gain: factor for the initial weights of the second layer.
+
+    Raises:
+        LayoutError: if the width does not divide over the module's ranks.
+    """
+    tp = layout.modules[module].tp
+    check_divides("ffn_hidden_size", ffn_hidden_size, module, "tp", tp)
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_attention_heads=tp,
+        ffn_hidden_size=ffn_hidden_size,
+        tensor_model_parallel_size=tp,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=fan_in_normal_,
+        output_layer_init_method=partial(fan_in_normal_, gain=output_gain),
     )
 
 

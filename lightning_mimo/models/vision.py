@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, modality_spec
 
 
@@ -98,6 +99,7 @@ def vision_spec(
     projector: TransformerConfig,
     pg_collection: ProcessGroupCollection | None,
     encoder_name: str = "vit",
+    attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
     """ModuleSpec of a vision modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
@@ -108,4 +110,5 @@ def vision_spec(
         encoder=encoder,
         projector=projector,
         pg_collection=pg_collection,
+        attention=attention,
     )

@@ -101,13 +101,14 @@ class MimoModule(pl.LightningModule):
             ConfigError: if ``lr`` is not set, everything is frozen, or an override fits nothing.
         """
         clip = self.trainer.gradient_clip_val
+        strategy: Any = self.trainer.strategy
         return build_optimizer(
-            self.model,
+            self.mimo_model,
             self.infra,
             config if clip is None else replace(config, clip_grad=float(clip)),
             overrides=overrides or {},
-            ddp=self.trainer.strategy.ddp_by_module,
-            dtype_policy=self.trainer.precision_plugin.dtype_policy,
+            ddp=strategy.ddp_by_module,
+            dtype_policy=strategy.precision_plugin.dtype_policy,
         )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -116,7 +117,8 @@ class MimoModule(pl.LightningModule):
         Megatron's OptimizerParamScheduler is advanced by 1: its ``lr_decay_steps`` and the like are optimizer steps.
         """
         interval = next(each.interval for each in self.trainer.lr_scheduler_configs if each.scheduler is scheduler)
-        outcome = self.optimizers(use_pl_optimizer=False).outcome
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        outcome = optimizer.outcome if isinstance(optimizer, MimoTorchOptimizer) else None
         if interval == "step" and outcome is not None and not outcome.updated:
             return
         if isinstance(scheduler, OptimizerParamScheduler):
@@ -153,7 +155,7 @@ class MimoModule(pl.LightningModule):
         Returns:
             Logits ``[b, s, vocabulary / tp]`` on the language module's last stage, what goes to the next stage before.
         """
-        output, _ = self.model(
+        output, _ = self.mimo_model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             attention_mask=None,
@@ -218,13 +220,21 @@ class MimoModule(pl.LightningModule):
             )
         return infra
 
+    @property
+    def mimo_model(self) -> RaggedMimoModel:
+        """This rank's part of the model, once :meth:`configure_model` has built it."""
+        assert self.model is not None, "configure_model() builds it"
+        return self.model
+
     def configure_model(self) -> None:
         """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
         if self.model is None:
-            seed = self.trainer.strategy.seed if self.infra else 0
-            dtype_policy = self.trainer.precision_plugin.dtype_policy
+            strategy: Any = self.trainer.strategy
             self.model = build_mimo_model(
-                self.configure_mimo(self.infra), self.infra, seed=seed, dtype_policy=dtype_policy
+                self.configure_mimo(self.infra),
+                self.infra,
+                seed=strategy.seed,
+                dtype_policy=strategy.precision_plugin.dtype_policy,
             )
             freeze(self.model, self.infra, self.frozen)
 
@@ -236,7 +246,7 @@ class MimoModule(pl.LightningModule):
 
     def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Only the first pipeline stage of an encoder takes images; later ones get hidden states."""
-        return {name: value for name, value in inputs.items() if self.model.role.is_first_stage(name)}
+        return {name: value for name, value in inputs.items() if self.mimo_model.role.is_first_stage(name)}
 
 
 def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:

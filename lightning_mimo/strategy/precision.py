@@ -48,7 +48,7 @@ class MimoPrecision(Precision):
             raise ConfigError(
                 f"Trainer(precision={precision!r}) is not supported by MimoStrategy; supported: {', '.join(SUPPORTED)}."
             )
-        self.precision = precision
+        self.precision = precision  # type: ignore[assignment]  # one of Lightning's literals, as was checked
 
     @classmethod
     def convert(cls, plugin: Precision) -> MimoPrecision:

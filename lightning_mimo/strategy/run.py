@@ -108,7 +108,7 @@ class Run:
         module = self.module
         return self.data.shard(
             loader,
-            special_token_ids=module.model.special_token_ids,
+            special_token_ids=module.mimo_model.special_token_ids,
             pad_token_id=module.pad_token_id,
             seed=seed,
             training=module.trainer.training,
@@ -128,19 +128,19 @@ class Run:
         Raises:
             CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
         """
-        held, window = (0, None) if self.is_over else self.batches.open_window
+        held, generators = (0, None) if self.is_over else self.batches.accumulation
         trainer, batches = rewind_to_last_step(trainer, held=held, training=not self.is_over)
         data_state = self.data.data_state(seed=seed, batches=batches)
         if data_state is not None:
             trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": batches}]
         self.checkpoints.save(
             path,
-            self.module.model,
+            self.module.mimo_model,
             self.infra,
-            _only(optimizers) if "optimizer_states" in trainer and data_state is not None else None,
+            the_only(optimizers) if "optimizer_states" in trainer and data_state is not None else None,
             trainer=trainer,
             data_state=data_state,
-            window=window,
+            window=generators,
         )
         if self.is_over:
             self.checkpoints.finish()
@@ -161,9 +161,9 @@ class Run:
         is_fitting = self.module.trainer.state.fn == TrainerFn.FITTING
         trainer, self._resumed = self.checkpoints.load(
             path,
-            self.module.model,
+            self.module.mimo_model,
             self.infra,
-            _only(optimizers) if is_fitting else None,
+            the_only(optimizers) if is_fitting else None,
             global_batch_size=self.plan.global_batch_size,
         )
         if self._resumed is not None:
@@ -186,7 +186,7 @@ class Run:
         self.checkpoints.close()
 
 
-def _only(optimizers: Sequence[torch.optim.Optimizer]) -> MimoTorchOptimizer:
+def the_only(optimizers: Sequence[torch.optim.Optimizer]) -> MimoTorchOptimizer:
     """Lightning keeps a list, also of one."""
     (optimizer,) = optimizers
     assert isinstance(optimizer, MimoTorchOptimizer)

@@ -26,6 +26,7 @@ from lightning_mimo.launch.fork_launcher import make_launcher
 from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
+from lightning_mimo.mimo.replica_check import check_replicas
 from lightning_mimo.observe.spans import Spans, clock_of
 from lightning_mimo.optim.ddp import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -34,7 +35,7 @@ from lightning_mimo.strategy.batch_runner import Batch, StepListener
 from lightning_mimo.strategy.module import MimoModule, as_mimo_module
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
 from lightning_mimo.strategy.precision import MimoPrecision
-from lightning_mimo.strategy.run import Run
+from lightning_mimo.strategy.run import Run, the_only
 from lightning_mimo.strategy.trainer_check import check_trainer
 from lightning_mimo.strategy.trainer_setup import set_up_trainer
 from lightning_mimo.strategy.world import WorldCollectives, build_infra, join_world, start_watchdog
@@ -127,7 +128,8 @@ class MimoStrategy(ParallelStrategy):
     @property
     @override
     def precision_plugin(self) -> MimoPrecision:
-        return self._precision_plugin or MimoPrecision()
+        plugin = self._precision_plugin
+        return plugin if isinstance(plugin, MimoPrecision) else MimoPrecision()
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -149,7 +151,11 @@ class MimoStrategy(ParallelStrategy):
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
         self._launcher = make_launcher(
-            self.cluster_environment, self.parallel_devices, num_nodes=self.num_nodes, validate=self.validate
+            self.cluster_environment,
+            self.parallel_devices,
+            num_nodes=self.num_nodes,
+            timeout=self.monitoring.timeout,
+            validate=self.validate,
         )
 
     # ------------------------------------------------- before other ranks are started
@@ -197,7 +203,7 @@ class MimoStrategy(ParallelStrategy):
         assert self.cluster_environment is not None
         self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
         self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]  # an attribute of the function
         reset_seed()
         self._open.enter_context(megatron_on(self.root_device))
         if self.infra is None:
@@ -209,6 +215,13 @@ class MimoStrategy(ParallelStrategy):
             self.seed = self.broadcast(torch.initial_seed() % 2**63)
         seed_megatron(layout, self.global_rank, seed=self.seed)
 
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Around ``configure_model``: build on the CPU on every accelerator, as a GPU draws other initial weights."""
+        with super().tensor_init_context(empty_init=empty_init), torch.device("cpu"):
+            yield
+
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         """Called after the module's ``configure_model``: wrap the model, and make what this stage needs."""
@@ -218,9 +231,9 @@ class MimoStrategy(ParallelStrategy):
         assert infra is not None and plan is not None
         signals = set_up_trainer(trainer, self.cluster_environment, must_stop=lambda: self.run.batches.must_stop)
         # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
-        module.model.to(self.root_device)
+        module.mimo_model.to(self.root_device)
         if is_fitting:
-            wrap_with_ddp(module.model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
+            wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
         self._run = Run.build(
             module,
             infra,
@@ -234,7 +247,11 @@ class MimoStrategy(ParallelStrategy):
         )
         self._open.callback(self._run.end)
         watchdog = start_watchdog(
-            infra, self.launcher, timeout=self.monitoring.timeout, leaves_first=self.local_rank == 0
+            infra,
+            self.launcher,
+            device=self.root_device,
+            timeout=self.monitoring.timeout,
+            leaves_first=self.local_rank == 0,
         )
         self._open.callback(watchdog.stop)
         if is_fitting:
@@ -268,28 +285,30 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Draw from here on what the run would have drawn that goes on."""
+        """Compare the weights of replicas, and draw from here on what the saved run would have drawn."""
+        complete_gathering(self._module.mimo_model)
+        check_replicas(self._module.mimo_model, self._module.infra)
         self.run.restore_generators(self.global_rank)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
         """Forward and backward of one global batch; the global loss, the same on every rank."""
-        return self.run.batches.train(batch, batch_idx, self.optimizers[0])
+        return self.run.batches.train(batch, batch_idx, the_only(self.optimizers))
 
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Hold gradients back: more batches of the same accumulation window follow."""
-        self.run.batches.hold = True
+        """Accumulate gradients unreduced: more batches follow before the optimizer steps."""
+        self.run.batches.is_accumulating = True
         try:
             yield
         finally:
-            self.run.batches.hold = False
+            self.run.batches.is_accumulating = False
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.run.batches.close_window(optimizer)
+        self.run.batches.end_accumulation(optimizer)
         return result
 
     @override
@@ -332,7 +351,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        self._world.barrier()
+        self._world.barrier(self.root_device)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
@@ -385,7 +404,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def on_train_end(self) -> None:
         """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
-        complete_gathering(self._module.model)
+        complete_gathering(self._module.mimo_model)
         self.finish_saving()
 
     @override

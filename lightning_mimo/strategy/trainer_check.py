@@ -60,11 +60,12 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     Raises:
         ConfigError: naming the callback or option, the reason and the remedy.
     """
-    for callback in tuple(trainer.callbacks):
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
+    for callback in tuple(callbacks):
         try:
             _check_callback(callback)
         except ValueError:
-            trainer.callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
+            callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
             raise
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:

@@ -25,9 +25,10 @@ def set_up_trainer(trainer: pl.Trainer, environment: object, *, must_stop: Calla
     # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
     trainer._accelerator_connector.use_distributed_sampler = False
     trainer._signal_connector = signals = Signals(trainer, environment)
-    trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, Preemption)]
-    trainer.callbacks.append(Preemption(must_stop, signals, environment))
-    replace_model_summary(trainer.callbacks)
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
+    callbacks[:] = [each for each in callbacks if not isinstance(each, Preemption)]
+    callbacks.append(Preemption(must_stop, signals, environment))
+    replace_model_summary(callbacks)
     replace_epoch_loop(trainer)
     # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
     fit_validation = trainer.fit_loop.epoch_loop.val_loop

@@ -54,11 +54,15 @@ class WorldCollectives:
             dist.all_reduce(tensor, op=op, group=group)
         return tensor / dist.get_world_size(group) if mean else tensor
 
-    def barrier(self) -> None:
-        """Wait until all ranks are here."""
+    def barrier(self, device: torch.device) -> None:
+        """Wait until all ranks are here.
+
+        Args:
+            device: of this rank. NCCL reduces a number for a barrier, and would have to guess on which GPU.
+        """
         if dist.is_initialized():
             with self._spans.span(_BARRIER):
-                dist.barrier()
+                dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
     def broadcast[T](self, obj: T, src: int) -> T:
         """A picklable object of one rank, on all of them."""
@@ -107,17 +111,27 @@ def build_infra(
     return infra, plan
 
 
-def start_watchdog(infra: MimoModelInfra, launcher: Any, *, timeout: timedelta, leaves_first: bool) -> Watchdog:
+def start_watchdog(
+    infra: MimoModelInfra, launcher: Any, *, device: torch.device, timeout: timedelta, leaves_first: bool
+) -> Watchdog:
     """Watch over the waiting of this rank. To be called when all of its process groups exist.
 
     Args:
         infra: layout, process groups, and where this rank notes what it does.
         launcher: of this rank's node; ends the others on it.
+        device: of this rank.
         timeout: how long a rank may wait for another.
         leaves_first: whether this rank started others, which are to be gone before it would report their end.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)
-    watchdog = Watchdog(infra.spans, infra.layout, timeout=timeout, end_node=kill, leaves_first=leaves_first)
+    watchdog = Watchdog(
+        infra.spans,
+        infra.layout,
+        timeout=timeout,
+        end_node=kill,
+        leaves_first=leaves_first,
+        on_gpu=device.type == "cuda",
+    )
     watchdog.start()
     return watchdog

@@ -127,7 +127,7 @@ class TakesTurns(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self._mark()
-        self._losses.append(trainer.optimizers[0].outcome.loss)
+        self._losses.append(trainer.optimizers[0].outcome.totals.accumulated_loss)
         if len(self._marks) <= self._case.steps:
             return
         self._end_block()

@@ -326,6 +326,21 @@ CASES = {
         task=task(experts=4),
         layout=apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2, ep=2), recompute=Recompute(), ddp=OVERLAP),
     ),
+    # ---- Megatron's own attention, held against an oracle with torch's
+    "megatron_attention-language_tp2pp2": Case(
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2), attention="megatron")
+    ),
+    "megatron_attention-llama-audio-recompute_selective": Case(
+        task=task(style="llama", audio=True, clip_encoder=None, samples=DENSE_CLIPS),
+        layout=apart(
+            ModuleParallelism(tp=2),
+            ModuleParallelism(tp=2),
+            ModuleParallelism(),
+            sequence_parallel=True,
+            recompute=Recompute(granularity="selective"),
+            attention="megatron",
+        ),
+    ),
     # ---- overlapped reduction
     "overlapped": Case(layout=apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2, pp=2), ddp=OVERLAP)),
     "overlapped-accumulate_2_of_3": Case(

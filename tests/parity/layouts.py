@@ -16,8 +16,9 @@ from lightning.pytorch.loggers import Logger
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mimo import MimoModelInfra, MimoPrecision, MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoModelInfra, MimoModule, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.initialization import cut_shard, global_named_parameters
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
@@ -41,6 +42,7 @@ class Layout:
         ddp: fields of DistributedDataParallelConfig for all modules, or by module.
         sequence_parallel: of the language module.
         recompute: of both transformers.
+        attention: of both transformers; the oracle's is the default.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -49,6 +51,7 @@ class Layout:
     ddp: Mapping[str, Any] = field(default_factory=dict)
     sequence_parallel: bool = False
     recompute: Recompute | None = None
+    attention: AttentionKind = "sdpa"
 
     def modules_of(self, rank: int) -> tuple[str, ...]:
         """Names of the modules on a rank."""
@@ -142,7 +145,7 @@ def train(
     task: Task,
     layout: Layout,
     *,
-    module: ParityModule | None = None,
+    module: MimoModule | None = None,
     dataset: Dataset | None = None,
     validation: Dataset | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -150,7 +153,7 @@ def train(
     logger: Logger | bool = False,
     ckpt_path: str | None = None,
     **trainer_options: Any,
-) -> tuple[Recorder, ParityModule, MimoStrategy]:
+) -> tuple[Recorder, MimoModule, MimoStrategy]:
     """Run a task in a layout on the ranks of the pool. Collective over the world.
 
     Args:
@@ -190,7 +193,12 @@ def train(
         enable_model_summary=False,
         **{"enable_checkpointing": False, **trainer_options},
     )
-    module = module or ParityModule(task.model, sequence_parallel=layout.sequence_parallel, recompute=layout.recompute)
+    module = module or ParityModule(
+        task.model,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=layout.recompute,
+        attention=layout.attention,
+    )
     loader = DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch)
     held_out = None if validation is None else DataLoader(validation, batch_size=task.batch)
     trainer.fit(module, loader, held_out, ckpt_path=ckpt_path)
@@ -204,9 +212,24 @@ def ddp_config(layout: Layout) -> DistributedDataParallelConfig | dict[str, Dist
     return DistributedDataParallelConfig(**layout.ddp)
 
 
-def errors(task: Task, layout: Layout, expected: Truth) -> Errors:
-    """Run a task in a layout and compare this rank's part of everything. Collective over the world."""
-    recorder, module, strategy = train(task, layout)
+def errors(
+    task: Task,
+    layout: Layout,
+    expected: Truth,
+    *,
+    module: MimoModule | None = None,
+    dataset: Dataset | None = None,
+) -> Errors:
+    """Run a task in a layout and compare this rank's part of everything. Collective over the world.
+
+    Args:
+        task: what is trained.
+        layout: on which ranks.
+        expected: what it must come to.
+        module: as for :func:`train`.
+        dataset: as for :func:`train`.
+    """
+    recorder, module, strategy = train(task, layout, module=module, dataset=dataset)
     infra = strategy.infra
     final = weights(module.model, infra)
     shards = {name: (parameter, groups) for name, parameter, groups in parameters(module.model, infra)}

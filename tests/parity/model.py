@@ -14,6 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
+from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.models.audio import ClipPatches
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import Recompute, TransformerSize
@@ -143,14 +144,36 @@ class Model:
     overrides: Mapping[str, OptimizerOverride] = field(default_factory=dict)
 
 
+def optimizer_config(model: Model) -> OptimizerConfig:
+    """How a model is trained."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPSILON,
+        clip_grad=model.clip_grad,
+        initial_loss_scale=LOSS_SCALE,
+    )
+
+
 class ParityModule(MimoModule):
     """The model of a case; four language layers, and of everything four heads."""
 
-    def __init__(self, model: Model, *, sequence_parallel: bool = False, recompute: Recompute | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sequence_parallel: bool = False,
+        recompute: Recompute | None = None,
+        attention: AttentionKind = "sdpa",
+    ) -> None:
         super().__init__(pad_token_id=0, frozen=model.frozen)
         self._choice = model
         self._sequence_parallel = sequence_parallel
         self._recompute = recompute
+        self._attention = attention
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         choice = self._choice
@@ -161,6 +184,7 @@ class ParityModule(MimoModule):
             ffn_hidden_size=16,
             dropout=choice.dropout,
             recompute=self._recompute,
+            attention=self._attention,
         )
         patches = ImagePatches(image_size=4, patch_size=2, channels=1, tokens_per_image=TOKENS_PER_IMAGE)
         pictures = replace(small, num_layers=choice.image_layers)
@@ -180,6 +204,7 @@ class ParityModule(MimoModule):
                 dropout=choice.dropout,
                 num_experts=choice.experts,
                 recompute=self._recompute,
+                attention=self._attention,
             ),
             vocab_size=VOCABULARY,
             max_sequence_length=MAX_LENGTH,
@@ -197,16 +222,4 @@ class ParityModule(MimoModule):
         return config
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.build_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=LR,
-                weight_decay=WEIGHT_DECAY,
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                adam_eps=EPSILON,
-                clip_grad=self._choice.clip_grad,
-                initial_loss_scale=LOSS_SCALE,
-            ),
-            overrides=self._choice.overrides,
-        )
+        return self.build_optimizer(optimizer_config(self._choice), overrides=self._choice.overrides)

@@ -28,6 +28,7 @@ PUBLIC_NAMES = [
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",
+    "ReplicaError",
     "Saving",
     "StepTrace",
     "build_pg_collection_for_schedule",

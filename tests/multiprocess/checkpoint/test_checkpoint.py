@@ -312,7 +312,7 @@ def test_any_layout_validates_what_another_one_trained(rank_pool: RankPool, tmp_
         found = rank_pool.run(validate_from, layout, weights_only, everything, world_size=layout.ranks)
         assert all(losses == pytest.approx([expected, expected], rel=1e-6) for losses in found)
     assert _size(tmp_path / "weights.ckpt") < _size(tmp_path / "all.ckpt") / 2
-    refused(rank_pool, r"it holds weights only, so training cannot go on from it", RUN, tmp_path / "weights.ckpt")
+    refused(rank_pool, r"holds weights only, so training cannot resume from it", RUN, tmp_path / "weights.ckpt")
 
 
 def _size(path: Path) -> int:

@@ -136,7 +136,7 @@ def test_trace_of_modules_that_share_their_ranks_tells_them_apart(rank_pool: Ran
 
 def test_step_that_never_comes_is_refused_before_training(rank_pool: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is in the integrations dependency group")
-    message = r"StepTrace\(step=1\) lets 1 steps pass and records the next, but this run has 1 \(max_steps=1\)"
+    message = r"StepTrace\(step=1\) skips 1 steps and records the next, but this run has 1 \(max_steps=1\)"
     with pytest.raises(RankFailure, match=message):
         rank_pool.run(traced, task(steps=1), together(ModuleParallelism(), ModuleParallelism()), tmp_path, world_size=1)
 

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import (
     BitsandbytesPrecision,
     MixedPrecision,
@@ -160,3 +161,13 @@ def test_plain_lightning_modules_are_refused_by_name() -> None:
     connected.connect(pl.LightningModule())
     with pytest.raises(ValueError, match=r"trains a MimoModule, but got a LightningModule"):
         _ = connected._module
+
+
+def test_layout_is_checked_on_gpus_before_the_script_is_started_again() -> None:
+    connected = strategy()  # for two ranks
+    connected.parallel_devices = [torch.device("cuda", index) for index in range(3)]
+    connected.cluster_environment = LightningEnvironment()
+    connected._configure_launcher()
+    with pytest.raises(LayoutError, match="how 3 ranks are to be divided between them is not determined"):
+        connected.launcher.launch(pytest.fail, "was started")
+    assert connected.launcher.procs == []
