@@ -85,10 +85,17 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ConfigError: if no batch has been run since the last step.
         """
         result = closure() if closure is not None else None
         reduction, self.reduction = self.reduction, None
-        assert reduction is not None, "step() comes after the last batch of an accumulation"
+        if reduction is None:
+            raise ConfigError(
+                "optimizer.step() finds no gradients: the closure, which runs the batch, was not called. Write "
+                "optimizer.step(closure=optimizer_closure) in optimizer_step()."
+            )
         with self._spans.span(_UPDATE):
             pass_on(self.param_groups, self.mimo.param_groups, self.config)
             complete_gathering(self._model)
@@ -99,6 +106,11 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
             begin_gathering(self._model)
         self.skipped_steps += not self.outcome.updated
         return result
+
+    def discard_gradients(self) -> None:
+        """Forget what a closure has computed where no step follows. The buffers are zeroed before the next batch."""
+        self.reduction = None
+        self.mimo.zero_grad()  # as in step()
 
     def state_dict(self) -> dict[str, Any]:
         """State of this rank's shards by module. Checkpoints hold other things: ``lightning_mimo.checkpoint.state``."""

@@ -120,6 +120,9 @@ class BatchRunner:
                 f"MimoStrategy trains on one: concatenate the datasets (torch.utils.data.ConcatDataset)."
             )
         self._check_samples(batch, batch_idx)
+        if optimizer.reduction is not None:  # the module's own optimizer_step() has left out the step
+            optimizer.discard_gradients()
+            self._generators, self._losses = None, []
         if self._generators is None:
             self._schedule.zero_grad()
             # To go back to if a checkpoint is saved during the accumulation, which takes more than one batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -83,11 +84,31 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
             f"that all ranks write at once. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
             f"writes behind the training."
         )
-    if module is not None and not module.automatic_optimization:
+    if module is not None:
+        _check_module(module)
+
+
+def _check_module(module: pl.LightningModule) -> None:
+    if not module.automatic_optimization:
         raise ConfigError(
             f"{type(module).__name__}.automatic_optimization=False is not supported by MimoStrategy: the pipeline "
             f"schedule runs the backward passes. Leave it out, and override loss() and configure_optimizers()."
         )
+    for name in ("training_step", "validation_step", "test_step", "predict_step"):
+        signature = inspect.signature(getattr(module, name))
+        if not (_accepts(signature, 2) or _accepts(signature, 3)):  # the third is dataloader_idx
+            raise ConfigError(
+                f"{type(module).__name__}.{name}{signature} does not take what MimoStrategy gives it, a microbatch and "
+                f"the number of its batch. Write def {name}(self, batch, batch_idx)."
+            )
+
+
+def _accepts(signature: inspect.Signature, arguments: int) -> bool:
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def _check_callback(callback: pl.Callback) -> None:

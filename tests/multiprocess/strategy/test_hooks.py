@@ -14,11 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from tests.parity.cases import apart, together
-from tests.parity.layouts import Layout, PoolEnvironment
+from tests.parity.cases import apart, task, together
+from tests.parity.layouts import Layout, PoolEnvironment, train, weights
+from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
+from tests.parity.oracle import Tensors
 from tests.support.evaluation import PicturesAndText, TinyModule
 from tests.support.hooks import (
     CALLBACK_HOOKS,
@@ -29,7 +31,7 @@ from tests.support.hooks import (
     Stateful,
     recording,
 )
-from tests.support.rank_pool import RankPool
+from tests.support.rank_pool import RankFailure, RankPool
 
 BATCH, BATCHES, MICROBATCHES = 8, 5, 2  # of accumulation 3, the last window of an epoch has two batches only
 LAYOUTS = {
@@ -227,3 +229,47 @@ def test_every_hook_is_among_those_that_are_compared(rank_pool: RankPool, tmp_pa
     hooks |= {f"module.{name}" for name in (*MODULE_HOOKS, *TRANSFER_HOOKS)}
     hooks |= {f"data.{name}" for name in (*DATA_HOOKS, *TRANSFER_HOOKS)}
     assert hooks - called == set()
+
+
+# ---- a hook that decides whether the weights are updated
+
+
+class LeavesOutSteps(ParityModule):
+    """Updates the weights with every second batch only."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        if batch_idx % 2:
+            optimizer_closure()
+        else:
+            optimizer.step(closure=optimizer_closure)
+
+
+class ForgetsTheClosure(ParityModule):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer.step()
+
+
+def train_on(kind: type[ParityModule], layout: Layout, batches: list[int]) -> Tensors:
+    """Final weights after a batch of each number."""
+    indices = [batch * BATCH + i for batch in batches for i in range(BATCH)]
+    dataset = Subset(PicturesSoundsAndText(Samples(number=4 * BATCH)), indices)
+    what = task(steps=len(batches), batch=BATCH, precision="32-true")
+    _, module, strategy = train(what, layout, module=kind(Model()), dataset=dataset)
+    final = weights(module.model, strategy.infra)
+    strategy.infra.destroy()
+    return final
+
+
+@pytest.mark.parametrize("ddp", [{}, {"use_distributed_optimizer": True}], ids=["", "distributed_optimizer"])
+def test_batch_whose_step_is_left_out_changes_nothing(rank_pool: RankPool, ddp: dict[str, Any]) -> None:
+    layout = apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2), ddp=ddp)
+    expected = rank_pool.run(train_on, ParityModule, layout, [0, 2], world_size=4)
+    found = rank_pool.run(train_on, LeavesOutSteps, layout, [0, 1, 2, 3], world_size=4)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_step_without_its_closure_says_what_to_write(rank_pool: RankPool) -> None:
+    with pytest.raises(RankFailure, match=r"finds no gradients.* Write optimizer\.step\(closure=optimizer_closure\)"):
+        rank_pool.run(train_on, ForgetsTheClosure, LAYOUTS["apart"], [0], world_size=3)

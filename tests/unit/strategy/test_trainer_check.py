@@ -81,6 +81,33 @@ def test_manual_optimization_is_refused() -> None:
         trainer().fit(Manual(), [])
 
 
+class TakesNoNumber(MimoModule):
+    """As Lightning allows it."""
+
+    def training_step(self, batch: Any) -> Any:
+        return self(batch)
+
+
+class TakesAnIterator(MimoModule):
+    def validation_step(self, dataloader_iter: Any) -> Any:
+        return self(next(dataloader_iter))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (TakesNoNumber, r"TakesNoNumber.training_step\(batch: .*def training_step\(self, batch, batch_idx\)\."),
+        (
+            TakesAnIterator,
+            r"TakesAnIterator.validation_step\(dataloader_iter: .* does not take what",
+        ),
+    ],
+)
+def test_steps_that_take_something_else_are_refused(module: type[MimoModule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(module(), [])
+
+
 def test_other_modules_are_refused_before_any_process_starts() -> None:
     refusing = trainer()
     with pytest.raises(ValueError, match=r"trains a MimoModule, but got a LightningModule"):
