@@ -118,7 +118,7 @@ class MicrobatchCollator:
                 module, loaded, self._plan.bridge_samples(module, microbatch), own
             )
         batch["sample_fingerprints"] = {
-            module: torch.tensor([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
+            module: np.array([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
             for module, runs in self._plan.shards.items()
         }
         return batch
