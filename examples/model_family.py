@@ -1,10 +1,10 @@
-"""A model family of its own: time series, a transformer with tensor parallelism, and a GPT. The template for new ones.
+"""Template for a model family: a tensor-parallel transformer over time series, and a GPT.
 
     uv run python -m examples.model_family
 
-Which of four channels rises? You see the table of modules and their ranks, and at the end "loss: 0.0…". A family in
-`lightning_mimo/models` has the same parts: how an item becomes tokens, the encoder, its ModuleSpec, a MimoModelConfig.
-`tests/parity/test_model_family.py` trains this one in several layouts.
+The task: which of four channels rises? The output is a table of modules and their ranks, and at the end "loss: 0.0…".
+Families in `lightning_mimo/models` have the same parts: how an item becomes tokens, the encoder, its ModuleSpec, and a
+MimoModelConfig. `tests/parity/test_model_family.py` trains this one in several layouts.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,10 @@ SERIES, QUESTION = 8, 9  # tokens, of which 0 to 3 are the answers
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesPatches:
-    """How a time series becomes tokens: every ``steps_per_patch`` steps are one patch, and each patch is a token."""
+    """Splits a time series into tokens: ``steps_per_patch`` consecutive steps are a patch, and each patch is a token.
+
+    Example: 8 steps of 4 channels with ``steps_per_patch=4`` are 2 tokens of 16 values.
+    """
 
     steps: int
     channels: int
@@ -49,17 +52,17 @@ class SeriesPatches:
 
 
 class SeriesEncoder(PatchEncoder):
-    """A transformer over patches. Megatron's layers divide it over tp, the base class over pp."""
+    """A transformer over patches. Megatron's layers implement tp, the base class pp."""
 
     def forward(self, values: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """``[n, steps, channels] -> [n, tokens, hidden]``; ``hidden_states`` come from the pipeline stage before."""
+        """``[n, steps, channels] -> [n, tokens, hidden]``; ``hidden_states`` come from the previous pipeline stage."""
         if values is not None:
             values = values.reshape(len(values), self.patches.num_patches, self.patches.values_per_patch)
         return self.encode(values, hidden_states)
 
 
 def series_spec(infra, module: str, patches: SeriesPatches, size: TransformerSize) -> ModuleSpec:
-    """ModuleSpec of the modality. Its width is the language module's, so there is no projector."""
+    """ModuleSpec of the modality. Its hidden size is that of the language module, so it needs no projector."""
     groups = infra.pg_collections.get(module)
     config = transformer_config(infra.layout, module, size)
     params = {"transformer_config": config, "patches": patches, "pg_collection": groups}
@@ -79,7 +82,7 @@ class SeriesModule(MimoModule):
 
 
 def sample(index: int) -> dict:
-    """Two tokens of a series, then the question; the answer is the channel that rises."""
+    """Two placeholders for a series, then the question; the answer is the channel that rises."""
     channel, generator = index % 4, torch.Generator().manual_seed(index)
     values = torch.randn(1, 8, 4, generator=generator)
     values[:, :, channel] += torch.linspace(-3, 3, 8)

@@ -59,6 +59,9 @@ from .optim.lr_schedulers import PerModuleLR as PerModuleLR
 from .optim.param_groups import OptimizerOverride as OptimizerOverride
 from .parallel.infra import MimoModelInfra as MimoModelInfra
 from .strategy.module import MimoModule as MimoModule
+from .strategy.options import Checks as Checks
+from .strategy.options import Monitoring as Monitoring
+from .strategy.options import Saving as Saving
 from .strategy.precision import MimoPrecision as MimoPrecision
 from .strategy.strategy import MimoStrategy as MimoStrategy
 

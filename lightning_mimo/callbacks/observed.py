@@ -1,4 +1,4 @@
-"""What callbacks of this package ask of the Trainer's strategy, so that they need not import it."""
+"""The interface of MimoStrategy that callbacks use, so that they do not import the strategy."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 class ObservedStrategy(Protocol):
-    """The part of MimoStrategy that callbacks look at.
+    """The part of MimoStrategy that callbacks use.
 
     Attributes:
         infra: layout, grids and process groups.
-        spans: what this rank records of itself.
-        step_listeners: are called with the spans of this rank after every optimizer step.
-        root_device: of this rank.
+        spans: records of what this rank does.
+        step_listeners: functions that are called with the spans of this rank after every optimizer step.
+        root_device: device of this rank.
     """
 
     infra: MimoModelInfra
@@ -36,18 +36,18 @@ class ObservedStrategy(Protocol):
 
 
 def observed_strategy(trainer: pl.Trainer, asker: object) -> ObservedStrategy:
-    """The Trainer's strategy.
+    """Return the Trainer's strategy as an ObservedStrategy.
 
     Args:
-        trainer: of the run.
-        asker: the callback, for the message.
+        trainer: Trainer of the run.
+        asker: callback that needs the strategy; named in the error message.
 
     Raises:
         ConfigError: if the strategy is not MimoStrategy.
     """
     if not hasattr(trainer.strategy, "step_listeners"):
         raise ConfigError(
-            f"{type(asker).__name__} records what MimoStrategy does, but the trainer has "
-            f"{type(trainer.strategy).__name__}."
+            f"{type(asker).__name__} works with MimoStrategy only, but the trainer has "
+            f"{type(trainer.strategy).__name__}. Leave the callback out, or set strategy=MimoStrategy(...)."
         )
     return cast(ObservedStrategy, trainer.strategy)

@@ -16,7 +16,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
     BatchSampler,
@@ -33,10 +32,12 @@ from torch.utils.data import (
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.prefetch import LoadsAhead
 from lightning_mimo.data.sample_format import Sample, SampleFormat
+from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 
 
 class SeededSampler(Sampler[int]):
@@ -159,6 +160,9 @@ class ResumableLoader(DataLoader):
     _batches: LoadsAhead | None = None
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
+        if self.num_workers and not isinstance(self.worker_init_fn, EndWithRank):
+            # Here: Lightning sets one of its own until now.
+            self.worker_init_fn = EndWithRank(self.worker_init_fn)
         self._batches = LoadsAhead(super().__iter__())
         return self._batches
 
@@ -196,7 +200,7 @@ def shard_dataloader(
             ``collate_fn``, a subclass that iterates in its own way, or another batch size.
     """
     _check_loader(loader, plan.global_batch_size)
-    sampler = _batch_sampler_of(loader)
+    sampler = cast(BatchSampler, _batch_sampler_of(loader))
     order = SeededSampler(sampler.sampler, seed=seed)
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
@@ -220,9 +224,9 @@ def sampler_length(loader: DataLoader) -> int:
     Raises:
         DataError: if the sampler does not say.
     """
-    sampler = _batch_sampler_of(loader).sampler
+    sampler = cast(BatchSampler, _batch_sampler_of(loader)).sampler
     try:
-        return len(sampler)
+        return len(cast(Sized, sampler))
     except (TypeError, NotImplementedError):
         raise DataError(
             f"The sampler {type(sampler).__name__} has no __len__, so it cannot be told when an epoch is over, nor "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -58,7 +59,7 @@ class RunData:
                 f"Return a DataLoader over a map-style dataset."
             )
         sharded = shard_dataloader(loader, self._plan, sample_format=sample_format, seed=seed)
-        samples = len(loader.dataset)
+        samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))
         if training:
             self._training_samples, self._training = samples, sharded

@@ -25,6 +25,7 @@ from lightning_mimo.mimo.initialization import RecordInitializers, global_named_
 from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.upstream.torch import _BatchNorm
 
 
 class RaggedMimoModel(MimoModel):
@@ -372,7 +373,7 @@ def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
 def _check_batch_norm(model: MimoModel) -> None:
     """Refuse layers that make a sample's result depend on which others are on the same rank."""
     for path, part in model.named_modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, _BatchNorm):
             raise DataError(
                 f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
                 f"so every layout would train something else. Use LayerNorm or GroupNorm, or "

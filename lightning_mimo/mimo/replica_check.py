@@ -70,7 +70,8 @@ def check_replicas(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
 
 def _copies_of(model: RaggedMimoModel, infra: MimoModelInfra, module: str) -> Iterator[_Copies]:
     groups = infra.pg_collections[module]
-    dense, experts = {}, {}
+    dense: dict[str, torch.nn.Parameter] = {}
+    experts: dict[str, torch.nn.Parameter] = {}
     for name, parameter in named_parameters_of(model, infra, module):
         (dense if getattr(parameter, "allreduce", True) else experts)[name] = parameter
     yield _Copies(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron.core.models.mimo import MimoModelConfig
@@ -90,7 +90,7 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
         ffn_hidden_size=language.hidden_size,
         output_gain=1.0 / math.sqrt(2 * encoder.size.num_layers),  # as the last layer of the encoder's MLPs
     )
-    spec = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
+    spec: Callable[..., ModuleSpec] = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
     return spec(
         patches=encoder.patches,
         encoder=config,

@@ -60,7 +60,7 @@ class PerModuleLR(LRScheduler):
             scheduler.optimizer.step()  # or torch would warn that the scheduler came before the optimizer
             scheduler.step() if epoch is None else scheduler.step(epoch)
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float | torch.Tensor]:
         """Learning rates of all groups of the optimizer."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
@@ -89,5 +89,5 @@ class _SomeGroups(torch.optim.Optimizer):
     def __init__(self, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, optimizer.defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # takes no closure
         """Nothing: the whole optimizer steps."""

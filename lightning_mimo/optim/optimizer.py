@@ -186,7 +186,7 @@ def _clipping(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> list[
     for spec in specs:
         together.setdefault(spec.clipped_with, []).append(spec)
     return [
-        (config.clip_grad if outer is None else members[0].override.clip_grad, [spec.name for spec in members])
+        (config.clip_grad if outer is None else members[0].override.clip_grad or 0.0, [spec.name for spec in members])
         for outer, members in together.items()
     ]
 

@@ -233,7 +233,9 @@ class GlobalBatchSchedule:
         megatron-core receives all of them as if they needed one.
         """
         inputs = getattr(self._model, "input_tensors", None)
-        for name in self._frozen_inputs if isinstance(inputs, dict) else ():
+        if not isinstance(inputs, dict):
+            return
+        for name in self._frozen_inputs:
             if name in inputs:
                 inputs[name] = inputs[name].detach()
 
@@ -286,7 +288,7 @@ class GlobalBatchSchedule:
     def _names_of_metrics(self, results: list[Any], *, training: bool) -> list[str]:
         """Metric names; known where the loss is computed, told to the other ranks once."""
         if training not in self._metric_names:
-            box = [sorted(results[0][2]) if self.computes_loss else None]
+            box: list[Any] = [sorted(results[0][2]) if self.computes_loss else None]
             source = next(filter(self._infra.layout.counts_loss, range(dist.get_world_size())))
             with self._infra.spans.span(_NAMES):
                 dist.broadcast_object_list(box, src=source)

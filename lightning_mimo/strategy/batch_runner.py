@@ -100,7 +100,7 @@ class BatchRunner:
         self._check = check_samples
         self._on_nonfinite = on_nonfinite
         self._schedule = GlobalBatchSchedule(
-            module.model, infra, encoder_run_ahead=encoder_run_ahead, on_first_wait=self._load_next
+            module.mimo_model, infra, encoder_run_ahead=encoder_run_ahead, on_first_wait=self._load_next
         )
         self._generators: Generators | None = None  # as they were before the accumulation; None between two
         self._last: tuple[Batch, int] | None = None
@@ -158,6 +158,7 @@ class BatchRunner:
         """
         self._generators = None
         outcome = optimizer.outcome
+        assert outcome is not None and self._last is not None, "the optimizer has stepped on the last batch"
         self.must_stop = outcome.stop
         samples, self._samples = self._samples, self._checksums()
         self._next_differs = samples.differ(outcome.totals.next_samples)
@@ -166,7 +167,7 @@ class BatchRunner:
         except DataError as error:
             raise DataError(
                 f"{error} This step has been taken with it: go on from the last checkpoint. "
-                f"MimoStrategy(check_samples='always') compares before a batch is learned from."
+                f"MimoStrategy(checks=Checks(samples='always')) compares before a batch is learned from."
             ) from None
         (batch, batch_idx), self._last = self._last, None
         self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))
@@ -185,7 +186,7 @@ class BatchRunner:
         raise NonFiniteError(
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. "
             f"{self._find_nonfinite(batch, batch_idx, losses)} "
-            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and goes on."
         )
 
     def _find_nonfinite(self, batch: Batch, batch_idx: int, losses: Sequence[tuple[int, torch.Tensor]]) -> str:
@@ -201,7 +202,7 @@ class BatchRunner:
         module = self._module
         with module.microbatches():
             step = self._training_step(batch_idx)
-            return describe(find_nonfinite(self._schedule, module.model, self._infra, batch, step, module.loss))
+            return describe(find_nonfinite(self._schedule, module.mimo_model, self._infra, batch, step, module.loss))
 
     def _another_follows(self, batch_idx: int) -> bool:
         """Whether the epoch has another batch that is trained on, as far as can be known."""
@@ -227,7 +228,7 @@ class BatchRunner:
         if self._telemetry is None:
             return figures
         self._telemetry.count(batch)
-        trainer = self._module.trainer
+        trainer: Any = self._module.trainer
         # By this count alone, not by trainer.should_stop, which may come to the ranks one after the other.
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
         if self.is_accumulating or not every or steps % every:
@@ -353,7 +354,7 @@ class BatchRunner:
                 global_batch_size=self._global_batch_size,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=module.pad_token_id,
-                placeholders=module.model.special_token_ids,
+                placeholders=module.mimo_model.special_token_ids,
                 group=groups.tp if groups else None,
             )
 

@@ -82,7 +82,7 @@ class BareLoop:
         # Not by the strategy, which would take it for what the Trainer trains on.
         loader = shard_dataloader(
             loader,
-            strategy._plan,
+            strategy.plan,
             sample_format=SampleFormat(
                 special_token_ids=self._model.special_token_ids, pad_token_id=module.pad_token_id
             ),

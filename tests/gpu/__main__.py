@@ -13,15 +13,12 @@ import json
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from tests.gpu.parts import Figures, Part, parts, rehearsed
-from tests.gpu.ranks import Ended, run_ranks
+from tests.gpu.parts import Figures, Part, find_out, parts, rehearsed
 from tests.gpu.report import describe_machine, to_markdown
 
 _SHOWN = 1200  # characters of a failure
@@ -71,34 +68,21 @@ def _find_all(chosen: Mapping[str, Part], directory: Path) -> Iterator[tuple[str
     """At once what may run at once, one after the other what is timed."""
     together = {name: part for name, part in chosen.items() if part.together}
     with ThreadPoolExecutor(max_workers=max(1, len(together))) as pool:
-        started = {name: pool.submit(_find_out, name, part, directory) for name, part in together.items()}
-        yield from ((name, future.result()) for name, future in started.items())
-    yield from ((name, _find_out(name, part, directory)) for name, part in chosen.items() if name not in together)
+        started = {name: pool.submit(find_out, name, part, directory) for name, part in together.items()}
+        yield from ((name, _say(name, future.result())) for name, future in started.items())
+    yield from (
+        (name, _say(name, find_out(name, part, directory))) for name, part in chosen.items() if name not in together
+    )
 
 
-def _find_out(name: str, part: Part, directory: Path) -> Figures:
-    """Run one part, in its time, and say at once what came of it."""
-    began = time.monotonic()
-    try:
-        figures = part.judge(_run(name, part, directory))
-    except Exception as error:
-        figures = {"FAILED": f"{type(error).__name__}: {error}"}
-    figures["seconds of this part"] = time.monotonic() - began
+def _say(name: str, figures: Figures) -> Figures:
+    """Print what came of a part, shortened, and hand it back."""
     lines = [f"== {name}"]
     for key, value in figures.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         lines.append(f"{key}: {shown[-_SHOWN:]}")
     print("\n".join(lines), flush=True)
     return figures
-
-
-def _run(name: str, part: Part, directory: Path) -> dict[str, Ended]:
-    def start(item: tuple[str, Any]) -> tuple[str, Ended]:
-        key, run = item
-        return key, run_ranks(f"{name}-{key}".replace(" ", "_"), run, directory=directory, limit=part.limit)
-
-    with ThreadPoolExecutor(max_workers=len(part.runs) if part.together else 1) as pool:
-        return dict(pool.map(start, part.runs.items()))
 
 
 def _write(out: Path, found: dict[str, Figures], logs: Path) -> None:

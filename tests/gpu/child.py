@@ -13,8 +13,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader, Subset
 
-from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.planning.memory_estimate import footprint
+from lightning_mimo import MimoStrategy, ModuleParallelism, Monitoring, Saving
+from lightning_mimo.planning.memory_estimate import memory_estimate
 from tests.gpu.bare import BareLoop
 from tests.gpu.checkpoints import TimeCheckpoints
 from tests.gpu.measure import StepMeter
@@ -91,8 +91,8 @@ def build_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
             run.microbatches,
             colocate=run.colocate,
             ddp=ddp,
-            timeout=timedelta(seconds=run.timeout),
-            async_save=run.checkpoint is not None,
+            saving=Saving(asynchronous=run.checkpoint is not None),
+            monitoring=Monitoring(timeout=timedelta(seconds=run.timeout)),
         ),
     )
 
@@ -101,7 +101,7 @@ def estimate(run: Run) -> float:
     """GiB of weights, gradients and the optimizer on a rank, as the package says before a run."""
     strategy = build_trainer(run, []).strategy
     module = build_module(run)
-    found = footprint(
+    found = memory_estimate(
         strategy.validate(),
         module.configure_mimo,
         dtype_policy=strategy.precision_plugin.dtype_policy,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tests.gpu.model import flops_of_step
-from tests.gpu.ranks import Ended
+from tests.gpu.ranks import Ended, run_ranks
 from tests.gpu.run import Run
 
 Figures = dict[str, Any]
@@ -113,9 +116,10 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
 
 def _warnings(ended: Mapping[str, Ended]) -> set[str]:
     """What was warned of after the imports, by Python or by torch's C++."""
-    trained = (each.text.partition("Seed set to")[2].splitlines() for each in ended.values())
-    lines = (line for lines in trained for line in lines)
-    return {line[line.index("arning: ") + 8 :][:150] for line in lines if "arning: " in line}
+    logs = (log.read_text(errors="replace") for each in ended.values() for log in each.logs)
+    lines = (line for text in logs for line in text.partition("Seed set to")[2].splitlines())
+    said = {line[line.index("arning: ") + 8 :][:150] for line in lines if "arning: " in line}
+    return {re.sub(r"pid=\d+", "pid", each) for each in said}
 
 
 def judge_hang(ended: Mapping[str, Ended]) -> Figures:
@@ -161,6 +165,29 @@ def _speed(name: str, result: Figures) -> Figures:
 
 def judge_checkpoint(ended: Mapping[str, Ended]) -> Figures:
     return ended["checkpoint"].result()["checkpoint"]
+
+
+def find_out(name: str, part: Part, directory: Path) -> Figures:
+    """Run one part, in its time. What is wrong stands under a key with ``FAILED`` in it.
+
+    Args:
+        name: of the part, for its logs.
+        part: what to run.
+        directory: where the logs go.
+    """
+    began = time.monotonic()
+
+    def start(item: tuple[str, Run]) -> tuple[str, Ended]:
+        key, run = item
+        log = re.sub(r"\W+", "_", f"{name}_{key}")
+        return key, run_ranks(log, run, directory=directory, limit=part.limit)
+
+    try:
+        with ThreadPoolExecutor(max_workers=len(part.runs) if part.together else 1) as pool:
+            figures = part.judge(dict(pool.map(start, part.runs.items())))
+    except Exception as error:
+        figures = {"FAILED": f"{type(error).__name__}: {error}"}
+    return figures | {"seconds of this part": time.monotonic() - began}
 
 
 def rehearsed(part: Part) -> Part:

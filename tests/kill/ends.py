@@ -43,6 +43,11 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _kill_supervisor() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
 def _stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -86,11 +91,22 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     "kill_after_fit": ("after_fit", _kill),
     "work_after_fit": ("after_fit", _work),
     "work_a_little_after_fit": ("after_fit", _work_a_little),
+    "kill_while_workers_load": ("on_train_batch_end", _kill),
     "stop_in_setup": ("setup", _stop),
+    "kill_supervisor": ("on_train_batch_end", _kill_supervisor),
     "all_exit_with_0_in_training": ("on_train_batch_end", _exit_with_0),
     "nothing": ("", lambda: None),
 }
 """Name -> where, and what one rank (of a case that begins with ``all``, every rank) does there."""
+
+
+class SlowFile(PicturesAndText):
+    """The third batch takes ten minutes, so that workers are busy with it when the first one is done."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= 24:
+            time.sleep(600)
+        return super().__getitem__(index)
 
 
 class Misbehaves(pl.Callback):
@@ -138,7 +154,9 @@ def run(case: str, rank: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(TinyModule(), DataLoader(PicturesAndText(24), batch_size=12))
+    workers = case == "kill_while_workers_load"
+    data = SlowFile(36) if workers else PicturesAndText(24)
+    trainer.fit(TinyModule(), DataLoader(data, batch_size=12, num_workers=int(workers)))
     misbehaves.reach("after_fit", trainer.global_rank)
     _say(f"rank {trainer.global_rank} is done")
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.kill.driver import processes_of
 from tests.kill.ends import RANKS, TIMEOUT
 
 
@@ -24,7 +25,7 @@ class End:
         code: exit code, or minus the signal that killed the process that the user started.
         log: what was printed.
         seconds: how long it took in all.
-        left: processes of the run that were still there two seconds later.
+        left: processes of the run that were still there 15 seconds later.
     """
 
     code: int
@@ -50,8 +51,8 @@ class Host:
         code = int(self._process.stdout.readline())
         seconds = time.monotonic() - began
         session = int((folder / "pid").read_text())
-        deadline = time.monotonic() + 2
-        while (left := _in_session(session)) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 15
+        while (left := processes_of(session)) and time.monotonic() < deadline:
             time.sleep(0.1)
         for process in left:
             process.kill()
@@ -61,18 +62,6 @@ class Host:
         self._process.stdin.close()
         self._process.wait(timeout=30)
         self._process.stdout.close()
-
-
-def _in_session(session: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(process)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +81,18 @@ NAMED = {
     "exit_with_0_in_training": ("left the others in the middle of the run", 1),
     "interrupt_in_training": ("ended with exit code 1", 1),
     "kill_in_training": ("was killed by signal 9", 1),
+    "kill_while_workers_load": ("was killed by signal 9", 1),
     "kill_in_teardown": ("was killed by signal 9", 1),
     "kill_after_fit": ("was killed by signal 9", 1),
     "work_after_fit": (f"was still running {TIMEOUT:g} s after the first rank had ended", 1),
-    "stop_in_setup": ("stands still: it was stopped by a signal", 1),
+    "stop_in_setup": ("hangs: it was stopped by a signal", 1),
 }
 """Case -> what is said of the rank, and the exit code of the run."""
 ALWAYS = {
     0: {"raise_in_teardown", "exit_with_0_in_training", "interrupt_in_training", "kill_in_teardown"},
     2: {
         *("raise_in_on_fit_end", "exit_after_fit", "exit_in_training", "exit_with_0_in_training", "kill_in_teardown"),
-        *("kill_after_fit", "work_after_fit", "stop_in_setup"),
+        *("kill_after_fit", "kill_while_workers_load", "work_after_fit", "stop_in_setup"),
     },
 }
 """Rank -> cases that are always run."""
@@ -145,3 +135,22 @@ def test_run_that_ends_well_has_exit_code_0_and_says_nothing(host: Host, tmp_pat
     assert "Rank" not in end.log
     assert end.log.count(" is done") == (0 if case.startswith("all") else RANKS)
     assert not end.left
+
+
+def test_run_ends_when_the_process_that_watches_over_it_is_killed(host: Host, tmp_path: Path) -> None:
+    end = host.run(tmp_path, "kill_supervisor", 2)
+    assert end.code == 1, end.log
+    assert "The process that watches over the ranks (process " in end.log
+    assert not end.left
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["raise_in_on_fit_end", "exit_after_fit", "kill_in_teardown"])
+def test_torchrun_names_the_rank_and_has_an_exit_code(case: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
+    code = f"from tests.kill.ends import run; run({case!r}, 2)"
+    command += ["--standalone", "--no-python", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    failures = done.stderr[done.stderr.index("Root Cause (first observed failure)") :]
+    assert "rank      : 2 (local_rank: 2)" in failures

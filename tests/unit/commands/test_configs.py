@@ -114,9 +114,17 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
         (["--model.init_args.vision.depth=3"], "model.init_args.vision has no key 'depth'"),
         (
             ["--trainer.strategy.class_path=lightning_mimo.MimoStrategie"],
-            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' is not there",
+            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' cannot be imported",
         ),
-        ([f"{STRATEGY}.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
+        ([f"{STRATEGY}.checks.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
+        (
+            [f"{STRATEGY}.saving.asynchrnous=true"],
+            "init_args.saving has no key 'asynchrnous'. Did you mean 'asynchronous'?",
+        ),
+        (
+            [f"{STRATEGY}.timeout=0:10:00"],
+            "trainer.strategy.init_args.timeout has moved: write trainer.strategy.init_args.monitoring.timeout.",
+        ),
         (["stray"], "'stray' is not understood"),
         (["--trainer.strategy=mimo"], "strategy='mimo' does not say which modules there are"),
         pytest.param(
@@ -146,6 +154,18 @@ def test_what_is_wrong_is_one_readable_line(
     assert error.startswith("lightning-mimo: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_key_of_an_earlier_version_in_a_file_names_its_new_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "old.yaml"
+    now = Path(VLM).read_text()
+    config.write_text(now.replace("global_batch_size: 128", "global_batch_size: 128\n      async_save: true", 1))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--dry-run", "--config", str(config)])
+    place = "trainer.strategy.init_args"
+    assert f"error: {place}.async_save has moved: write {place}.saving.asynchronous.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit", "layout"])

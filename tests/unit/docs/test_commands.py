@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -73,7 +74,12 @@ def _uv(words: list[str]) -> None:
         _expect(rest[1] in (PROJECT.get(known) or PROJECT["project"][known]), words)
         rest = rest[2:]
     if command == "run":
-        tools = {"pytest": _pytest, "mkdocs": _mkdocs, "ruff": lambda rest: _expect(rest == ["check", "."], words)}
+        tools = {
+            "pytest": _pytest,
+            "mkdocs": _mkdocs,
+            "ruff": lambda rest: _expect(rest == ["check", "."], words),
+            "mypy": lambda rest: _expect(not rest and "mypy" in PROJECT["tool"], words),
+        }
         tools.get(rest[0], lambda _: is_understood(rest))(rest[1:])
     else:
         _expect(not rest, words)
@@ -83,7 +89,10 @@ def _lightning_mimo(words: list[str]) -> None:
     command, *rest = words
     # A config or a file of the reader's own.
     rest = [VLM if word == "my.yaml" else word for word in rest]
-    if command == "checkpoint":
+    if command == "new":
+        with TemporaryDirectory() as folder:
+            main([command, *(f"{folder}/{word}" for word in rest)])
+    elif command == "checkpoint":
         with pytest.raises(SystemExit, match="2"):
             main([command, *rest])  # says that the file is not there, see below
     elif command in RUNS and ("--help" in rest or any(".help=" in word for word in rest)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -68,6 +70,34 @@ def test_gpu_that_computes_alone_waits_for_nobody() -> None:
     report = watchdog(spans, Cut(dp=2))._look()
     assert not report.waits
     assert "has been in forward of language, microbatch 1 for" in report.label
+
+
+FROZEN = """
+import ctypes, time
+from datetime import timedelta
+import torch.distributed as dist
+from lightning_mimo import ModuleParallelism as Cut
+from lightning_mimo.layout import MimoLayout
+from lightning_mimo.observe import watchdog
+from lightning_mimo.spans import Spans
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+layout = MimoLayout.resolve({"language": Cut()}, world_size=1)
+watchdog._FROZEN_SECONDS = 1.0
+watchdog.Watchdog(
+    Spans(), layout, timeout=timedelta(seconds=1), end_node=lambda: None, leaves_first=True, on_gpu=True
+).start()
+time.sleep(0.5)
+def a_call_that_keeps_the_interpreter():
+    ctypes.PyDLL(None).sleep(100)
+a_call_that_keeps_the_interpreter()
+"""
+
+
+def test_process_whose_interpreter_stands_still_is_ended_with_its_tracebacks() -> None:
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", FROZEN], capture_output=True, text=True, timeout=90)
+    assert ended.returncode == 1, ended.stderr
+    assert "in a_call_that_keeps_the_interpreter" in ended.stderr
 
 
 def test_host_that_stands_still_while_its_gpu_has_nothing_to_do_is_what_others_wait_for() -> None:
