@@ -61,8 +61,8 @@ class Microbatch(TypedDict, total=False):
         modality_inputs: module -> ``{encoder: {argument: [items, ...]}}`` of the samples that this rank encodes;
             ``None`` where no sample has any.
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
-        sample_fingerprints: module -> int64 ``[n, 4]``, position, index, checksum of the text, and checksum of what
-            else the module takes of each sample.
+        sample_fingerprints: module -> int64 ``[n, 4]`` of numpy, which stays on the host: position, index, checksum of
+            the text, and checksum of what else the module takes of each sample.
         prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
 
     Keys that :class:`MimoModule` was given as ``extra_keys`` are beside these on ranks of the language module.
@@ -81,7 +81,7 @@ class Microbatch(TypedDict, total=False):
     is_padding: tuple[bool, ...]
     modality_inputs: dict[str, dict[str, dict[str, torch.Tensor | Ragged]] | None]
     modality_counts: dict[str, ModalityCounts]
-    sample_fingerprints: dict[str, torch.Tensor]
+    sample_fingerprints: dict[str, np.ndarray]
     prompt_lengths: torch.Tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,7 +118,7 @@ class MicrobatchCollator:
                 module, loaded, self._plan.bridge_samples(module, microbatch), own
             )
         batch["sample_fingerprints"] = {
-            module: torch.tensor([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
+            module: np.array([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
             for module, runs in self._plan.shards.items()
         }
         return batch
@@ -138,9 +138,9 @@ class MicrobatchCollator:
             },
         }
         if LANGUAGE in self._plan.shards:
-            texts = [sample.text for sample in samples]
-            assert None not in texts, "a language rank reads the text of all its samples"
-            batch |= self._language(texts, [sample.request for sample in samples])
+            texts = [sample.text for sample in samples if sample.text is not None]
+            assert len(texts) == len(samples), "a language rank reads the text of all its samples"
+            batch.update(cast(Microbatch, self._language(texts, [sample.request for sample in samples])))
             batch["token_order"] = token_order(input_ids, self._expected.special_token_ids)
         return batch
 

@@ -74,7 +74,7 @@ def read_inputs(index: int, sample: Sample, module: str, expected: SampleFormat)
     }
     items, embeddings, is_declared = _count(index, module, arguments, declared or {})
     rows = {
-        f"{encoder}.{name}": len(value.values if isinstance(value, Ragged) else value)
+        f"{encoder}.{name}": (value.values if isinstance(value, Ragged) else value).size(0)
         for encoder, inputs in arguments.items()
         for name, value in inputs.items()
     }
@@ -210,7 +210,7 @@ def _count(
                 numbers[f"{encoder}.item_sizes.rows[{name!r}]"] = len(rows)
                 _check_rows(where, name, rows, len(value))
             else:
-                numbers[f"{encoder}.{name}"] = len(value)
+                numbers[f"{encoder}.{name}"] = value.size(0)
     if len(set(numbers.values())) > 1:
         raise DataError(
             f"Sample {index}: the inputs of module {module!r} differ in their first dimension, the number of items: "

@@ -161,7 +161,8 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
         if self.num_workers and not isinstance(self.worker_init_fn, EndWithRank):
-            self.worker_init_fn = EndWithRank(self.worker_init_fn)  # here: Lightning sets one of its own until now
+            # Here: Lightning sets one of its own until now.
+            self.worker_init_fn = EndWithRank(self.worker_init_fn)
         self._batches = LoadsAhead(super().__iter__())
         return self._batches
 
@@ -199,7 +200,7 @@ def shard_dataloader(
             ``collate_fn``, a subclass that iterates in its own way, or another batch size.
     """
     _check_loader(loader, plan.global_batch_size)
-    sampler = _batch_sampler_of(loader)
+    sampler = cast(BatchSampler, _batch_sampler_of(loader))
     order = SeededSampler(sampler.sampler, seed=seed)
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
@@ -223,9 +224,9 @@ def sampler_length(loader: DataLoader) -> int:
     Raises:
         DataError: if the sampler does not say.
     """
-    sampler = _batch_sampler_of(loader).sampler
+    sampler = cast(BatchSampler, _batch_sampler_of(loader)).sampler
     try:
-        return len(sampler)
+        return len(cast(Sized, sampler))
     except (TypeError, NotImplementedError):
         raise DataError(
             f"The sampler {type(sampler).__name__} has no __len__, so it cannot be told when an epoch is over, nor "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader
@@ -58,7 +59,7 @@ class RunData:
                 f"Return a DataLoader over a map-style dataset."
             )
         sharded = shard_dataloader(loader, self._plan, sample_format=sample_format, seed=seed)
-        samples = len(loader.dataset)
+        samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))
         if training:
             self._training_samples, self._training = samples, sharded
@@ -94,9 +95,14 @@ def _check_same_lengths(samples: int, drawn: int) -> None:
     """Collective over the world."""
     lengths: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lengths, (samples, drawn))
-    for what, found in zip(("dataset", "sampler"), zip(*lengths, strict=True), strict=True):
-        if len(set(found)) > 1:
-            raise DataError(
-                f"The {what} has a different length on different ranks: {dict(enumerate(found))}. Every rank must "
-                f"see the same samples under the same indices, in the same order."
-            )
+    of_dataset, of_sampler = zip(*lengths, strict=True)
+    if len(set(of_dataset)) > 1:
+        raise DataError(
+            f"The dataset has a different length on different ranks: {dict(enumerate(of_dataset))}. Every rank must "
+            f"see the same samples under the same indices."
+        )
+    if len(set(of_sampler)) > 1:
+        raise DataError(
+            f"The sampler has a different length on different ranks: {dict(enumerate(of_sampler))}. Every rank must "
+            f"go through the same samples in the same order."
+        )

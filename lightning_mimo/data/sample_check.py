@@ -63,28 +63,31 @@ class SampleChecksums:
 
     def add(self, microbatches: Sequence[Microbatch]) -> None:
         """Another batch of this rank; nothing where it is not known."""
-        if not self._enabled or not microbatches:
-            return
-        self._batches.append([{"sample_fingerprints": each["sample_fingerprints"]} for each in microbatches])
+        if self._enabled and microbatches:
+            self._batches.append([{"sample_fingerprints": each["sample_fingerprints"]} for each in microbatches])
 
     def figures(self) -> torch.Tensor:
-        """float64 ``[3 * blocks * modules * 2]``, to be added up over all ranks. Reads nothing to the host."""
+        """float64 ``[3 * blocks * modules * 2]``, to be added up over all ranks."""
         if not self._enabled:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
-        sums = torch.zeros(self._shape, dtype=torch.int64, device=self._device)
-        is_held = torch.zeros(self._shape, dtype=torch.int64, device=self._device)
+        sums = np.zeros(self._shape, np.int64)
+        is_held = np.zeros(self._shape, np.int64)
         for number, microbatches in enumerate(self._batches):
             size = self._global_batch_size // len(microbatches)
-            for microbatch in microbatches:
-                for name, fingerprints in microbatch["sample_fingerprints"].items():
-                    position, index, text, own = fingerprints.to(self._device).unbind(dim=1)
-                    block, module = position % size // (size // self._shape[0]), self._names.index(name)
+            for module, name in enumerate(self._names):
+                own = [
+                    each["sample_fingerprints"][name] for each in microbatches if name in each["sample_fingerprints"]
+                ]
+                if own:
+                    position, index, text, contents = np.concatenate(own).T
+                    block = position % size // (size // self._shape[0])
                     place = position + number * self._global_batch_size
-                    checksums = torch.stack([_mixed(place, index, text), _mixed(place, own, own)], dim=1)
-                    sums[:, module].index_add_(0, block, checksums)
-                    is_held[block, module] = torch.stack([index >= 0, own != NOT_LOADED], dim=1).long()
+                    checksums = np.stack([_mixed(place, index, text), _mixed(place, contents, contents)], axis=1)
+                    np.add.at(sums, (block, module), checksums)
+                    is_held[block, module] = np.stack([index >= 0, contents != NOT_LOADED], axis=1)
         checksums = ((sums ^ (sums >> 31)) & (2**_BITS - 1)) * is_held
-        return torch.stack([is_held, checksums, checksums.square()]).double().flatten()
+        figures = np.stack([is_held, checksums, checksums**2]).astype(np.float64)
+        return torch.from_numpy(figures.ravel()).to(self._device)
 
     def differ(self, totals: Sequence[float]) -> bool:
         """Whether ranks hold different samples.
@@ -117,7 +120,7 @@ def _differ(number: np.ndarray, total: np.ndarray, squares: np.ndarray) -> bool:
     return bool((number * squares != total**2).any())
 
 
-def _mixed(place: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def _mixed(place: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Checksums of which sums over several places still tell whether one of them differs. int64, wraps around."""
     mixed = place * _PRIMES[0] + first * _PRIMES[1] + second * _PRIMES[2]
     mixed = (mixed ^ (mixed >> 29)) * _PRIMES[1]
@@ -131,7 +134,7 @@ def check_samples(
     ``modules * global_batch_size * 6`` integers.
 
     Args:
-        microbatches: this rank's share; ``sample_fingerprints`` holds for each of its modules an int64 tensor
+        microbatches: this rank's share; ``sample_fingerprints`` holds for each of its modules int64
             ``[n, 4]`` of position, index in the dataset, checksum of the text, and checksum of what else the module
             takes of the sample (``NOT_LOADED`` where this rank takes nothing).
         layout: which modules there are.
@@ -145,7 +148,7 @@ def check_samples(
     held = torch.full((len(names), global_batch_size, 3), _ABSENT, device=device)
     for microbatch in microbatches:
         for name, fingerprints in microbatch["sample_fingerprints"].items():
-            held[names.index(name), fingerprints[:, 0]] = fingerprints[:, 1:].to(device)
+            held[names.index(name), fingerprints[:, 0]] = torch.from_numpy(fingerprints[:, 1:]).to(device)
     held[..., _OWN].masked_fill_(held[..., _OWN] == NOT_LOADED, _ABSENT)
     # The largest of a number and of its negative: where nobody disagrees they cancel.
     extremes = torch.stack([held, torch.where(held == _ABSENT, _ABSENT, -held)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,17 +119,19 @@ def read_ids(index: int, sample: Sample, expected: SampleFormat) -> torch.Tensor
         DataError: naming the sample, the key and the remedy.
     """
     ids = whole_numbers(index, "input_ids", sample["input_ids"])
-    if len(ids) == 0:
+    length = ids.size(0)
+    if length == 0:
         raise DataError(f"Sample {index}: input_ids is empty. A sample has at least one token.")
-    ids = ids[: _kept(index, sample, len(ids))]
-    if expected.max_sequence_length is not None and len(ids) > expected.max_sequence_length:
+    if sample.get("attention_mask") is not None:
+        ids = ids[: _kept(index, sample, length)]
+    if expected.max_sequence_length is not None and ids.size(0) > expected.max_sequence_length:
         raise DataError(
             f"Sample {index}: input_ids has {len(ids)} tokens, but the language module has "
             f"max_sequence_length={expected.max_sequence_length}. Cut the sample in your dataset (placeholders and "
             f"their images together), or give the model a larger max_sequence_length."
         )
     if expected.vocab_size is not None:
-        _check_vocabulary(index, "input_ids", ids, expected, allowed=expected.special_token_ids.values())
+        _check_vocabulary(index, "input_ids", ids.numpy(), expected, allowed=expected.special_token_ids.values())
     return ids
 
 
@@ -139,20 +141,22 @@ def read_text(index: int, sample: Sample, expected: SampleFormat) -> Text:
     Raises:
         DataError: naming the sample, the key and the remedy.
     """
-    whole = whole_numbers(index, "input_ids", sample["input_ids"])
     ids = read_ids(index, sample, expected)
-    labels, mask = _labels(index, sample, len(whole), expected)
-    labels, mask = labels[: len(ids)], mask[: len(ids)]
+    kept = ids.size(0)
+    length = kept if sample.get("attention_mask") is None else len(sample["input_ids"])
+    # By numpy: of small arrays, which these are, that is several times faster.
+    labels, mask = _labels(index, sample, length, expected)
+    labels, mask = labels[:kept], mask[:kept]
     if expected.vocab_size is not None:
-        _check_vocabulary(index, "labels", torch.where(mask > 0, labels, 0), expected, allowed=())
+        _check_vocabulary(index, "labels", np.where(mask > 0, labels, 0), expected, allowed=())
     if expected.labels_shifted:
-        _check_shifted(index, ids, labels, mask)
+        _check_shifted(index, ids.numpy(), labels, mask)
     return Text(
         input_ids=ids,
-        position_ids=_positions(index, sample, len(whole), ids, expected),
-        labels=labels,
-        loss_mask=mask,
-        extras=_extras(index, sample, len(whole), len(ids), expected),
+        position_ids=_positions(index, sample, length, ids, expected),
+        labels=torch.from_numpy(labels),
+        loss_mask=torch.from_numpy(mask),
+        extras=_extras(index, sample, length, kept, expected),
     )
 
 
@@ -192,7 +196,7 @@ def as_tensor(index: int, key: str, value: object) -> torch.Tensor:
         DataError: for anything else.
     """
     if isinstance(value, torch.Tensor):
-        return value.detach()
+        return value.detach() if value.requires_grad else value
     if isinstance(value, np.ndarray | list | tuple):
         try:
             array = value if isinstance(value, np.ndarray) else np.array(value)
@@ -213,8 +217,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _kept(index: int, sample: Sample, length: int) -> int:
     """Tokens that are not padding, from ``attention_mask``."""
-    if sample.get("attention_mask") is None:
-        return length
     mask = as_tensor(index, "attention_mask", sample["attention_mask"])
     _check_length(index, "attention_mask", mask, length)
     kept = int((mask != 0).sum())
@@ -227,31 +229,32 @@ def _kept(index: int, sample: Sample, length: int) -> int:
     return kept
 
 
-def _check_length(index: int, key: str, value: torch.Tensor, length: int) -> None:
-    if value.ndim == 0 or value.size(-1) != length:
+def _check_length(index: int, key: str, value: torch.Tensor | np.ndarray, length: int) -> None:
+    if value.ndim == 0 or value.shape[-1] != length:
         raise DataError(
             f"Sample {index}: {key} has the shape {list(value.shape)}, but input_ids has {length} tokens. Every token "
             f"needs its own entry: cut or pad both alike."
         )
 
 
-def _check_vocabulary(index: int, key: str, ids: torch.Tensor, expected: SampleFormat, *, allowed: Any) -> None:
-    numbers = ids.numpy()
+def _check_vocabulary(
+    index: int, key: str, ids: np.ndarray, expected: SampleFormat, *, allowed: Collection[int]
+) -> None:
     assert expected.vocab_size is not None
-    if numbers.min() >= 0 and numbers.max() < expected.vocab_size:
+    if ids.min() >= 0 and ids.max() < expected.vocab_size:
         return
-    outside = ((numbers < 0) | (numbers >= expected.vocab_size)) & ~np.isin(numbers, list(allowed))
+    outside = ((ids < 0) | (ids >= expected.vocab_size)) & ~np.isin(ids, list(allowed))
     if outside.any():
         place = int(outside.argmax())
         raise DataError(
-            f"Sample {index}: {key}[{place}] is {numbers[place]}, but the vocabulary has vocab_size="
+            f"Sample {index}: {key}[{place}] is {ids[place]}, but the vocabulary has vocab_size="
             f"{expected.vocab_size} tokens, 0 to {expected.vocab_size - 1}. Use the tokenizer that belongs to the "
             f"model, or give the model a larger vocab_size"
             + ("; labels that are not to count are -100." if key == "labels" else ".")
         )
 
 
-def _labels(index: int, sample: Sample, length: int, expected: SampleFormat) -> tuple[torch.Tensor, torch.Tensor]:
+def _labels(index: int, sample: Sample, length: int, expected: SampleFormat) -> tuple[np.ndarray, np.ndarray]:
     """Tokens to predict, and their weights: int64 and float ``[S]``."""
     mask = _mask(index, sample, length)
     if sample.get("labels") is None:
@@ -260,41 +263,41 @@ def _labels(index: int, sample: Sample, length: int, expected: SampleFormat) -> 
                 f"Sample {index} has no 'labels'; it has the keys {list(sample)}. Give the token to predict at each "
                 f"position, -100 where there is none."
             )
-        labels = torch.full((length,), IGNORED)
-        mask = torch.zeros(length) if mask is None else mask
+        labels = np.full(length, IGNORED)
+        mask = np.zeros(length, np.float32) if mask is None else mask
     else:
-        labels = whole_numbers(index, "labels", sample["labels"])
+        labels = whole_numbers(index, "labels", sample["labels"]).numpy()
         _check_length(index, "labels", labels, length)
-        mask = (torch.ones(length) if mask is None else mask) * (labels != IGNORED)
+        counts = labels != IGNORED
+        mask = counts.astype(np.float32) if mask is None else mask * counts
     if not expected.labels_shifted:
-        labels = torch.cat([labels[1:], labels.new_full((1,), IGNORED)])
-        mask = torch.cat([mask[1:], mask.new_zeros(1)])
+        labels, mask = np.append(labels[1:], IGNORED), np.append(mask[1:], mask.dtype.type(0))
     return labels, mask
 
 
-def _mask(index: int, sample: Sample, length: int) -> torch.Tensor | None:
+def _mask(index: int, sample: Sample, length: int) -> np.ndarray | None:
     if sample.get("loss_mask") is None:
         return None
-    mask = as_tensor(index, "loss_mask", sample["loss_mask"])
-    if mask.ndim != 1:
-        raise DataError(f"Sample {index}: loss_mask has the shape {list(mask.shape)}, but must be [S], as input_ids.")
+    tensor = as_tensor(index, "loss_mask", sample["loss_mask"])
+    if tensor.ndim != 1:
+        raise DataError(f"Sample {index}: loss_mask has the shape {list(tensor.shape)}, but must be [S], as input_ids.")
+    mask = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
     _check_length(index, "loss_mask", mask, length)
-    mask = mask if mask.dtype == torch.float64 else mask.float()
-    if not bool((mask >= 0).all()) or not bool(mask.isfinite().all()):
+    if not (mask.min() >= 0 and mask.max() < np.inf):  # neither is true of NaN
         raise DataError(
-            f"Sample {index}: loss_mask holds {float(mask[~((mask >= 0) & mask.isfinite())][0])}, but a weight is 0 "
+            f"Sample {index}: loss_mask holds {mask[~((mask >= 0) & np.isfinite(mask))][0]}, but a weight is 0 "
             f"or above. Use 0 where a token is not to count."
         )
     return mask
 
 
-def _check_shifted(index: int, ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> None:
+def _check_shifted(index: int, ids: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> None:
     """Refuse labels that are the tokens themselves, from which a model would learn to copy."""
     counted = mask > 0
-    if int(counted.sum()) < 2 or not bool((labels == ids)[counted].all()):
+    if (counted & (labels != ids)).any() or counted.sum() < 2:
         return
     # A text that repeats one token is its own shifted text.
-    if bool((labels[:-1] == ids[1:])[counted[:-1]].all()):
+    if (labels[:-1] == ids[1:])[counted[:-1]].all():
         return
     raise DataError(
         f"Sample {index}: labels are equal to input_ids wherever they count, so the model would learn to copy its "

@@ -170,7 +170,7 @@ class BatchRunner:
         except DataError as error:
             raise DataError(
                 f"{error} This step has been taken with it: go on from the last checkpoint. "
-                f"MimoStrategy(check_samples='always') compares before a batch is learned from."
+                f"MimoStrategy(checks=Checks(samples='always')) compares before a batch is learned from."
             ) from None
         (batch, batch_idx), self._last = self._last, None
         self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))

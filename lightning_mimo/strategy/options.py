@@ -17,9 +17,9 @@ class Checks:
 
     Args:
         samples: when to compare the samples of all ranks one by one, before anything is learned from them: in the first
-            batch of every epoch and evaluation, or in every batch, which costs one small all-reduce. In batches in
-            between, checksums travel with the one collective of the step, so that ranks with different samples end the
-            run after that step at the latest. ``never`` leaves out both.
+            batch of every epoch and evaluation, or always, for one small all-reduce. In batches in between, checksums
+            of a batch and of the next one travel with the one collective of the step, so that ranks with different
+            samples end the run after that step at the latest. "never" leaves out both.
         on_nonfinite: what to do where a loss or a gradient is infinite or NaN: raise on all ranks, with the module,
             rank, microbatch and samples in the message, or skip the step, on all ranks alike. A loss scale that is too
             large never raises: the step is skipped and the scale halved.
