@@ -165,6 +165,8 @@ class MimoStrategy(RunningStrategy):
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
         self._micro_batch_sizes(layout)
+        if self.lightning_module is not None:
+            self._module.check_layout(layout)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
         for argument, choices in _CHOICES.items():
             if (value := getattr(self, argument)) not in choices:
