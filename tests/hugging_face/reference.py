@@ -89,7 +89,10 @@ def load(folder: Path) -> transformers.PreTrainedModel:
     """The model of a folder, in float64 and with eager attention."""
     config = transformers.AutoConfig.from_pretrained(folder)
     kind = getattr(transformers, config.architectures[0])
-    return kind.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    options = {"dtype": torch.float64, "attn_implementation": "eager"}
+    if hasattr(config, "_experts_implementation"):  # since transformers 5, whose fastest has no float64
+        options["experts_implementation"] = "eager"
+    return kind.from_pretrained(folder, **options).eval()
 
 
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:

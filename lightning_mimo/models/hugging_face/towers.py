@@ -11,6 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from lightning_mimo.errors import LayoutError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.hugging_face.clip import clip_tower, siglip_tower
+from lightning_mimo.models.hugging_face.config_values import refuse
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.weights.rules import Rename, Rule, Source
@@ -113,13 +114,31 @@ class TransformersTower:
 
     def rules(self, target: str, source: str, shapes: Mapping[str, Sequence[int]]) -> list[Rule]:
         return [
-            Rename(f"{target}tower.{name.removeprefix(source)}", Source(name=name, shape=tuple(shape)))
-            for name, shape in shapes.items()
-            if name.startswith(source)
+            Rename(f"{target}tower.{name}", Source(name=f"{source}{in_files}", shape=tuple(shape)))
+            for in_files, (name, shape) in _names_in_files(self._config).items()
         ]
 
     def kept(self, source: str) -> list[str]:
         return []
+
+
+def _names_in_files(config: Any) -> dict[str, tuple[str, torch.Size]]:
+    """Name of a tensor in files -> name and shape of the parameter in transformers' model. Builds it without memory."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        parameters = dict(AutoModel.from_config(config).named_parameters())
+        try:
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:  # transformers 4 has the same names in both
+            return {name: (name, parameter.shape) for name, parameter in parameters.items()}
+        in_files = revert_weight_conversion(AutoModel.from_config(config), dict(parameters))
+    name_of = {id(parameter): name for name, parameter in parameters.items()}
+    if missing := [name for name, tensor in in_files.items() if id(tensor) not in name_of]:
+        raise refuse(
+            config, f"the tensor {missing[0]!r}, which transformers computes from others when it loads,", "Use another."
+        )
+    return {name: (name_of[id(tensor)], tensor.shape) for name, tensor in in_files.items()}
 
 
 register_tower("clip_vision_model", clip_tower)
