@@ -78,9 +78,7 @@ class VisionEncoder(PatchEncoder):
         Returns:
             ``[n, tokens_per_image, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
         """
-        return self.encode(
-            None if pixel_values is None else to_patches(pixel_values, self.patches), hidden_states
-        )
+        return self.encode(None if pixel_values is None else to_patches(pixel_values, self.patches), hidden_states)
 
 
 def to_patches(pixel_values: torch.Tensor, patches: ImagePatches) -> torch.Tensor:

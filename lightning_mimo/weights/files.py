@@ -108,7 +108,7 @@ def _find_files(path: Path) -> dict[str, str]:
     if pickles := sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")):
         raise ConfigError(
             f"{path} holds its weights as pickles ({pickles[0]}), which may run any code when they are read; they are "
-            f"not opened. Convert them: python -c \"from transformers import AutoModel; "
+            f'not opened. Convert them: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{path}').save_pretrained('FOLDER')\"."
         )
     raise ConfigError(f"{path} is no folder of a model: it has neither {INDEX} nor {SINGLE}.")
@@ -149,7 +149,9 @@ def split(sizes: Mapping[str, int], max_bytes: int) -> dict[str, str]:
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
     """Write one file."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}) or None)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}) or None
+    )
 
 
 def write_index(path: Path, file_of: Mapping[str, str], *, total_size: int) -> None:

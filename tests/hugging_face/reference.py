@@ -63,7 +63,10 @@ def conversations(number: int, *, image_size: int, tokens_per_image: int) -> lis
 
 
 class _Exactly(TorchFunctionMode):
-    """Lifts the roundings to float32 that transformers has in norms, softmax, routers and loss, also in float64."""
+    """Lifts roundings of float64 to float32.
+
+    transformers has them in norms, softmax, routers and loss, megatron-core in the routers of experts.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_mimo import HuggingFaceModule, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.checkpoint.shards import ShardSpec
 from lightning_mimo.mimo.parameter_names import named_parameters_of
-from tests.hugging_face.reference import LEARNING_RATE, NEW_TOKENS, STEPS, Conversation
+from tests.hugging_face.reference import LEARNING_RATE, NEW_TOKENS, STEPS, Conversation, exactly
 from tests.parity.layouts import PoolEnvironment
 
 
@@ -53,6 +53,7 @@ class Found:
 
     Attributes:
         logits: sample -> this rank's part of the vocabulary, where it has the last stage.
+        trained_logits: the same after training.
         tp_rank: which part that is.
         losses: of validation, then of each step.
         answers: of each sample.
@@ -60,6 +61,7 @@ class Found:
     """
 
     logits: dict[int, torch.Tensor]
+    trained_logits: dict[int, torch.Tensor]
     tp_rank: int
     losses: list[float]
     answers: list[list[int]]
@@ -142,8 +144,8 @@ def run(
     folder: Path,
     conversations: Sequence[Conversation],
     layout: Layout,
+    checkpoint: Path,
     *,
-    checkpoint: Path | None = None,
     frozen: Sequence[str] = (),
 ) -> Found:
     """Evaluate, answer, and train two steps. Collective over the world.
@@ -162,14 +164,18 @@ def run(
     trainer = make_trainer(layout, len(samples), max_steps=STEPS, max_epochs=STEPS, callbacks=[gradients])
     module = Observed(str(folder), frozen=frozen, **(layout.options or {}))
     loader = DataLoader(samples, batch_size=len(samples))
-    (metrics,) = trainer.validate(module, loader, verbose=False)
-    answers = {each["sample_index"]: each["tokens"] for batch in trainer.predict(module, loader) for each in batch}
-    trainer.fit(module, loader)
-    if checkpoint is not None:
+    # Without a mixture of experts nothing in the model rounds to float32 that transformers does not.
+    with exactly():
+        (metrics,) = trainer.validate(module, loader, verbose=False)
+        before, module.logits = module.logits, {}
+        answers = {each["sample_index"]: each["tokens"] for batch in trainer.predict(module, loader) for each in batch}
+        trainer.fit(module, loader)
         trainer.save_checkpoint(checkpoint)
+        trainer.validate(module, loader, verbose=False)
     infra = trainer.strategy.infra
     tp_rank = infra.pg_collections["language"].tp.rank() if "language" in infra.pg_collections else 0
     found = Found(
+        before,
         module.logits,
         tp_rank,
         [metrics["val/loss"], *gradients.losses],

@@ -36,7 +36,7 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-_VISION = {
+VISION = {
     "hidden_size": 48,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -68,6 +68,7 @@ def _llava(vision: Any, *, tie: bool = False, text: Any = None, **changes: Any) 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
     "llama3": _text("Llama", rope_parameters=_LLAMA3_ROPE),
+    "llama_biases": _text("Llama", attention_bias=True),
     "mistral": _text("Mistral", head_dim=16, sliding_window=None),
     "qwen2": _text("Qwen2", tie_word_embeddings=True),
     "qwen3": _text("Qwen3", head_dim=16, tie_word_embeddings=True),
@@ -75,16 +76,31 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "qwen3_moe": _text(
         "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
     ),
-    "llava_clip": lambda: _llava(transformers.CLIPVisionConfig(**_VISION, projection_dim=48)),
-    "llava_siglip": lambda: _llava(
-        transformers.SiglipVisionConfig(**_VISION, vision_use_head=False),
+    "llava_clip": lambda: _llava(transformers.CLIPVisionConfig(**VISION, projection_dim=48)),
+    "llava_qwen2_siglip": lambda: _llava(
+        transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text=transformers.Qwen2Config(**{**_TEXT, "tie_word_embeddings": True}),
+        tie=True,
         vision_feature_select_strategy="full",
         vision_feature_layer=-1,
     ),
+    "llava_qwen3": lambda: _llava(
+        transformers.CLIPVisionConfig(**VISION, projection_dim=48),
+        text=transformers.Qwen3Config(**{**_TEXT, "head_dim": 16, "tie_word_embeddings": True}),
+        tie=True,
+    ),
+    "llava_mixtral": lambda: _llava(
+        transformers.CLIPVisionConfig(**VISION, projection_dim=48),
+        text=transformers.MixtralConfig(**{**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        multimodal_projector_bias=False,
+    ),
     "llava_dinov2": lambda: _llava(
-        transformers.Dinov2Config(**{k: v for k, v in _VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
+        transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
     ),
 }
+
+
+TOKENS_PER_IMAGE = {kind: (VISION["image_size"] // VISION["patch_size"]) ** 2 for kind in MODELS if "llava" in kind}
 
 
 def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:

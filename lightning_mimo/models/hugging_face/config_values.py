@@ -46,7 +46,9 @@ def rotary_of(config: Any) -> tuple[float, RopeScaling | None]:
     kind = fields.get("rope_type", fields.get("type", "default"))
     base = fields.get("rope_theta", getattr(config, "rope_theta", None))
     if kind not in ("default", "llama3") or base is None:
-        raise refuse(config, f"rope_type={kind!r}", "Supported: 'default' and 'llama3'; take a model with one of these.")
+        raise refuse(
+            config, f"rope_type={kind!r}", "Supported: 'default' and 'llama3'; take a model with one of these."
+        )
     if (part := fields.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None))) not in (None, 1.0):
         raise refuse(config, f"partial_rotary_factor={part}", "Supported: 1.0.")
     if kind == "default":

@@ -96,9 +96,7 @@ class LlavaModel:
                 "input_projections": [self._projector(infra)],
             },
         )
-        return MimoModelConfig(
-            self.text.language_spec(infra, options), {IMAGES: images}, {IMAGES: self.image_token_id}
-        )
+        return MimoModelConfig(self.text.language_spec(infra, options), {IMAGES: images}, {IMAGES: self.image_token_id})
 
     def _projector(self, infra: MimoModelInfra) -> ModuleSpec:
         sizes = infra.layout.modules[IMAGES]
@@ -132,7 +130,10 @@ class LlavaModel:
 
     def _projector_rules(self, prefix: str) -> list[Rule]:
         hidden, target = self.text.size.hidden_size, f"{IMAGES}.input_projections.0.encoder."
-        shapes = {"weight": (self.tower.width, hidden), **({"bias": ()} if self.config.multimodal_projector_bias else {})}
+        shapes = {
+            "weight": (self.tower.width, hidden),
+            **({"bias": ()} if self.config.multimodal_projector_bias else {}),
+        }
         rules = []
         for kind, widths in shapes.items():
             for number in range(2):

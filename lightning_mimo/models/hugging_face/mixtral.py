@@ -15,6 +15,4 @@ MIXTRAL_EXPERTS = ExpertNames(
 
 def mixtral_size(config: Any) -> TransformerSize:
     """Dimensions of a MixtralConfig."""
-    return llama_size(
-        config, num_experts=config.num_local_experts, experts_per_token=config.num_experts_per_tok
-    )
+    return llama_size(config, num_experts=config.num_local_experts, experts_per_token=config.num_experts_per_tok)

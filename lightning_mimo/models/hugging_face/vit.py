@@ -202,7 +202,9 @@ class VitTower:
             vectors["class_token"] = "embeddings.class_embedding"
         if self.features.pre_norm:  # spelled like this in all files of CLIP
             vectors |= {f"pre_norm.{kind}": f"pre_layrnorm.{kind}" for kind in ("weight", "bias")}
-        rules += [Rename(target + ours, Source(name=source + their, shape=(hidden,))) for ours, their in vectors.items()]
+        rules += [
+            Rename(target + ours, Source(name=source + their, shape=(hidden,))) for ours, their in vectors.items()
+        ]
         for layer in range(self.size.num_layers):
             rules += self._layer_rules(f"{target}decoder.layers.{layer}.", f"{source}encoder.layers.{layer}.")
         return rules
