@@ -116,8 +116,8 @@ def gpt_spec(
         tie_embeddings: let the head share the weights of the word embeddings.
         sequence_parallel: divide the sequence over the tensor-parallel ranks between attention and MLP. Without tensor
             parallelism it means nothing; with it, a mixture of experts needs it.
-        true_vocab_size: token ids that there are, where ``vocab_size`` is padded; ``None`` for all. The others count for
-            no loss and are never chosen.
+        true_vocab_size: token ids that there are, where ``vocab_size`` is padded; ``None`` for all. The others count
+            for no loss and are never chosen.
 
     Raises:
         LayoutError: if heads, layers, experts or the vocabulary do not divide over the layout.

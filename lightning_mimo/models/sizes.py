@@ -81,8 +81,8 @@ class TransformerSize:
     """Dimensions of one transformer, with Megatron's names.
 
     Args:
-        num_layers: transformer layers over all pipeline stages; pp must divide them, less those of ``first_stage_layers``
-            and ``last_stage_layers``, if given.
+        num_layers: transformer layers over all pipeline stages; pp must divide them, or what ``first_stage_layers`` and
+            ``last_stage_layers`` leave for the other stages.
         hidden_size: width.
         num_attention_heads: heads; tp must divide them.
         num_query_groups: heads that keys and values have (grouped-query attention); ``None`` is as many as queries
@@ -259,8 +259,9 @@ def _check_stages(size: TransformerSize, module: str, pp: int) -> None:
     left, stages = size.num_layers - sum(given.values()), pp - len(given)
     if stages < 0 or left < 0 or (left % stages if stages else left):
         raise LayoutError(
-            f"Module {module!r}: num_layers={size.num_layers} less {' and '.join(f'{k}={v}' for k, v in given.items())} "
-            f"leaves {left} layers for {stages} of pp={pp} pipeline stages, which must be divided evenly."
+            f"Module {module!r}: num_layers={size.num_layers} less "
+            f"{' and '.join(f'{name}={layers}' for name, layers in given.items())} leaves {left} layers for {stages} "
+            f"of pp={pp} pipeline stages, which must be divided evenly."
         )
 
 

@@ -12,9 +12,11 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo.checkpoint.state import load_shards
+from lightning_mimo.errors import ConfigError, DataError
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
@@ -31,9 +33,9 @@ from lightning_mimo.weights.rules import RuleTable
 
 
 class HuggingFaceModule(MimoModule):
-    """A model of the Hugging Face hub: its sizes come from the folder's config.json, its first weights from the files.
+    """A model of the Hugging Face hub: sizes come from the folder's config.json, the first weights from its files.
 
-    The layout has the modules of the model: ``language`` for a text model, ``images`` and ``language`` for a LLaVA, whose
+    The layout has the modules of the model: ``language`` for a text model, ``images`` and ``language`` for a LLaVA. Its
     samples hold ``{"images": {"vision": {"pixel_values": [n, 3, height, width]}}}``.
 
     Weights are read once, when a run starts at step 0; with ``ckpt_path`` the checkpoint has them. Each rank reads only
@@ -64,7 +66,8 @@ class HuggingFaceModule(MimoModule):
         """
         Args:
             pretrained: folder with config.json and safetensors files. No code in it is run.
-            lr: learning rate of Adam; override :meth:`configure_optimizers` for anything else.
+            lr: learning rate of Adam, with Megatron's defaults otherwise (gradients are clipped to a norm of 1);
+                override :meth:`configure_optimizers` for anything else.
             weight_decay: of all weights but biases and norms.
             overrides: what is different for a module or a part of one, as for :meth:`MimoModule.build_optimizer`.
             frozen: as for MimoModule; ``"images.encoders"`` is the vision encoder, ``"images.input_projections"`` the
@@ -106,8 +109,7 @@ class HuggingFaceModule(MimoModule):
         """
         Raises:
             LayoutError: if the model does not divide over the layout.
-            ConfigError: if the folder holds no weights that may be read.
-            CheckpointError: if its files do not fit the config.
+            ConfigError: if the folder holds no weights that may be read, or they do not fit its config.json.
         """
         layout.check_modules(self._pretrained.modules)
         self._pretrained.check(layout, self._options)
@@ -138,8 +140,32 @@ class HuggingFaceModule(MimoModule):
             freeze(self.model, infra, self.frozen)
 
     @override
+    def forward(self, batch: Microbatch) -> Any:
+        """As MimoModule's.
+
+        Raises:
+            DataError: if a sample is longer than ``max_sequence_length``.
+            ConfigError: if the weights have not been read, because of an override of :meth:`configure_callbacks`.
+        """
+        if not self._has_weights:
+            raise ConfigError(
+                f"{type(self).__name__} has no weights yet: its configure_callbacks() must call super()'s."
+            )
+        length, limit = batch["input_ids"].size(1), self._pretrained.max_sequence_length(self._options)
+        if length > limit:
+            raise DataError(
+                f"A sample of {list(batch['sample_indices'])} has {length} tokens, but max_sequence_length={limit}. "
+                f"Cut it, or set a larger max_sequence_length in HuggingFaceModule if the model was made for it."
+            )
+        return super().forward(batch)
+
+    @override
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [_LoadPretrained()]
+        """Puts the callback that reads the weights before all others, which may look at them."""
+        callbacks = self.trainer.callbacks
+        if not any(isinstance(callback, _LoadPretrained) for callback in callbacks):
+            callbacks.insert(0, _LoadPretrained())
+        return []
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

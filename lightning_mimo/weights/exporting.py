@@ -43,8 +43,8 @@ def export_folder(
         How many tensors.
 
     Raises:
-        ConfigError: if ``out`` exists.
-        CheckpointError: if the source does not fit the rules.
+        ConfigError: if ``out`` exists, or the source does not fit the rules.
+        CheckpointError: if ``out`` cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} exists already; remove it first, or choose another name.")

@@ -1,7 +1,7 @@
 """One table of rules between the tensors of files and the parameters of a model: import and export follow from it.
 
-A rule says of which rows of which tensors a Megatron parameter consists. Read forwards, and cut to the shard that a rank
-holds, it says which slices of the files to read; read backwards, where the rows of a file's tensor lie in the model.
+A rule says of which rows of which tensors a Megatron parameter consists. Read forwards, and cut to a rank's shard, it
+says which slices of the files to read; read backwards, where the rows of a file's tensor lie in the model.
 
 Example, for the gated MLP of a layer with hidden size 4 and an MLP of width 6::
 
@@ -25,7 +25,7 @@ from typing import Protocol
 
 import torch
 
-from lightning_mimo.errors import CheckpointError
+from lightning_mimo.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Source:
         return (shape[0], math.prod(shape[1:])) if self.flatten else shape
 
     def slices(self, rows: range, columns: range | None) -> tuple[int | slice, ...]:
-        """Index into the file's tensor for some rows and columns of the view; columns of a flattened one are cut later."""
+        """Index into the file's tensor for rows and columns of the view; those of a flattened one are cut later."""
         cut = [slice(rows.start, rows.stop)]
         if columns is not None and not self.flatten:
             cut.append(slice(columns.start, columns.stop))
@@ -252,21 +252,21 @@ class RuleTable:
             where: for the message.
 
         Raises:
-            CheckpointError: naming a tensor that is missing, has another shape, or that no rule is about.
+            ConfigError: naming a tensor that is missing, has another shape, or that no rule is about.
         """
         for name, shape in self.sources.items():
             if name not in shapes:
-                raise CheckpointError(
-                    f"{where}: there is no tensor {name!r}, which this model consists of. Is the folder complete, and "
-                    f"does its config.json belong to these files?"
+                raise ConfigError(
+                    f"{where}: there is no tensor {name!r}, which this model consists of. Download the "
+                    f"folder again; its config.json must belong to these files."
                 )
             if tuple(shapes[name]) != shape:
-                raise CheckpointError(
+                raise ConfigError(
                     f"{where}: {name!r} has the shape {tuple(shapes[name])}, but config.json makes it {shape}. They do "
                     f"not belong together."
                 )
         if unknown := sorted(name for name in shapes if name not in self.sources and not self.is_kept(name)):
-            raise CheckpointError(
+            raise ConfigError(
                 f"{where}: no rule is about {unknown[0]!r}"
                 f"{f' and {len(unknown) - 1} more tensors' if len(unknown) > 1 else ''}. The model would ignore it, so "
                 f"it computes something else; this kind of model is not supported."

@@ -108,7 +108,7 @@ def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **optio
 class Truth:
     """Attributes:
     logits: of each sample, ``[S, vocabulary]``.
-    losses: of each step over all samples.
+    losses: over all samples before each step, and after the last.
     answers: of each sample, greedy.
     gradients: of each step, under the names of the files.
     weights: after the last step, under the names of the files.
@@ -141,9 +141,11 @@ def truth(folder: Path, samples: Sequence[Conversation], *, frozen: Sequence[str
         losses, gradients = [], []
         for _ in range(STEPS):
             optimizer.zero_grad()
-            losses.append(_backward(model, samples))
+            losses.append(_loss(model, samples))
             gradients.append(_under_file_names(model, lambda parameter: parameter.grad))
             optimizer.step()
+        with torch.no_grad():
+            losses.append(_loss(model, samples))
     return Truth(logits, losses, answers, gradients, _under_file_names(model, lambda parameter: parameter))
 
 
@@ -162,13 +164,14 @@ def _answer(model: transformers.PreTrainedModel, sample: Conversation) -> list[i
     return written[0, prompt.size(1) :].tolist()
 
 
-def _backward(model: transformers.PreTrainedModel, samples: Sequence[Conversation]) -> float:
-    """Gradients of the mean over all tokens that count, by transformers' own loss."""
+def _loss(model: transformers.PreTrainedModel, samples: Sequence[Conversation]) -> float:
+    """The mean over all tokens that count, by transformers' own loss. Leaves its gradients, if they are wanted."""
     total = sum(sample.answer for sample in samples)
     result = 0.0
     for sample in samples:
         loss = logits_of(model, sample, labels=sample.labels[None]).loss * sample.answer / total
-        loss.backward()
+        if torch.is_grad_enabled():
+            loss.backward()
         result += loss.item()
     return result
 

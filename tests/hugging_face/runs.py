@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_mimo import HuggingFaceModule, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.checkpoint.shards import ShardSpec
 from lightning_mimo.mimo.parameter_names import named_parameters_of
-from tests.hugging_face.reference import LEARNING_RATE, NEW_TOKENS, STEPS, Conversation, exactly
+from tests.hugging_face.reference import LEARNING_RATE, NEW_TOKENS, STEPS, Conversation, conversations, exactly
 from tests.parity.layouts import PoolEnvironment
 
 
@@ -184,3 +184,22 @@ def run(
     )
     infra.destroy()
     return found
+
+
+def load_and_save(folder: Path, layout: Layout, checkpoint: Path, precision: str) -> None:
+    """Start a training, end it before the first step, and write a checkpoint. Collective over the world."""
+    has_images = "images" in layout.modules
+    samples = as_samples(
+        conversations(2, image_size=16, tokens_per_image=4 if has_images else 0), has_images=has_images
+    )
+    trainer = make_trainer(layout, len(samples), precision=precision, max_steps=1, callbacks=[_SaveAtStart(checkpoint)])
+    trainer.fit(Observed(str(folder), **(layout.options or {})), DataLoader(samples, batch_size=len(samples)))
+    trainer.strategy.infra.destroy()
+
+
+class _SaveAtStart(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        trainer.save_checkpoint(self._path)

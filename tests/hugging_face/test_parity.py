@@ -38,7 +38,7 @@ TEXT = {
 EXPERTS = {
     "one_process": text(Cut()),
     "ep2": text(Cut(dp=2, ep=2)),
-    "ep4": text(Cut(dp=4, ep=4)),
+    "dp2ep2-3_microbatches": text(Cut(dp=2, ep=2), num_microbatches=3),
     "dp2": text(Cut(dp=2), num_microbatches=3),
     "tp2-sequence_parallel": text(Cut(tp=2), options={"sequence_parallel": True}),
     "tp2dp2ep2-sequence_parallel": text(Cut(tp=2, dp=2, ep=2, expt_tp=2), options={"sequence_parallel": True}),

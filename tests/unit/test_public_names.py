@@ -15,6 +15,7 @@ PUBLIC_NAMES = [
     "CheckpointWriteError",
     "ConfigError",
     "DataError",
+    "HuggingFaceModule",
     "LayoutError",
     "MimoError",
     "MimoLayout",

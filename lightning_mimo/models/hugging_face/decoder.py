@@ -195,13 +195,13 @@ class TextModel:
             ConfigError: for a sequence length at which the model would compute something else.
         """
         check_sizes(layout, LANGUAGE, self._size(layout, options), sequence_parallel=options.sequence_parallel)
-        length, window = self._length(options), sliding_window_of(self.config)
+        length, window = self.max_sequence_length(options), sliding_window_of(self.config)
         if window is not None and length > window:
             raise refuse(
                 self.config,
                 f"sliding_window={window} with max_sequence_length={length}",
-                f"Attention reaches all tokens here, which is the same up to the window: set max_sequence_length={window} "
-                f"or less.",
+                f"Attention reaches all tokens here, which is the same up to the window: set "
+                f"max_sequence_length={window} or less.",
             )
         if length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -217,7 +217,7 @@ class TextModel:
             self._size(infra.layout, options),
             vocab_size=self.padded_vocab_size(tp),
             true_vocab_size=self.vocab_size,
-            max_sequence_length=self._length(options),
+            max_sequence_length=self.max_sequence_length(options),
             tie_embeddings=self.tied,
             sequence_parallel=options.sequence_parallel,
         )
@@ -251,7 +251,8 @@ class TextModel:
         rules, kept = self.language_rules(padded_vocab_size)
         return RuleTable(rules, kept=kept)
 
-    def _length(self, options: BuildOptions) -> int:
+    def max_sequence_length(self, options: BuildOptions) -> int:
+        """Longest sequence in tokens."""
         return options.max_sequence_length or self.config.max_position_embeddings
 
     def _size(self, layout: MimoLayout, options: BuildOptions) -> TransformerSize:

@@ -75,6 +75,9 @@ class LlavaModel:
     def padded_vocab_size(self, tp: int) -> int:
         return self.text.padded_vocab_size(tp)
 
+    def max_sequence_length(self, options: BuildOptions) -> int:
+        return self.text.max_sequence_length(options)
+
     def check(self, layout: MimoLayout, options: BuildOptions) -> None:
         self.text.check(layout, options)
         self.tower.check(layout, IMAGES)
@@ -82,8 +85,8 @@ class LlavaModel:
         check_divides("hidden_size of the language module", self.text.size.hidden_size, IMAGES, "tp", tp)
         if self.image_token_id >= self.vocab_size:
             raise ConfigError(
-                f"config.json has image_token_index={self.image_token_id}, but vocab_size={self.vocab_size}: the placeholder "
-                f"must be one of the token ids 0 to {self.vocab_size - 1}."
+                f"config.json has image_token_index={self.image_token_id}, but vocab_size={self.vocab_size}: the "
+                f"placeholder must be one of the token ids 0 to {self.vocab_size - 1}."
             )
 
     def mimo_config(self, infra: MimoModelInfra, options: BuildOptions) -> MimoModelConfig:

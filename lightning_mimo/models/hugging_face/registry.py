@@ -32,6 +32,9 @@ class PretrainedModel(Protocol):
     def padded_vocab_size(self, tp: int) -> int:
         """Rows of the word embeddings in the model."""
 
+    def max_sequence_length(self, options: BuildOptions) -> int:
+        """Longest sequence in tokens."""
+
     def check(self, layout: MimoLayout, options: BuildOptions) -> None:
         """Refuse what cannot run, before any process starts."""
 
@@ -65,8 +68,8 @@ def model_of(config: Any) -> PretrainedModel:
     """
     if config.model_type not in _FAMILIES:
         raise ConfigError(
-            f"config.json has model_type={config.model_type!r}; supported are {', '.join(sorted(_FAMILIES))}. Add your own "
-            f"with lightning_mimo.models.hugging_face.registry.register({config.model_type!r}, ...)."
+            f"config.json has model_type={config.model_type!r}; supported are {', '.join(sorted(_FAMILIES))}. Add your "
+            f"own with lightning_mimo.models.hugging_face.registry.register({config.model_type!r}, ...)."
         )
     return _FAMILIES[config.model_type](config)
 

@@ -104,8 +104,8 @@ class TransformersTower:
         if sizes.tp > 1 or sizes.pp > 1:
             raise LayoutError(
                 f"Module {module!r}: tp={sizes.tp}, pp={sizes.pp}, but a vision encoder of the kind "
-                f"{self._config.model_type!r} is taken from transformers as it is, which cannot be divided. Set tp=1 and "
-                f"pp=1, and as many dp as you like; these are divided: {', '.join(sorted(_FAMILIES))}."
+                f"{self._config.model_type!r} is taken from transformers as it is, which cannot be divided. Set tp=1 "
+                f"and pp=1, and as many dp as you like; these are divided: {', '.join(sorted(_FAMILIES))}."
             )
 
     def encoder_spec(self, infra: MimoModelInfra, module: str, options: BuildOptions) -> ModuleSpec:

@@ -133,6 +133,8 @@ class FeatureVit(MegatronModule):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}, but this encoder takes images of {expected} "
                 f"(channels, height, width). Use the image processor of the model's folder."
             )
+        # Image processors make float32, whatever the precision.
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         embedded = self.patch_embedding(to_patches(pixel_values, patches))
         if self.class_token is not None:
             embedded = torch.cat([self.class_token.expand(len(embedded), 1, -1), embedded], dim=1)
