@@ -15,7 +15,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
     BatchSampler,
@@ -30,10 +29,12 @@ from torch.utils.data import (
 
 from lightning_mimo.data.collation import MicrobatchCollator, Sample, SampleRequest
 from lightning_mimo.data.prefetch import LoadsAhead
+from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 
 
 class SeededSampler(Sampler[int]):
@@ -145,9 +146,11 @@ class ResumableLoader(DataLoader):
     _batches: LoadsAhead | None = None
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
-        batches = super().__iter__()
         if self.num_workers:
-            return batches
+            if not isinstance(self.worker_init_fn, EndWithRank):  # here: Lightning sets one of its own until now
+                self.worker_init_fn = EndWithRank(self.worker_init_fn)
+            return super().__iter__()
+        batches = super().__iter__()
         self._batches = LoadsAhead(batches)
         return self._batches
 

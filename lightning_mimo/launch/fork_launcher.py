@@ -1,48 +1,71 @@
-"""Starts the other ranks of this node by forking, so that imports are paid for once, not once per rank.
+"""Starts the other ranks of this node by forking, so that imports run once per node instead of once per rank.
 
-Lightning's own launcher starts the script again in every process. On a CPU, where nothing stands against a fork,
-that only repeats half a minute of imports. As there, each process then runs the rest of the script.
+Lightning's launcher starts the script again in every process. On CPUs, where a fork is safe, this only repeats half a
+minute of imports. As with Lightning's launcher, each process runs the rest of the script, and the process that the user
+started is the first rank. A supervisor process is the parent of the other ranks; it does not train, see
+:mod:`lightning_mimo.launch.supervisor`.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import os
 import signal
 import sys
-import threading
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.errors import LayoutError
 from lightning_mimo.launch.cluster import check_ranks, first_rank_speaks, name_options
-
-# How long a rank that lost its fellows may take to report an error of its own.
-_GRACE_SECONDS = 10.0
-_POLL_SECONDS = 0.2
-# How long a rank that ends because of another one waits for that one to be named.
-_NAMING_SECONDS = 1.0
-# How long the others may take to clean up after all went well.
-_EXIT_SECONDS = 60.0
+from lightning_mimo.launch.node_rank import NodeRank, this_node_rank
+from lightning_mimo.launch.rank_board import NodeBoard
+from lightning_mimo.launch.script_launcher import ScriptLauncher
+from lightning_mimo.launch.supervisor import Supervisor
+from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed
 
 
 def can_fork(root_device: torch.device) -> bool:
-    """Whether ranks may be forked: on Linux, without CUDA (a forked process cannot use its parent's CUDA context)."""
+    """Whether ranks can be forked: on Linux and without CUDA, whose context a forked process cannot use."""
     return sys.platform == "linux" and root_device.type == "cpu"
 
 
+def make_launcher(
+    environment: ClusterEnvironment,
+    devices: Sequence[torch.device],
+    *,
+    num_nodes: int,
+    timeout: timedelta,
+    validate: Callable[[Any], object],
+) -> _Launcher:
+    """The launcher of this node's ranks: a :class:`ForkLauncher` where ranks may be forked or are started elsewhere.
+
+    Args:
+        environment: Lightning's ClusterEnvironment.
+        devices: of this node, one for each rank.
+        num_nodes: nodes.
+        timeout: how long a rank may work on after the first one has ended.
+        validate: as for ForkLauncher. Lightning's own launcher, which starts the script anew, does without.
+    """
+    if environment.creates_processes_externally or can_fork(devices[0]):
+        return ForkLauncher(
+            environment,
+            num_processes=len(devices),
+            num_nodes=num_nodes,
+            timeout=timeout.total_seconds(),
+            validate=validate,
+        )
+    return ScriptLauncher(environment, num_processes=len(devices), num_nodes=num_nodes, validate=validate)
+
+
 class ForkLauncher(_Launcher):
-    """Forks one process per further rank of this node, and ends all of them when one fails."""
+    """Forks a process for every rank of this node except the first, and ends all ranks when one fails."""
 
     def __init__(
         self,
@@ -50,28 +73,30 @@ class ForkLauncher(_Launcher):
         *,
         num_processes: int,
         num_nodes: int,
+        timeout: float,
         validate: Callable[[Any], object],
     ) -> None:
         """
         Args:
-            cluster_environment: tells rank and address; told the local rank through ``LOCAL_RANK``, as by Lightning.
-            num_processes: ranks on this node.
-            num_nodes: nodes.
-            validate: called with the Trainer before any process is started; raises if the run cannot work.
+            cluster_environment: source of rank and address. As in Lightning, ``LOCAL_RANK`` tells it the local rank.
+            num_processes: number of ranks on this node.
+            num_nodes: number of nodes.
+            timeout: seconds that a rank may keep running after the first one has ended.
+            validate: called with the Trainer before any process is started; raises if the run is invalid.
         """
         self._environment = cluster_environment
         self._num_processes = num_processes
         self._num_nodes = num_nodes
+        self._timeout = timeout
         self._validate = validate
-        self._children: dict[int, int] = {}  # process -> rank on this node
-        self._parent: int | None = None  # in a forked rank
+        self._children: list[int] = []  # processes that this one has started
 
     @property
     def is_interactive_compatible(self) -> bool:
         return False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the other ranks of this node, unless something else does, and call ``function`` in each."""
+        """Start the other ranks of this node, unless the cluster has started them, and call ``function`` in each."""
         environment = self._environment
         with first_rank_speaks(environment):
             check_ranks(environment, num_nodes=self._num_nodes, devices=self._num_processes)
@@ -83,18 +108,19 @@ class ForkLauncher(_Launcher):
         if not self._environment.creates_processes_externally:
             self._fork()
         _set_num_threads_if_needed(num_processes=self._num_processes)
-        return function(*args, **kwargs)
+        node_rank = this_node_rank()
+        with node_rank.inside_run() if node_rank is not None else contextlib.nullcontext():
+            return function(*args, **kwargs)
 
     def kill(self, signum: signal.Signals | int) -> None:
-        """Send a signal to the processes that this one started."""
-        for child in self._children:
-            _signal(child, signum)
+        """Send a signal to the ranks that this process has started."""
+        if self._children and (node_rank := this_node_rank()) is not None:
+            node_rank.signal_others(signum)
 
     def kill_node(self) -> None:
-        """Kill all of this node's ranks that this one started or was started by: also one that stands still."""
-        self.kill(signal.SIGKILL)
-        if self._parent is not None and os.getppid() == self._parent:
-            _signal(self._parent, signal.SIGKILL)
+        """Kill all ranks of this node if they were forked, including one that is stopped or hangs."""
+        if (node_rank := this_node_rank()) is not None:
+            node_rank.end_node()
 
     def _fork(self) -> None:
         os.environ["MASTER_ADDR"] = self._environment.main_address
@@ -102,90 +128,51 @@ class ForkLauncher(_Launcher):
         os.environ["NODE_RANK"] = str(self._environment.node_rank())
         os.environ["WORLD_SIZE"] = str(self._num_processes * self._num_nodes)
         os.environ["LOCAL_RANK"] = "0"
-        # Keep the collector off what was imported, or every rank would copy all of it, page by page.
+        if self._num_processes == 1:
+            return
+        board = NodeBoard(self._num_processes)
+        board.ranks[0].pid = first_process = os.getpid()
+        # Exclude imported objects from garbage collection: touching them would copy their memory pages in every rank.
         gc.collect()
         gc.freeze()
-        parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
+        supervisor = _fork_process()
+        if supervisor == 0:
+            local_rank = self._fork_ranks(board, first_process)
+            os.environ["LOCAL_RANK"] = str(local_rank)
+            # Otherwise this rank would repeat the messages of rank 0.
+            rank = self._environment.node_rank() * self._num_processes + local_rank
+            rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning keeps it on the function
+        else:
+            gc.unfreeze()
+            self._children = [supervisor]
+            NodeRank.become(board, local_rank=0, supervisor=supervisor)
+
+    def _fork_ranks(self, board: NodeBoard, first_process: int) -> int:
+        """In the supervisor: fork the ranks. Returns only in the ranks, with the rank on this node."""
+        supervisor = os.getpid()
+        children: dict[int, int] = {}
         for local_rank in range(1, self._num_processes):
-            with warnings.catch_warnings():
-                # Python warns where a library (OpenBLAS, say) has threads. They hold no lock that the child needs.
-                warnings.filterwarnings("ignore", ".*use of fork.. may lead to deadlocks", DeprecationWarning)
-                child = os.fork()
+            child = _fork_process()
             if child == 0:
-                os.environ["LOCAL_RANK"] = str(local_rank)
-                self._children = {}
-                self._parent = parent
-                atexit.register(_leave_at_once)
-                first = self._environment.node_rank() * self._num_processes
-                rank_zero_only.rank = first + local_rank  # or this rank would repeat what rank 0 says
-                threading.Thread(target=_end_with_parent, args=(parent, first), daemon=True).start()
-                return
-            self._children[child] = local_rank
-        gc.unfreeze()
-        threading.Thread(target=self._end_when_child_fails, daemon=True).start()
-        atexit.register(self._wait_for_children)
-
-    def _end_when_child_fails(self) -> None:
-        """Watch the children; if one ends badly, give the others time to say why they stopped, then end all."""
-        while self._children:
-            if ended := self._ended_badly():
-                # One that was killed may be seen to have ended after those that ended because of it.
-                time.sleep(_POLL_SECONDS)
-                ended |= self._ended_badly()
-                local_rank, child, code = min(ended, key=lambda each: (each[2] > 0, each[0]))
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-                rank = self._environment.node_rank() * self._num_processes + local_rank
-                print(f"Rank {rank} (process {child}) {how}; ending the others.", file=sys.stderr, flush=True)
-                time.sleep(_GRACE_SECONDS)
-                self.kill(signal.SIGKILL)
-                os._exit(code if code > 0 else 1)
-            time.sleep(_POLL_SECONDS)
-
-    def _ended_badly(self) -> set[tuple[int, int, int]]:
-        """Take leave of the children that have ended: (local rank, process, exit code or minus the signal) if badly."""
-        ended = set()
-        for child in tuple(self._children):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
-                local_rank = self._children.pop(child)
-                if status != 0:
-                    ended.add((local_rank, child, os.waitstatus_to_exitcode(status)))
-        return ended
-
-    def _wait_for_children(self) -> None:
-        # After an error here the others wait for this rank in some collective: they have nothing to add. But the error
-        # may come of one that was killed, and that one is named by the thread that watches.
-        deadline = time.monotonic() + (_NAMING_SECONDS if _failed() else _EXIT_SECONDS)
-        while self._children and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
-        self.kill(signal.SIGKILL)
+                board.ranks[local_rank].pid = os.getpid()
+                NodeRank.become(board, local_rank=local_rank, supervisor=supervisor)
+                return local_rank
+            board.ranks[local_rank].pid = child
+            children[child] = local_rank
+        Supervisor(
+            board,
+            children=children,
+            first_process=first_process,
+            first_rank=self._environment.node_rank() * self._num_processes,
+            timeout=self._timeout,
+        ).run()
+        os._exit(0)
 
 
-def _leave_at_once() -> None:
-    """In a forked rank, after its own clean-up: skip the interpreter's, which would copy and free every import."""
-    if _failed():
-        time.sleep(_NAMING_SECONDS)  # for the thread that watches the first rank
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1 if _failed() else 0)
-
-
-def _failed() -> bool:
-    """Whether this process is ending because of an exception that nobody caught."""
-    return getattr(sys, "last_exc", None) is not None
-
-
-def _end_with_parent(parent: int, rank: int) -> None:
-    """In a forked rank: end when the process that started it, the first rank of this node, is gone."""
-    while os.getppid() == parent:
-        time.sleep(_POLL_SECONDS)
-    print(f"Rank {rank} (process {parent}) is gone; ending.", file=sys.stderr, flush=True)
-    time.sleep(_GRACE_SECONDS)
-    os._exit(1)
-
-
-def _signal(pid: int, signum: signal.Signals | int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signum)
+def _fork_process() -> int:
+    with warnings.catch_warnings():
+        # Python warns if a library such as OpenBLAS has threads. They hold no lock that the child needs.
+        warnings.filterwarnings("ignore", ".*use of fork.. may lead to deadlocks", DeprecationWarning)
+        return os.fork()

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "memory": "what each rank holds, also while the model is being built and loaded",
     "hf_loading": "seconds and memory to load a pretrained model, against transformers",
     "checkpoints": "seconds and bytes of a checkpoint",
+    "attention": "time and memory of a GPT with torch's attention, with Megatron's own, and of a Llama of transformers",
 }
 
 

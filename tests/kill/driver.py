@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -86,22 +87,25 @@ def strike(folder: Path, process: subprocess.Popen[str], draw: random.Random) ->
         return None
     begun = time.monotonic()
     process.wait(timeout=RUN_SECONDS)
-    for pid in pids.values():
-        while alive(pid) and time.monotonic() - begun < RUN_SECONDS:
-            time.sleep(0.02)
+    while processes_of(process.pid) and time.monotonic() - begun < RUN_SECONDS:
+        time.sleep(0.02)
     seconds = time.monotonic() - begun
     log = (folder / "log").read_text()
     told = f"Rank {rank} (process {pids[rank]}) {'was killed by signal 9' if rank else 'is gone'}" in log
     return Kill(rank=rank, in_save=in_save, step=last_step(folder), seconds=seconds, told=told)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return "\nState:\tZ" not in status
+def processes_of(session: int) -> list[psutil.Process]:
+    """All processes of a run, by the one that was started; not one that has ended and was not waited for."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            state, _, _, its_session, *_ = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(process)
+    return found
 
 
 def last_step(folder: Path) -> int:

@@ -41,14 +41,14 @@ def test_a_rank_that_stops_is_named_and_all_end(module: str, missing: int, said:
         *(sys.executable, "-W", "ignore", "-m", "lightning_mimo", "fit", "--config", "configs/digits_vlm.yaml"),
         *(f"--model.class_path=tests.support.failing.{module}", "--trainer.max_steps=3"),
         *(f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"),
-        *(f"--trainer.strategy.init_args.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
+        *(f"--trainer.strategy.init_args.monitoring.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
     ]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         stopped_at = None
         ranks: list[psutil.Process] = []
         deadline = time.monotonic() + 200
         while process.poll() is None and time.monotonic() < deadline:
-            ranks = max(psutil.Process(process.pid).children(), ranks, key=len)
+            ranks = max(psutil.Process(process.pid).children(recursive=True), ranks, key=len)
             if stopped_at is None and "Epoch 0" in log.read_text():
                 stopped_at = time.monotonic()
             time.sleep(0.1)
@@ -61,7 +61,7 @@ def test_a_rank_that_stops_is_named_and_all_end(module: str, missing: int, said:
     assert f"the others wait for rank {missing} (images, stage 0), which has" in text
     assert f"failing.py:{_line_of_sleep()} _sleep" in text, "where it stands"
     assert stopped_at is not None and ended_at - stopped_at < BOUND
-    assert len(ranks) == 3
+    assert len(ranks) == 4, "three ranks and the process that watches over them"
     psutil.wait_procs(ranks, timeout=10)
     assert not [rank for rank in ranks if rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE]
 

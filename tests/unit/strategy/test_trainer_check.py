@@ -64,7 +64,10 @@ def test_callback_is_refused_with_its_name_and_a_remedy(callback: pl.Callback, m
     [
         ({"sync_batchnorm": True}, r"sync_batchnorm=True\) is not supported.*LayerNorm or GroupNorm"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, r"gradient_clip_algorithm='value'\) is not"),
-        ({"plugins": AsyncCheckpointIO()}, r"AsyncCheckpointIO is not supported.*MimoStrategy\(async_save=True\)"),
+        (
+            {"plugins": AsyncCheckpointIO()},
+            r"AsyncCheckpointIO is not supported.*MimoStrategy\(saving=Saving\(asynchronous=True\)\)",
+        ),
     ],
     ids=["sync_batchnorm", "clip_by_value", "checkpoint_io"],
 )
