@@ -74,7 +74,8 @@ class RecordInitializers(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in _RANDOM_INITIALIZERS:
             tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.nn.Parameter):
+            # transformers builds on the meta device before it loads; there is nothing to replay on those parameters.
+            if isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta:
                 rest = {key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
                 # The parameter is kept too, so that its id is not given to another one.
                 self._recipes[id(tensor)] = (tensor, _Recipe(func, args[1:], rest, _fingerprint(tensor)))

@@ -256,7 +256,12 @@ class RaggedMimoModel(MimoModel):
 
 
 def build_mimo_model(
-    config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, dtype_policy: DtypePolicy = FLOAT32
+    config: MimoModelConfig,
+    infra: MimoModelInfra,
+    *,
+    seed: int,
+    dtype_policy: DtypePolicy = FLOAT32,
+    initialize: bool = True,
 ) -> RaggedMimoModel:
     """Build this rank's modules with weights that depend on the seed and on names only.
 
@@ -268,19 +273,29 @@ def build_mimo_model(
         infra: grids and process groups.
         seed: the run's seed, the same on all ranks.
         dtype_policy: the dtypes of the run, set in all configs of transformers.
+        initialize: whether weights are made. Without, Megatron's hold whatever the memory held, until they are loaded.
 
     Raises:
         LayoutError: if the config's modules are not those of the layout.
     """
+    if not initialize:
+        for transformer in transformer_configs(config):
+            # Not perform_initialization=False: with that, megatron-core would not mark what tensor parallelism cuts.
+            transformer.init_method = transformer.output_layer_init_method = transformer.embedding_init_method = _leave
     with _generators_kept(), torch.device("cpu"), RecordInitializers() as initializers:
         model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
         _check_stages(name, module, infra)
-        initialize_by_name(
-            module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
-        )
+        if initialize:
+            groups = infra.pg_collections[name]
+            initialize_by_name(module, prefix=prefix, seed=seed, initializers=initializers, groups=groups)
     return dtype_policy.convert(model)
+
+
+def _leave(tensor: torch.Tensor) -> torch.Tensor:
+    """An initializer that does nothing."""
+    return tensor
 
 
 def _seed_generators(seed: int) -> None:

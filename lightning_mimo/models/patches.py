@@ -72,7 +72,7 @@ class PatchEncoder(MegatronModule):
             torch.nn.init.normal_(self.positions, std=transformer_config.embedding_init_method_std)
         self.decoder = TransformerBlock(
             config=transformer_config,
-            spec=_vit_layer(attention),
+            spec=vit_layer(attention),
             pre_process=self._first,
             post_process=self._last,
             pg_collection=pg_collection,
@@ -101,7 +101,8 @@ class PatchEncoder(MegatronModule):
         return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.patches.tokens_per_item, -1)
 
 
-def _vit_layer(attention: AttentionKind) -> ModuleSpec:
+def vit_layer(attention: AttentionKind) -> ModuleSpec:
+    """ModuleSpec of a layer in which every token attends to every other."""
     if attention == "te":
         return get_vit_layer_with_transformer_engine_spec()
     layer = get_vit_layer_with_local_spec()

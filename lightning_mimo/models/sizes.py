@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
@@ -17,6 +19,16 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.initialization import fan_in_normal_
 
 _EMBEDDING_STD = 0.02
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
+    "silu": torch.nn.functional.silu,
+    "relu": torch.nn.functional.relu,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +60,29 @@ class Recompute:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Slower rotation for longer sequences, as Llama 3.1 has it.
+
+    Args:
+        factor: by which slow rotations are slowed down.
+        low_freq_factor: rotations with fewer turns than this in the original length are slow.
+        high_freq_factor: those with more turns than this stay as they are; in between it goes smoothly.
+        original_max_position_embeddings: tokens that the model was first trained with.
+    """
+
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerSize:
     """Dimensions of one transformer, with Megatron's names.
 
     Args:
-        num_layers: transformer layers over all pipeline stages; pp must divide them.
+        num_layers: transformer layers over all pipeline stages; pp must divide them, or what ``first_stage_layers`` and
+            ``last_stage_layers`` leave for the other stages.
         hidden_size: width.
         num_attention_heads: heads; tp must divide them.
         num_query_groups: heads that keys and values have (grouped-query attention); ``None`` is as many as queries
@@ -66,6 +96,17 @@ class TransformerSize:
         attention: ``sdpa`` is torch's ``scaled_dot_product_attention``, whose memory does not grow with the sequence
             squared; ``megatron`` is megatron-core's own, unfused; ``te`` has all layers from Transformer Engine, which
             must be installed.
+        head_dim: width of a head; ``None`` is hidden_size / num_attention_heads.
+        layernorm_epsilon: added to variances in norms.
+        activation: of the MLPs; ``None`` follows ``style``.
+        qkv_bias: biases for queries, keys and values also where ``style`` has none.
+        attention_output_bias: a bias on what attention gives also where ``style`` has none.
+        qk_norm: norms of each head's queries and keys.
+        rotary_base: longest period of rotary positions, over 2 pi; language modules only.
+        rope_scaling: of rotary positions; language modules only.
+        normalize_experts: whether the weights of the experts of a token add up to 1.
+        first_stage_layers: layers of the first pipeline stage, where stages differ.
+        last_stage_layers: layers of the last pipeline stage, where stages differ.
 
     Raises:
         ValueError: if ``attention`` is unknown, or ``te`` where Transformer Engine is not installed.
@@ -82,6 +123,17 @@ class TransformerSize:
     experts_per_token: int = 2
     recompute: Recompute | None = None
     attention: AttentionKind = "sdpa"
+    head_dim: int | None = None
+    layernorm_epsilon: float = 1e-5
+    activation: Activation | None = None
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    qk_norm: bool = False
+    rotary_base: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    normalize_experts: bool = True
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         check_attention(self.attention)
@@ -95,6 +147,11 @@ class TransformerSize:
     def query_groups(self) -> int:
         """Heads of keys and values."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head(self) -> int:
+        """Width of a head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
 
 def transformer_config(
@@ -112,12 +169,18 @@ def transformer_config(
         LayoutError: if heads, layers, the MLP's width or experts do not divide over the module's ranks.
     """
     sizes = layout.modules[module]
-    _check_sizes(layout, module, size, sequence_parallel=sequence_parallel)
+    check_sizes(layout, module, size, sequence_parallel=sequence_parallel)
     return TransformerConfig(
         num_layers=size.num_layers,
         hidden_size=size.hidden_size,
         num_attention_heads=size.num_attention_heads,
         num_query_groups=size.query_groups,
+        kv_channels=size.head,
+        layernorm_epsilon=size.layernorm_epsilon,
+        qk_layernorm=size.qk_norm,
+        add_qkv_bias=size.qkv_bias,
+        num_layers_in_first_pipeline_stage=size.first_stage_layers,
+        num_layers_in_last_pipeline_stage=size.last_stage_layers,
         ffn_hidden_size=size.ffn,
         hidden_dropout=size.dropout,
         attention_dropout=size.dropout,
@@ -127,6 +190,8 @@ def transformer_config(
         num_moe_experts=size.num_experts,
         moe_ffn_hidden_size=size.ffn if size.num_experts else None,
         moe_router_topk=size.experts_per_token,
+        # The softmax over the chosen experts only, or over all of them.
+        moe_router_pre_softmax=size.num_experts is not None and not size.normalize_experts,
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.expt_tp,
         moe_token_dispatcher_type="alltoall",
@@ -178,20 +243,28 @@ def mlp_config(
 
 def _style(size: TransformerSize) -> dict[str, Any]:
     if size.style == "gpt":
-        return {"add_bias_linear": size.num_experts is None}
+        return {
+            "add_bias_linear": size.num_experts is None,
+            "activation_func": _ACTIVATIONS[size.activation or "gelu"],
+        }
     return {
         "add_bias_linear": False,
         "normalization": "RMSNorm",
         "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
+        "activation_func": _ACTIVATIONS[size.activation or "silu"],
     }
 
 
-def _check_sizes(layout: MimoLayout, module: str, size: TransformerSize, *, sequence_parallel: bool) -> None:
+def check_sizes(layout: MimoLayout, module: str, size: TransformerSize, *, sequence_parallel: bool) -> None:
+    """Refuse a transformer that does not divide over a layout; arguments as for :func:`transformer_config`.
+
+    Raises:
+        LayoutError: if heads, layers, the MLP's width or experts do not divide over the module's ranks.
+    """
     sizes = layout.modules[module]
     check_divides("num_attention_heads", size.num_attention_heads, module, "tp", sizes.tp)
     check_divides("num_query_groups", size.query_groups, module, "tp", sizes.tp)
-    check_divides("num_layers", size.num_layers, module, "pp", sizes.pp)
+    _check_stages(size, module, sizes.pp)
     if size.num_experts is None:
         check_divides("ffn_hidden_size", size.ffn, module, "tp", sizes.tp)
     else:
@@ -202,12 +275,43 @@ def _check_sizes(layout: MimoLayout, module: str, size: TransformerSize, *, sequ
                 f"Module {module!r}: a mixture of experts with tp={sizes.tp} needs sequence_parallel=True, or each "
                 f"token would be sent to its experts {sizes.tp} times."
             )
-    if size.hidden_size % size.num_attention_heads:
+    if size.head_dim is None and size.hidden_size % size.num_attention_heads:
         raise LayoutError(
             f"Module {module!r}: num_attention_heads={size.num_attention_heads} does not divide "
             f"hidden_size={size.hidden_size} ({size.hidden_size} / {size.num_attention_heads} = "
             f"{size.hidden_size / size.num_attention_heads:g}). Choose heads that do, or another width."
         )
+
+
+def _check_stages(size: TransformerSize, module: str, pp: int) -> None:
+    ends = {"first_stage_layers": size.first_stage_layers, "last_stage_layers": size.last_stage_layers}
+    given = {name: layers for name, layers in ends.items() if layers is not None}
+    if not given:
+        check_divides("num_layers", size.num_layers, module, "pp", pp)
+        return
+    left, stages = size.num_layers - sum(given.values()), pp - len(given)
+    if stages < 0 or left < 0 or (left % stages if stages else left):
+        raise LayoutError(
+            f"Module {module!r}: num_layers={size.num_layers} less "
+            f"{' and '.join(f'{name}={layers}' for name, layers in given.items())} leaves {left} layers for {stages} "
+            f"of pp={pp} pipeline stages, which must be divided evenly."
+        )
+
+
+def stage_ends(num_layers: int, pp: int) -> tuple[int | None, int | None]:
+    """Layers of the first and of the last pipeline stage that divide all layers as evenly as Megatron can.
+
+    ``None`` for both where pp divides them, or where only stages in the middle would have to differ.
+
+    Example:
+        >>> stage_ends(23, 4)  # 6, 6, 6 and 5
+        (None, 5)
+    """
+    few, rest = divmod(num_layers, pp)
+    if pp == 2 and rest:
+        return few + 1, few
+    ends = {1: (few + 1, None), 2: (few + 1, few + 1), pp - 2: (few, few), pp - 1: (None, few)}
+    return ends.get(rest, (None, None)) if rest else (None, None)
 
 
 def check_divides(what: str, number: int, module: str, axis: str, size: int) -> None:

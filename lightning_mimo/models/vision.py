@@ -78,14 +78,15 @@ class VisionEncoder(PatchEncoder):
         Returns:
             ``[n, tokens_per_image, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
         """
-        return self.encode(None if pixel_values is None else self._patches(pixel_values), hidden_states)
+        return self.encode(None if pixel_values is None else to_patches(pixel_values, self.patches), hidden_states)
 
-    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[n, c, h, w] -> [n, patches, c * patch * patch]``, patches row by row."""
-        n, channels, height, width = pixel_values.shape
-        size = self.patches.patch_size
-        cut = pixel_values.reshape(n, channels, height // size, size, width // size, size)
-        return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, self.patches.num_patches, self.patches.values_per_patch)
+
+def to_patches(pixel_values: torch.Tensor, patches: ImagePatches) -> torch.Tensor:
+    """``[n, channels, height, width] -> [n, patches, channels * patch * patch]``, patches row by row."""
+    n, channels, height, width = pixel_values.shape
+    size = patches.patch_size
+    cut = pixel_values.reshape(n, channels, height // size, size, width // size, size)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(n, patches.num_patches, patches.values_per_patch)
 
 
 class PipelinedVisionSubmodules(PipelinedSubmodules, VisionModalitySubmodules):

@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from lightning_mimo.data.sample_format import KEYS, SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
+from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.freezing import freeze
@@ -99,6 +100,16 @@ class MimoModule(pl.LightningModule):
             Specs of all modules, whose names are those of the layout.
         """
         raise NotImplementedError(f"{type(self).__name__} must override configure_mimo(infra) -> MimoModelConfig.")
+
+    def check_layout(self, layout: MimoLayout) -> None:
+        """Refuse a layout that the model cannot run in. Called before any process starts; does nothing by itself.
+
+        Args:
+            layout: what runs where.
+
+        Raises:
+            LayoutError: to say which number to change.
+        """
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return ``self.build_optimizer(OptimizerConfig(...))``, alone or with a learning-rate scheduler on it."""

@@ -176,6 +176,8 @@ class MimoStrategy(ParallelStrategy):
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
         micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
+        if self.lightning_module is not None:
+            self._module.check_layout(layout)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
         return layout
 

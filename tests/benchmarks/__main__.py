@@ -18,6 +18,7 @@ BENCHMARKS = {
     "process_groups": "how many there are, how long they take, and how both grow",
     "against_ddp": "time and memory against Lightning's DDPStrategy",
     "memory": "what each rank holds, also while the model is being built and loaded",
+    "hf_loading": "seconds and memory to load a pretrained model, against transformers",
     "checkpoints": "seconds and bytes of a checkpoint",
     "attention": "time and memory of a GPT with torch's attention, with Megatron's own, and of a Llama of transformers",
 }

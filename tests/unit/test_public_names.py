@@ -16,6 +16,7 @@ PUBLIC_NAMES = [
     "Checks",
     "ConfigError",
     "DataError",
+    "HuggingFaceModule",
     "ItemSizes",
     "LayoutError",
     "MimoError",

@@ -1,0 +1,121 @@
+"""Tiny random models in the very files of the real ones, made and saved by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+IMAGE_TOKEN = 99
+VOCABULARY = 130  # 2 divides it, 4 does not
+
+_TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# The frequencies of 8 numbers lie on both sides of, and within, what is interpolated.
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def _text(kind: str, **changes: Any) -> Callable[[], transformers.PreTrainedModel]:
+    def make() -> transformers.PreTrainedModel:
+        config = getattr(transformers, f"{kind}Config")(**{**_TEXT, **changes})
+        return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+    return make
+
+
+def _llava(vision: Any, *, tie: bool = False, text: Any = None, **changes: Any) -> transformers.PreTrainedModel:
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text or transformers.LlamaConfig(**{**_TEXT, "tie_word_embeddings": tie}),
+        image_token_index=IMAGE_TOKEN,
+        tie_word_embeddings=tie,
+        **changes,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+    "llama2": _text("Llama", num_key_value_heads=4),
+    "llama3": _text("Llama", rope_parameters=_LLAMA3_ROPE),
+    "llama_biases": _text("Llama", attention_bias=True),
+    "mistral": _text("Mistral", head_dim=16, sliding_window=None),
+    "qwen2": _text("Qwen2", tie_word_embeddings=True),
+    "qwen3": _text("Qwen3", head_dim=16, tie_word_embeddings=True),
+    "mixtral": _text("Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3_moe": _text(
+        "Qwen3Moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, norm_topk_prob=True
+    ),
+    "llava_clip": lambda: _llava(transformers.CLIPVisionConfig(**VISION, projection_dim=48)),
+    "llava_qwen2_siglip": lambda: _llava(
+        transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text=transformers.Qwen2Config(**{**_TEXT, "tie_word_embeddings": True}),
+        tie=True,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    ),
+    "llava_qwen3": lambda: _llava(
+        transformers.CLIPVisionConfig(**VISION, projection_dim=48),
+        text=transformers.Qwen3Config(**{**_TEXT, "head_dim": 16, "tie_word_embeddings": True}),
+        tie=True,
+    ),
+    "llava_mixtral": lambda: _llava(
+        transformers.CLIPVisionConfig(**VISION, projection_dim=48),
+        text=transformers.MixtralConfig(**{**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
+        multimodal_projector_bias=False,
+    ),
+    "llava_dinov2": lambda: _llava(
+        transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
+    ),
+}
+
+
+TOKENS_PER_IMAGE = {kind: (VISION["image_size"] // VISION["patch_size"]) ** 2 for kind in MODELS if "llava" in kind}
+
+
+def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Write one of MODELS into a folder, every weight and bias different from what it is initialized with.
+
+    Args:
+        kind: which.
+        folder: is made.
+        dtype: of the files.
+        options: of ``save_pretrained``.
+    """
+    torch.manual_seed(7)
+    model = MODELS[kind]().to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.1))
+    model.save_pretrained(folder, **options)
+    return folder
