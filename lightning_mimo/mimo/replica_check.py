@@ -137,7 +137,7 @@ def _describe(ranks: Sequence[Mapping[tuple[str, str], int]]) -> str:
     return (
         f"Module {module!r}: the ranks that hold copies of {name!r} hold different values; by checksum: "
         f"{values}{more}. "
-        f"Replicas that differ at the start stay different. Weights may depend only on the seed and on their name: load "
-        f"the same file on all ranks, and do not draw from a generator that is seeded by rank. A parameter that is "
-        f"sharded over tensor-parallel ranks must be marked with tensor_model_parallel=True and its partition_dim."
+        f"Replicas that differ at the start stay different. Weights may depend only on the seed and on their name: "
+        f"load the same file on all ranks, and do not draw from a generator that is seeded by rank. A parameter that "
+        f"is sharded over tensor-parallel ranks must be marked with tensor_model_parallel=True and its partition_dim."
     )

@@ -1,4 +1,4 @@
-"""A GPT from megatron-core's own modules, for every machine and with sequence parallelism."""
+"""ModuleSpec of a GPT from megatron-core's modules, for CPUs and GPUs, with sequence parallelism."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ __all__ = ["TransformerSize", "gpt_spec"]
 
 
 class SequenceParallelTorchNorm(WrappedTorchNorm):
-    """torch's norm on a part of the sequence; upstream refuses it there.
+    """torch's norm with sequence parallelism, which upstream's WrappedTorchNorm does not support.
 
-    Its weights are marked, so that their gradients are added up over the tensor-parallel ranks.
+    Its weights are marked so that their gradients are summed over the tensor-parallel ranks.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> LayerNormInterface:
@@ -54,12 +54,12 @@ def gpt_spec(
 
     Args:
         infra: grids and process groups of this rank.
-        size: of the GPT; what encoders return has its ``hidden_size``.
-        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        size: dimensions of the GPT. Encoder outputs must have its ``hidden_size``.
+        vocab_size: number of token ids, including placeholders; the language module's tp must divide it.
         max_sequence_length: longest sequence in tokens.
-        tie_embeddings: let the head share the weights of the word embeddings.
-        sequence_parallel: divide the sequence over the tensor-parallel ranks between attention and MLP. Without tensor
-            parallelism it means nothing; with it, a mixture of experts needs it.
+        tie_embeddings: share the weights of the word embeddings with the output layer.
+        sequence_parallel: divide the sequence over the tensor-parallel ranks between attention and MLP. It has no
+            effect if tp=1, and is required for a mixture of experts if tp > 1.
 
     Raises:
         LayoutError: if heads, layers, experts or the vocabulary do not divide over the layout.
@@ -77,7 +77,7 @@ def gpt_spec(
             "max_sequence_length": max_sequence_length,
             "position_embedding_type": "rope",
             "share_embeddings_and_output_weights": tie_embeddings,
-            # MimoModel cuts the sequence itself, when text and images are together.
+            # MimoModel divides the sequence itself, after text and images are combined.
             "scatter_embedding_sequence_parallel": False,
             "pre_process": groups is None or groups.pp.rank() == 0,
             "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
@@ -87,17 +87,17 @@ def gpt_spec(
 
 
 def _gpt_block(config: TransformerConfig, attention: AttentionKind, *, pp_rank: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage, dense or with experts as the config says.
+    """Specs of the layers of one pipeline stage, dense or with experts depending on the config.
 
     Args:
-        config: of the language module.
-        attention: as for TransformerSize.
-        pp_rank: the stage.
+        config: config of the language module.
+        attention: attention implementation, a value of ``TransformerSize.attention``.
+        pp_rank: index of the stage.
     """
     layer = _gpt_layer(config, attention)
     for name in ("input_layernorm", "pre_mlp_layernorm"):
         setattr(layer.submodules, name, _for_sequence_parallel(getattr(layer.submodules, name)))
-    # Apex has no RMS norm; Transformer Engine's layers have theirs inside of the next linear layer.
+    # Apex has no RMS norm; in Transformer Engine's layers it is part of the next linear layer.
     own = config.normalization == "LayerNorm" or attention == "te"
     last = LayerNormImpl if own else layer.submodules.input_layernorm
     return TransformerBlockSubmodules(
@@ -116,5 +116,5 @@ def _gpt_layer(config: TransformerConfig, attention: AttentionKind) -> ModuleSpe
 
 
 def _for_sequence_parallel(norm: type) -> type:
-    """Apex's and Transformer Engine's norms, where they are installed, can do it by themselves."""
+    """Replace torch's norm. Those of Apex and Transformer Engine already support sequence parallelism."""
     return SequenceParallelTorchNorm if norm is WrappedTorchNorm else norm

@@ -122,7 +122,7 @@ def start_watchdog(
         launcher: launcher on this node, which ends the other ranks of the node.
         device: device of this rank.
         timeout: longest time that a rank may wait for another.
-        leaves_first: whether this rank started the others, which must exit before it would report their end.
+        leaves_first: whether this rank started others and so ends them first; otherwise it would report their exits.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)
