@@ -22,7 +22,7 @@ class ClipPatches:
     Example: ``frames=8, frames_per_patch=2, tokens_per_clip=2`` gives 4 patches, of which 2 are concatenated per token.
 
     Args:
-        frames: frames of a clip's spectrogram; the dataset pads shorter clips with silence.
+        frames: frames of a clip's spectrogram; shorter clips must be padded with silence.
         bins: values per frame, such as mel bands.
         frames_per_patch: consecutive frames of one patch; must divide ``frames``.
         tokens_per_clip: language tokens of one clip. Consecutive patches are concatenated, so it must divide the number
