@@ -1,8 +1,7 @@
-"""What every layer passes on: one microbatch, how many embeddings each sample gets, and where they go in the text.
+"""Types shared by all folders: a microbatch, the number of embeddings per sample, and their positions in the text.
 
-megatron-core's MimoModel looks for placeholder tokens on the device, and the host waits for what it finds, several
-times in every forward pass. Here a worker of the DataLoader has looked already, and one gather puts every embedding in
-its place.
+megatron-core's MimoModel searches for placeholder tokens on the device, and the host waits for the result several
+times per forward pass. Here a DataLoader worker has searched already, and a single gather places all embeddings.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _UNKNOWN = -1
 class Ragged(NamedTuple):
     """An argument of an encoder whose items differ in their first dimension.
 
-    In a sample it holds the items of that sample; the encoder gets one that holds all items of the microbatch. Without
-    a declaration (``lightning_mimo.ItemSizes``) an encoder that returns ``[rows, hidden]`` makes one embedding of every
-    row.
+    In a sample, it holds the items of that sample. The encoder receives one that holds all items of the microbatch.
+    An encoder that returns ``[rows, hidden]`` makes one embedding of every row, unless it declares otherwise
+    (``lightning_mimo.ItemSizes``).
 
     Example: two clips of 3 and 1 frames with 5 features each::
 
         Ragged(values=torch.rand(4, 5), lengths=torch.tensor([3, 1]))
 
     Attributes:
-        values: ``[rows, ...]``, the rows of all items one after the other.
-        lengths: int64 ``[items]``, rows of each item; they add up to ``rows``.
+        values: ``[rows, ...]``, the rows of all items, concatenated.
+        lengths: int64 ``[items]``, number of rows of each item; the sum is ``rows``.
     """
 
     values: torch.Tensor
@@ -43,21 +42,21 @@ class Ragged(NamedTuple):
 class Microbatch(TypedDict, total=False):
     """One rank's share of one microbatch: ``b`` samples of the rank's language replica, padded to ``s`` tokens.
 
-    Ranks of encoders hold the text as well: both sides of a bridge know from it how many embeddings to expect.
+    Ranks of encoders hold the text, too, because both sides of a bridge compute the number of embeddings from it.
 
     Attributes:
         input_ids: int64 ``[b, s]``.
         position_ids: int64 ``[b, s]``; ``[3, b, s]`` for a language module with multimodal rotary positions.
-        custom_positions: whether these are other than 0, 1, 2, …; ranks of the language module only.
+        custom_positions: whether ``position_ids`` differ from 0, 1, 2, …; ranks of the language module only.
         labels: int64 ``[b, s]``, the token to predict at each position, -100 for none; ranks of the language module
             only.
-        loss_mask: float ``[b, s]``, 0 where a position counts for nothing; ranks of the language module only.
-        token_order: where text and embeddings go; ranks of the language module only.
+        loss_mask: float ``[b, s]``, 0 at positions that do not count in the loss; ranks of the language module only.
+        token_order: positions of text tokens and embeddings; ranks of the language module only.
         lengths: int64 ``[b]``, tokens of each sample before padding.
-        placeholders: encoder module -> placeholder tokens of each sample, ``b`` numbers.
+        placeholders: encoder module -> number of placeholder tokens of each sample, ``b`` integers.
         sample_indices: index in the dataset of each sample.
         global_positions: position in the global batch of each sample.
-        is_padding: whether each sample only fills up a short last batch and counts for nothing.
+        is_padding: whether each sample only pads an incomplete last batch and does not count.
         modality_inputs: module -> ``{encoder: {argument: [items, ...]}}`` of the samples that this rank encodes;
             ``None`` where no sample has any.
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
@@ -65,7 +64,7 @@ class Microbatch(TypedDict, total=False):
             the text, and checksum of what else the module takes of each sample.
         prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
 
-    Keys that :class:`MimoModule` was given as ``extra_keys`` are beside these on ranks of the language module.
+    On ranks of the language module, the ``extra_keys`` of :class:`MimoModule` are added to these.
     """
 
     input_ids: torch.Tensor
@@ -87,18 +86,19 @@ class Microbatch(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ModalityCounts:
-    """How many embeddings each sample of a microbatch is to get from one encoder. Plain numbers, no tensors.
+    """Number of embeddings that each sample of a microbatch gets from one encoder. Plain integers, no tensors.
 
     Attributes:
-        sample_indices: index in the dataset of every sample that the bridge of this rank sees.
-        placeholders: placeholder tokens in each of these samples, the number of embeddings it must get.
+        sample_indices: index in the dataset of every sample that the bridge of this rank handles.
+        placeholders: number of placeholder tokens in each of these samples, equal to the embeddings it must get.
         own: which of these samples this rank's encoder replica encodes.
-        items: images, clips, … of each of the encoder's own samples. Later pipeline stages of an encoder, which load
-            none, are told them with the first activations.
-        embeddings: that the encoder declares to make of each of its own samples; ``None`` where it declares nothing.
-        rows: ``encoder.argument`` -> first dimension of it in each of the encoder's own samples.
-        per_item: arguments that later pipeline stages are given as well -> their numbers, for each item a row; empty
-            until a later stage has been told.
+        items: number of images, clips, … in each of the encoder's own samples. Later pipeline stages of an encoder load
+            no items and receive these numbers with the first activations.
+        embeddings: number of embeddings that the encoder declares for each of its own samples; ``None`` if it declares
+            nothing.
+        rows: ``encoder.argument`` -> first dimension of the argument in each of the encoder's own samples.
+        per_item: arguments that later pipeline stages receive, too -> their integers, one row per item; empty on a
+            later stage until it has received them.
     """
 
     sample_indices: tuple[int, ...]
@@ -118,17 +118,21 @@ class ModalityCounts:
         return self.sample_indices[self.own.start : self.own.stop]
 
     def to(self, *args: object, **kwargs: object) -> ModalityCounts:
-        """Itself: Lightning moves whatever has ``to`` and would refuse a frozen dataclass without it."""
+        """Return ``self``. Lightning calls ``to`` to move a batch, and rejects a frozen dataclass without it."""
         return self
 
     def to_tell(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the next pipeline stage is to know, which loads nothing: a number that it knows of numbers, and more."""
+        """Integers for the next pipeline stage, which loads no items.
+
+        Returns:
+            Items and embeddings, whose number the next stage knows; and ``per_item``, whose number it does not know.
+        """
         embeddings = self.embeddings or [_UNKNOWN] * len(self.items)
         more = [(len(rows[0]) if rows else 0, *chain.from_iterable(rows)) for rows in self.per_item.values()]
         return (*self.items, *embeddings), tuple(chain.from_iterable(more))
 
     def told(self, numbers: tuple[int, ...], more: tuple[int, ...]) -> ModalityCounts:
-        """These counts with what :meth:`to_tell` of the stage before has said."""
+        """A copy of these counts that contains the result of :meth:`to_tell` on the previous stage."""
         items, embeddings = numbers[: len(self.items)], numbers[len(self.items) :]
         left, per_item = iter(more), {}
         for name in self.per_item:
@@ -141,12 +145,12 @@ class ModalityCounts:
 
         Args:
             module: name of the encoder, for the message.
-            rows: embeddings that the encoder made for its own samples together.
-            uniform: whether it returned ``[items, tokens, hidden]``, the same number of every item.
+            rows: total number of embeddings that the encoder returned for its own samples.
+            uniform: whether it returned ``[items, tokens, hidden]``, that is, equally many embeddings per item.
 
         Raises:
             DataError: naming the first sample whose numbers differ; or if the encoder returned ``[rows, hidden]`` and
-                does not say which of them belong to which sample.
+                does not declare which rows belong to which sample.
         """
         made, explained = self._made(module, rows, uniform=uniform)
         for index, placeholders, items, embeddings in zip(
@@ -166,7 +170,7 @@ class ModalityCounts:
             )
 
     def _made(self, module: str, rows: int, *, uniform: bool) -> tuple[Sequence[int], str]:
-        """Embeddings of each of the encoder's own samples, and how they come about."""
+        """Number of embeddings of each of the encoder's own samples, and an explanation for error messages."""
         items = sum(self.items)
         if uniform or items == 0:
             per_item = rows // items if items else 0
@@ -176,19 +180,19 @@ class ModalityCounts:
         if rows == items:
             return self.items, " (1 each)"
         raise DataError(
-            f"Module {module!r}: the encoder returned {rows} rows for {items} items, [rows, hidden], so which of them "
-            f"belong to which sample is not known. Return [items, tokens, hidden]; or declare how many embeddings each "
-            f"item makes: item_sizes = lightning_mimo.ItemSizes(embeddings=...) in the encoder's class."
+            f"Module {module!r}: the encoder returned {rows} rows for {items} items, [rows, hidden], so it is unknown "
+            f"which rows belong to which sample. Return [items, tokens, hidden]; or declare how many embeddings each "
+            f"item gives: item_sizes = lightning_mimo.ItemSizes(embeddings=...) in the encoder's class."
         )
 
 
 class TokenOrder(NamedTuple):
-    """The order of the embeddings of a microbatch ``[b, s]``. Plain tensors, so that every loader can move it.
+    """The order of the embeddings of a microbatch ``[b, s]``. Plain tensors, so that any loader can move them.
 
     Attributes:
-        text: int64 ``[n]``, the places of text tokens, ``row * s + column``, in ascending order.
-        rows: int64 ``[s * b]``, for every place of the combined ``[s, b, hidden]`` the number of its embedding, counted
-            over those of text and then those of every encoder, each in the order of its places in ``[b, s]``.
+        text: int64 ``[n]``, flat positions of text tokens, ``row * s + column``, in ascending order.
+        rows: int64 ``[s * b]``, for every position of the combined ``[s, b, hidden]`` the row of its embedding in the
+            concatenation of text and all encoders. Each of these is in the order of its positions in ``[b, s]``.
     """
 
     text: torch.Tensor
@@ -196,11 +200,11 @@ class TokenOrder(NamedTuple):
 
 
 def token_order(input_ids: torch.Tensor, placeholders: Mapping[str, int]) -> TokenOrder:
-    """The order of a microbatch, by numpy: of small arrays, which these are, that is several times faster.
+    """Compute the order of a microbatch, with numpy, which is several times faster than torch for small arrays.
 
     Args:
         input_ids: int64 ``[b, s]`` on the CPU.
-        placeholders: encoder name -> the token that stands for one of its embeddings.
+        placeholders: encoder name -> id of the token that stands for one of its embeddings.
     """
     tokens = input_ids.numpy()
     kinds = np.zeros(tokens.shape, dtype=np.int8)
@@ -215,12 +219,12 @@ def token_order(input_ids: torch.Tensor, placeholders: Mapping[str, int]) -> Tok
 
 
 def combine(embeddings: Sequence[torch.Tensor], order: TokenOrder, shape: torch.Size) -> torch.Tensor:
-    """Put all embeddings in their places. The host does not wait for the device.
+    """Combine the embeddings of text and encoders in token order. The host does not wait for the device.
 
     Args:
         embeddings: ``[rows, hidden]`` of text, then of every encoder, in the order of the placeholders.
-        order: of the microbatch.
-        shape: of the microbatch, ``[b, s]``.
+        order: order of the microbatch.
+        shape: shape of the microbatch, ``[b, s]``.
 
     Returns:
         ``[s, b, hidden]``.
@@ -234,6 +238,6 @@ def combine(embeddings: Sequence[torch.Tensor], order: TokenOrder, shape: torch.
         raise DataError(
             f"A microbatch of {samples} samples and {length} tokens has {samples} * {length} = {samples * length} "
             f"places, but there are {' + '.join(str(len(each)) for each in embeddings)} = {len(together)} embeddings "
-            f"(of text, then of each encoder). One embedding must come for each placeholder token."
+            f"(of text, then of each encoder). Each placeholder token needs exactly one embedding."
         )
     return together.index_select(0, order.rows).view(length, samples, -1)

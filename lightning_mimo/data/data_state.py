@@ -1,4 +1,4 @@
-"""Where in the training data a run is, so that one that goes on begins with the next sample."""
+"""Position of a run in its training data, so that a resumed run begins with the next sample."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class DataState:
-    """Where in the data a run is: what has to agree for it to go on in the middle of an epoch.
+    """Position of a run in its training data. All fields must agree to resume in the middle of an epoch.
 
     Attributes:
-        seed: of the order of samples and their augmentation.
-        global_batch_size: samples of a batch.
-        samples: of the training dataset.
-        batches: of the current epoch that are done.
+        seed: seed of the order of samples and of their augmentation.
+        global_batch_size: samples per global batch.
+        samples: number of samples in the training dataset.
+        batches: number of completed batches of the current epoch.
     """
 
     seed: int
@@ -25,15 +25,15 @@ class DataState:
 
 
 def rewind_to_last_step(checkpoint: dict[str, Any], *, held: int, training: bool) -> tuple[dict[str, Any], int]:
-    """What Lightning keeps, changed so that a run that goes on from it learns from every batch once.
+    """Rewind Lightning's loop counters to the last optimizer step, so that a resumed run trains on each batch once.
 
     Args:
-        checkpoint: as Lightning dumps it; left as it is.
-        held: batches of an open accumulation window, which no optimizer step has learned from.
-        training: whether batches are being trained on, or all is over.
+        checkpoint: the dictionary that Lightning dumps; not modified.
+        held: batches of an incomplete accumulation window, which no optimizer step has used yet.
+        training: whether training is in progress; False after it has ended.
 
     Returns:
-        The changed copy, and the number of batches of the current epoch that are done.
+        A modified copy, and the number of completed batches of the current epoch.
     """
     checkpoint = {**checkpoint, "loops": deepcopy(checkpoint["loops"])}
     loop = checkpoint["loops"]["fit_loop"]
@@ -47,9 +47,9 @@ def rewind_to_last_step(checkpoint: dict[str, Any], *, held: int, training: bool
 
 
 def _end_epoch(progress: dict[str, Any]) -> None:
-    """After training that ended with an epoch: the next one begins afresh.
+    """Reset the counters if training ended with an epoch, so that the next epoch begins at its first batch.
 
-    Left as it is, a run with ``max_steps`` would go on with one batch only of the next epoch.
+    Otherwise a resumed run with ``max_steps`` would train on only one batch of the next epoch.
     """
     if progress["is_last_batch"]:
         progress["current"].update(dict.fromkeys(progress["current"], 0))
@@ -57,7 +57,7 @@ def _end_epoch(progress: dict[str, Any]) -> None:
 
 
 def _rewind(progress: dict[str, Any], batches: int) -> None:
-    """As it was some batches before: none of them has been learned from yet."""
+    """Decrease the counters by a number of batches that no optimizer step has used yet."""
     for counters in (progress["current"], progress["total"]):
         done = counters["processed"] - batches
         counters.update(ready=done, started=done, processed=done, completed=done)
@@ -65,9 +65,9 @@ def _rewind(progress: dict[str, Any], batches: int) -> None:
 
 
 def _validate_again(progress: dict[str, Any]) -> None:
-    """In the middle of a validation: its sums are not saved, so all of it is run again.
+    """Restart a validation that was interrupted, because its running sums are not saved.
 
-    What is written is how Lightning recognizes a validation that was left during its first batch.
+    The counters are set to the values by which Lightning recognizes a validation interrupted during its first batch.
     """
     if progress["current"]["processed"] > progress["current"]["completed"]:
         progress["current"].update(dict.fromkeys(progress["current"], 0))

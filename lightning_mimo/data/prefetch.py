@@ -1,4 +1,4 @@
-"""The next batch of a DataLoader, loaded while the rank would wait for others."""
+"""Loads the next batch of a DataLoader while the rank waits for other ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning_mimo.microbatch import Microbatch
 
 
 class LoadsAhead(Iterator[list[Microbatch]]):
-    """Batches one after the other; the next one can be loaded before it is asked for."""
+    """Iterator over batches that can load the next batch before it is requested."""
 
     def __init__(self, batches: Iterator[list[Microbatch]]) -> None:
         """
         Args:
-            batches: loads one whenever it is asked for one.
+            batches: the underlying iterator, which loads one batch per ``next``.
         """
         self._batches = batches
         self._ahead: Future[list[Microbatch]] | None = None
@@ -26,15 +26,15 @@ class LoadsAhead(Iterator[list[Microbatch]]):
         return ahead.result()
 
     def load_ahead(self) -> list[Microbatch] | None:
-        """Load the next batch, if that has not been done. What goes wrong is raised when the batch is asked for.
+        """Load the next batch unless it is already loaded. An error is deferred until the batch is requested.
 
         Returns:
-            The batch; ``None`` if something went wrong, or there is none.
+            The batch; ``None`` if loading failed or there are no more batches.
         """
         if self._ahead is None:
             self._ahead = Future()
             try:
                 self._ahead.set_result(next(self._batches))
-            except Exception as error:  # the end of the batches, too
+            except Exception as error:  # StopIteration, too
                 self._ahead.set_exception(error)
         return None if self._ahead.exception() else self._ahead.result()

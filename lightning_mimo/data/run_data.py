@@ -1,4 +1,4 @@
-"""A user's DataLoaders divided over the ranks, checked against one another, and the position in the training data."""
+"""Divides a user's DataLoaders over the ranks, checks that ranks agree, and tracks the training data position."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RunData:
         self._saved: DataState | None = None
 
     def resume_from(self, saved: DataState) -> None:
-        """Training goes on from a checkpoint that was saved there."""
+        """Set the position of the checkpoint from which training resumes."""
         self._saved = saved
 
     def shard(
@@ -44,14 +44,14 @@ class RunData:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
         Args:
-            loader: as for one process.
-            sample_format: what samples hold.
-            seed: of the order of samples and their augmentation, the same on all ranks.
-            training: whether it is what the run trains on.
+            loader: the user's DataLoader, written as for one process.
+            sample_format: keys, limits and modules of the samples.
+            seed: seed of the order of samples and of their augmentation, the same on all ranks.
+            training: whether the run trains on this DataLoader.
 
         Raises:
-            DataError: if it cannot be divided, has another length on another rank, or is not what the checkpoint was
-                saved in the middle of.
+            DataError: if the DataLoader cannot be divided, its length differs between ranks, or its dataset differs in
+                length from the one in whose epoch the checkpoint was saved.
         """
         if not isinstance(loader, DataLoader):
             raise DataError(
@@ -67,11 +67,11 @@ class RunData:
         return sharded
 
     def load_ahead(self) -> list[Microbatch] | None:
-        """Load the next batch to train on now; ``None`` if there is none."""
+        """Load the next training batch now. Returns ``None`` if there are no more batches or loading failed."""
         return None if self._training is None else self._training.load_ahead()
 
     def data_state(self, *, seed: int, batches: int) -> DataState | None:
-        """Where the run is after some batches of the epoch; ``None`` where nothing is trained on."""
+        """Position after a number of batches of the current epoch; ``None`` if the run does not train."""
         if self._training_samples is None:
             return None
         return DataState(
@@ -86,13 +86,13 @@ class RunData:
         if saved is not None and saved.batches and saved.samples != samples:
             raise DataError(
                 f"The checkpoint was saved in the middle of an epoch of {saved.samples} samples, but the training "
-                f"dataset has {samples} now, so the next sample cannot be told. Go on with the same dataset, or "
-                f"from a checkpoint of the end of an epoch."
+                f"dataset has {samples} now, so the next sample is unknown. Resume with the same dataset, or from a "
+                f"checkpoint of the end of an epoch."
             )
 
 
 def _check_same_lengths(samples: int, drawn: int) -> None:
-    """Collective over the world."""
+    """Check that lengths agree on all ranks. Collective over the world."""
     lengths: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(lengths, (samples, drawn))
     of_dataset, of_sampler = zip(*lengths, strict=True)

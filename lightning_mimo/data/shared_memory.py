@@ -1,7 +1,7 @@
-"""How a batch goes from a worker of a DataLoader to its rank: as one tensor, however many microbatches it has.
+"""Passes a batch from a DataLoader worker to its rank as a single tensor in shared memory.
 
-torch hands every tensor over by a file descriptor and a connection of its own, half a millisecond of the rank's time
-each, and a batch has some ten of them for every microbatch.
+torch passes every tensor through a file descriptor and a connection of its own, which takes half a millisecond of the
+rank's time each. A batch has about ten tensors per microbatch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _ALIGNMENT = 64  # bytes
 
 
 class SharedMemoryBatch(list):
-    """A list that may hold tensors, on the CPU, anywhere inside."""
+    """A list that is pickled with all nested CPU tensors in one block of shared memory."""
 
     def to(self, device: torch.device) -> list[Any]:
-        """Itself for the CPU, which need not be walked through; else a list of the same, moved. Lightning calls it."""
+        """Return a list with all tensors moved to a device, or ``self`` for the CPU. Called by Lightning."""
         if device.type == "cpu":
             return self
         return tree_map(partial(_moved, device=device), list(self))
@@ -37,7 +37,7 @@ class SharedMemoryBatch(list):
 
 
 class _Packer(pickle.Pickler):
-    """Pickles everything but tensors, which it collects."""
+    """Pickles everything except tensors, which it collects."""
 
     def __init__(self) -> None:
         self.skeleton = io.BytesIO()
@@ -46,7 +46,7 @@ class _Packer(pickle.Pickler):
         self._numbers: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
-        # Others than plain ones go their own way.
+        # Tensors that are not plain are pickled as torch does it.
         if type(obj) is not torch.Tensor or not _is_plain(obj):
             return None
         if id(obj) not in self._numbers:
@@ -55,7 +55,7 @@ class _Packer(pickle.Pickler):
         return self._numbers[id(obj)]
 
     def pack(self) -> tuple[torch.Tensor, list[tuple[int, torch.dtype, tuple[int, ...]]]]:
-        """All tensors one after the other, in shared memory, and place, dtype and shape of each."""
+        """Concatenate all tensors in shared memory; also return the byte offset, dtype and shape of each."""
         places, end = [], 0
         for tensor in self._tensors:
             places.append((end, tensor.dtype, tuple(tensor.shape)))

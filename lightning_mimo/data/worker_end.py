@@ -1,4 +1,4 @@
-"""Loader workers that end with their rank, whatever they are doing."""
+"""Ends DataLoader workers together with their rank, even while they are loading."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 class EndWithRank:
-    """A ``worker_init_fn`` that has the kernel kill the worker when the rank that started it is gone.
+    """A ``worker_init_fn`` that makes the kernel kill the worker when the rank that started it exits.
 
-    torch's workers look for themselves, but only between two batches: one that reads a slow file would stay behind.
+    torch's workers check their parent only between batches, so a worker that reads a slow file would outlive its rank.
     """
 
     def __init__(self, then: Callable[[int], object] | None) -> None:
         """
         Args:
-            then: the loader's own ``worker_init_fn``.
+            then: the ``worker_init_fn`` of the user's DataLoader, called afterwards.
         """
         self._then = then
 

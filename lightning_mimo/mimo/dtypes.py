@@ -1,4 +1,4 @@
-"""Which dtypes a run stores, computes and reduces with: what a precision means to megatron-core."""
+"""Dtypes in which a run stores, computes and reduces, and how they are set in megatron-core's configs."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DtypePolicy:
-    """The dtypes of a run, the same for all modules.
+    """Dtypes of a run, the same for all modules.
 
     Attributes:
-        dtype: of parameters, activations and what goes over the bridges.
-        mixed: whether gradients are accumulated and reduced in float32 and the optimizer updates float32 copies of the
-            parameters (Megatron's main parameters). Otherwise all of that has ``dtype``, too.
+        dtype: dtype of parameters, activations and tensors sent over the bridges.
+        mixed: whether gradients are accumulated and reduced in float32, and the optimizer updates float32 copies of the
+            parameters (Megatron's main parameters). Otherwise these have ``dtype``, too.
     """
 
     dtype: torch.dtype = torch.float32
@@ -29,11 +29,11 @@ class DtypePolicy:
 
     @property
     def needs_loss_scale(self) -> bool:
-        """Whether gradients would be lost below the smallest number of the dtype."""
+        """Whether small gradients would underflow in this dtype without a loss scale."""
         return self.dtype == torch.float16
 
     def apply_to(self, config: TransformerConfig) -> None:
-        """Set the dtypes of one transformer's config. Before it is built, since attention reads them only then."""
+        """Set the dtypes in a transformer's config. Call before it is built, as attention reads them only then."""
         config.params_dtype = config.pipeline_dtype = config.autocast_dtype = self.dtype
         config.bf16 = self.dtype == torch.bfloat16
         config.fp16 = self.dtype == torch.float16
@@ -41,16 +41,16 @@ class DtypePolicy:
             config.moe_router_dtype = "fp64"
 
     def convert[M: torch.nn.Module](self, module: M) -> M:
-        """Convert parameters and buffers in place, and the configs of transformers that a user's code has built."""
+        """Convert parameters and buffers in place, and the configs of transformers that were built by user code."""
         configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
         for config in configs.values():
             if isinstance(config, TransformerConfig):
                 self.apply_to(config)
-        # What a user keeps in a shorter dtype on purpose, such as a frozen encoder, stays so under float32.
+        # With float32, modules that a user keeps in a shorter dtype on purpose, such as a frozen encoder, are kept.
         return module if self.dtype == torch.float32 else module.to(self.dtype)
 
     def optimizer_config(self, config: OptimizerConfig) -> OptimizerConfig:
-        """A copy of a user's config, with the dtypes filled in."""
+        """Return a copy of a user's config with the dtypes of this policy."""
         config = copy.copy(config)
         config.params_dtype = self.dtype
         config.bf16 = self.mixed and self.dtype == torch.bfloat16
@@ -62,7 +62,7 @@ FLOAT32 = DtypePolicy()
 
 
 def transformer_configs(config: MimoModelConfig) -> Iterator[TransformerConfig]:
-    """All configs that stand in the specs of a model, each as often as it does."""
+    """All TransformerConfigs in the specs of a model. A config that is used several times is yielded as often."""
     yield from _configs_in([config.language_model_spec, *config.modality_submodules_spec.values()])
 
 

@@ -1,4 +1,4 @@
-"""What is trained and what is frozen, and across which borders gradients therefore have to travel back."""
+"""Freezes parameters, and determines which pipeline stages therefore send gradients back."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 def freeze(model: RaggedMimoModel, infra: MimoModelInfra, names: Sequence[str]) -> None:
-    """Stop the parameters of modules, or of parts of them, from being trained. Collective over the world.
+    """Freeze the parameters of modules or submodules. Collective over the world.
 
     Args:
         model: the model, its modules not wrapped yet.
-        infra: which modules this rank holds.
-        names: as for :func:`lightning_mimo.mimo.parameter_names.parameters_under`.
+        infra: layout and process groups of this rank.
+        names: modules such as ``"images"``, or submodules such as ``"images.encoders"``; see
+            :func:`lightning_mimo.mimo.parameter_names.parameters_under`.
 
     Raises:
-        ConfigError: naming what is no module of the layout, or fits no parameter on any rank.
+        ConfigError: if a name is not in the layout, or matches no parameter on any rank.
     """
     for parameters in parameters_under(model, infra, names, argument="frozen").values():
         for _, parameter in parameters:
@@ -31,17 +32,17 @@ def freeze(model: RaggedMimoModel, infra: MimoModelInfra, names: Sequence[str]) 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientFlow:
-    """Which pipeline stages have something to train, known on every rank.
+    """Which pipeline stages have trained parameters, the same on every rank.
 
     Attributes:
-        trained: module name -> for each of its pipeline stages, whether a parameter there is trained.
+        trained: module name -> for each of its pipeline stages, whether it has a trained parameter.
     """
 
     trained: Mapping[str, tuple[bool, ...]]
 
     @classmethod
     def build(cls, model: RaggedMimoModel, infra: MimoModelInfra) -> GradientFlow:
-        """Look at the parameters of all ranks. Collective over the world."""
+        """Collect the flags from the parameters of all ranks. Collective over the world."""
         modules = infra.layout.modules
         stages = [(name, stage) for name, sizes in modules.items() for stage in range(sizes.pp)]
         flags = [False] * len(stages)
@@ -53,6 +54,6 @@ class GradientFlow:
         return cls(trained={name: tuple(by_stage[name, s] for s in range(modules[name].pp)) for name in modules})
 
     def leaves(self, module: str, stage: int) -> bool:
-        """Whether the output of a stage needs a gradient: something that it was computed with is trained."""
+        """Whether the output of a stage needs a gradient, because it depends on a trained parameter."""
         feeding = [name for name in self.trained if name != LANGUAGE] if module == LANGUAGE else []
         return any(self.trained[module][: stage + 1]) or any(any(self.trained[name]) for name in feeding)

@@ -1,9 +1,9 @@
-"""The same start in every layout: initial weights depend on the seed and the parameter's global name only.
+"""Layout-independent initialization: initial weights depend only on the seed and the parameter's global name.
 
-megatron-core draws each shard from a generator whose state depends on the tensor-parallel rank and on what was built
-before, so another layout starts from other weights. Here the random initializers that run while a model is built are
-noted (:class:`RecordInitializers`); afterwards each one is replayed on the parameter's full, unsharded
-shape with a generator seeded by the parameter's global name, and the rank's shard is cut out of it.
+megatron-core draws each shard from a generator whose state depends on the tensor-parallel rank and on the modules that
+were built before, so initial weights differ between layouts. Here :class:`RecordInitializers` records the random
+initializers that run while a model is built. Afterwards each one is replayed on the parameter's full, unsharded shape
+with a generator seeded by the parameter's global name, and the rank keeps its shard of the result.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from lightning_mimo.parallel.random import seed_for
 def fan_in_normal_(tensor: torch.Tensor, *, gain: float = 1.0) -> torch.Tensor:
     """Fill a weight ``[out, in]`` with a normal distribution of standard deviation gain / sqrt(in).
 
-    Like ``torch.nn.init.kaiming_normal_``, but it takes part in torch's override protocol, so that the ``in`` of the
-    unsharded weight counts. Any other initializer whose scale depends on the shape has to do the same.
+    Like ``torch.nn.init.kaiming_normal_``, but it supports torch's override protocol, so that ``in`` is the size of the
+    unsharded weight. Any other initializer whose scale depends on the shape must do the same.
     """
     if has_torch_function_unary(tensor):
         return handle_torch_function(fan_in_normal_, (tensor,), tensor, gain=gain)
@@ -48,7 +48,7 @@ _RANDOM_INITIALIZERS = frozenset(
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A noted initializer call, without the tensor, and what the tensor was right after it."""
+    """A recorded initializer call without its tensor, and a fingerprint of the tensor right after the call."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -57,10 +57,10 @@ class _Recipe:
 
 
 class RecordInitializers(TorchFunctionMode):
-    """Notes the random initializers that are called on parameters while a model is built.
+    """Records the random initializers that are called on parameters while a model is built.
 
-    They are run as well: what is done to a parameter afterwards (the zero row of a padded embedding, the further steps
-    of ``trunc_normal_``) is then found out, and such a parameter is left as it was built.
+    The initializers run as usual, so later changes to a parameter can be detected (the zero row of a padded embedding,
+    the further steps of ``trunc_normal_``). A parameter that was changed keeps the values with which it was built.
     """
 
     def __init__(self) -> None:
@@ -77,19 +77,19 @@ class RecordInitializers(TorchFunctionMode):
             # transformers builds on the meta device before it loads; there is nothing to replay on those parameters.
             if isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta:
                 rest = {key: value for key, value in kwargs.items() if key not in ("tensor", "generator")}
-                # The parameter is kept too, so that its id is not given to another one.
+                # The reference to the parameter ensures that its id is not reused.
                 self._recipes[id(tensor)] = (tensor, _Recipe(func, args[1:], rest, _fingerprint(tensor)))
         return result
 
     def recipe_of(self, parameter: torch.nn.Parameter) -> _Recipe | None:
-        """The random initializer whose outcome a parameter still is, if there is one."""
+        """The random initializer whose result a parameter still holds; ``None`` if there is none."""
         _, recipe = self._recipes.get(id(parameter), (None, None))
         return recipe if recipe is not None and recipe.fingerprint == _fingerprint(parameter) else None
 
 
 @torch.no_grad()
 def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
-    # Not the version counter: a change through ``tensor.data`` does not count there.
+    # The version counter is not sufficient: it does not count changes through ``tensor.data``.
     values = tensor.double()
     return float(values.sum()), float(values.square().sum())
 
@@ -103,32 +103,33 @@ def initialize_by_name(
     initializers: RecordInitializers,
     groups: ProcessGroupCollection,
 ) -> None:
-    """Fill the parameters of one module with values that no layout can change.
+    """Fill the parameters of one module with values that do not depend on the layout.
+
+    Collective over ``groups.embd`` if word embeddings are tied across pipeline stages.
 
     Args:
-        module: the module, as built under ``initializers``; not yet wrapped.
+        module: the module, built under ``initializers`` and not yet wrapped.
         prefix: its global name, e.g. ``language_model``.
         seed: the run's seed.
-        initializers: what was noted while it was built.
-        groups: its process groups; tensor-parallel shards are cut by their ranks. Collective over ``embd`` where word
-            embeddings are tied across pipeline stages.
+        initializers: initializers recorded while the module was built.
+        groups: process groups of the module, whose ranks determine the tensor-parallel shards.
     """
     for name, parameter in global_named_parameters(module, prefix=prefix, groups=groups):
         recipe = initializers.recipe_of(parameter)
         if recipe is not None:
             parameter.copy_(_shard_of_master(parameter, recipe, seed_for(seed, name), groups))
         if getattr(parameter, "shared_embedding", False):
-            # The last stage's copy of tied embeddings was filled with what the first stage held before.
+            # The last stage's copy of tied embeddings still holds the first stage's values from before this function.
             dist.broadcast(parameter.data, group=groups.embd, group_src=0)
 
 
 def global_named_parameters(
     module: torch.nn.Module, *, prefix: str, groups: ProcessGroupCollection
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """``named_parameters`` with names that are the same in every layout.
+    """Parameters with names that are the same in every layout.
 
     Layers are numbered over all pipeline stages and experts over all expert-parallel ranks. The copy of tied word
-    embeddings on the last pipeline stage has the name of the first stage's.
+    embeddings on the last pipeline stage has the same name as the original on the first stage.
     """
     renamed = {}
     for path, layer in module.named_modules():
@@ -156,18 +157,18 @@ def _rename(name: str, renamed: dict[str, str]) -> str:
 
 
 def shard_group(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> dist.ProcessGroup | None:
-    """The group over which a parameter is cut into shards, or None where each rank holds the whole."""
+    """The group over which a parameter is sharded, or None if each rank holds the full parameter."""
     group = groups.tp if getattr(parameter, "allreduce", True) else groups.expt_tp
     return group if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1 else None
 
 
 def partition_of(parameter: Any) -> tuple[int, int]:
-    """Dimension and stride in which tensor parallelism cuts a parameter: what megatron-core writes onto it."""
+    """Dimension and stride in which tensor parallelism shards a parameter, as megatron-core sets them on it."""
     return parameter.partition_dim, parameter.partition_stride
 
 
 def cut_shard(master: torch.Tensor, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> torch.Tensor:
-    """This rank's shard of a whole parameter."""
+    """Return this rank's shard of a full parameter."""
     group = shard_group(parameter, groups)
     if group is None:
         return master
@@ -176,14 +177,16 @@ def cut_shard(master: torch.Tensor, parameter: torch.nn.Parameter, groups: Proce
 
 
 def cut_evenly(whole: torch.Tensor, *, dim: int, stride: int, rank: int, size: int) -> torch.Tensor:
-    """One of ``size`` tensor-parallel shards.
+    """Return one of ``size`` tensor-parallel shards.
+
+    Example: with stride 2 and size 2, rank 0 of the rows ``[a, b, c, d]`` holds ``[a, c]``.
 
     Args:
-        whole: the whole tensor.
-        dim: along which it is cut.
-        stride: above 1, several matrices lie one after the other along ``dim``, each cut on its own (gated MLPs).
-        rank: which shard.
-        size: how many there are.
+        whole: the full tensor.
+        dim: dimension along which it is sharded.
+        stride: number of matrices that are concatenated along ``dim`` and sharded separately (2 for gated MLPs).
+        rank: index of the shard.
+        size: number of shards.
     """
     pieces = whole.chunk(size * stride, dim=dim)
     return torch.cat(pieces[rank::size], dim=dim)
@@ -192,12 +195,12 @@ def cut_evenly(whole: torch.Tensor, *, dim: int, stride: int, rank: int, size: i
 def _shard_of_master(
     parameter: torch.nn.Parameter, recipe: _Recipe, seed: int, groups: ProcessGroupCollection
 ) -> torch.Tensor:
-    """Run a recipe on the unsharded shape, in float32 on the CPU, and cut this rank's shard out of it."""
+    """Run a recipe on the unsharded shape, in float32 on the CPU, and return this rank's shard of the result."""
     shape = list(parameter.shape)
     if (group := shard_group(parameter, groups)) is not None:
         dim, _ = partition_of(parameter)
         shape[dim] *= group.size()
-    # Named, because Lightning makes the GPU the default device, whose generator draws other numbers.
+    # Explicitly on the CPU: Lightning makes the GPU the default device, whose generator draws different numbers.
     master = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -29,13 +29,13 @@ from lightning_mimo.upstream.torch import _BatchNorm
 
 
 class RaggedMimoModel(MimoModel):
-    """megatron-core's MimoModel for samples with different numbers of images, in every direction of every bridge."""
+    """megatron-core's MimoModel for samples with different numbers of items, with fan-in and fan-out bridges."""
 
-    # forward_backward_no_pipelining asks for it; MimoModel itself does not say.
+    # forward_backward_no_pipelining reads this attribute, but MimoModel does not set it.
     model_type = ModelType.encoder_or_decoder
 
     def __init__(self, mimo_config: MimoModelConfig, infra: MimoModelInfra, *, seed: int) -> None:
-        """Collective over the world where modules are colocated with different data-parallel sizes.
+        """Collective over the world if modules are colocated with different data-parallel sizes.
 
         Args:
             mimo_config: specs of all modules; ``module_to_grid_map`` must be ``infra.module_to_grid_map``.
@@ -59,11 +59,11 @@ class RaggedMimoModel(MimoModel):
     def _look_at_output(
         self, name: str, encoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Note whether an encoder made the same number of embeddings of every item, and refuse a wrong order."""
-        # As upstream's encode: the first of a tuple holds the embeddings.
+        """Record whether an encoder made equally many embeddings per item, and reject a wrong dimension order."""
+        # As in upstream's encode: the first element of a tuple holds the embeddings.
         embeddings = output[0] if isinstance(output, tuple) else output
         counts = self._modality_counts.get(name)
-        items = 0 if counts is None else sum(counts.items) or 1  # the stand-in for none
+        items = 0 if counts is None else sum(counts.items) or 1  # without items, a stand-in is encoded
         self._uniform.discard(encoder)
         if embeddings.ndim == 3 and embeddings.size(0) == items:
             self._uniform.add(encoder)
@@ -71,9 +71,9 @@ class RaggedMimoModel(MimoModel):
         if counts is not None and is_whole and embeddings.ndim == 3 and embeddings.size(0) != items:
             raise DataError(
                 f"Module {name!r}: {type(encoder).__name__} was given {items} items and returned embeddings of "
-                f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden), or samples "
-                f"would get each other's features. Megatron's transformers return (tokens, items, hidden): add "
-                f".transpose(0, 1)."
+                f"the shape {tuple(embeddings.shape)}. They must be batch first, (items, tokens, hidden); otherwise "
+                f"samples would get features of other samples. Megatron's transformers return (tokens, items, hidden): "
+                f"add .transpose(0, 1)."
             )
 
     def forward(
@@ -90,22 +90,22 @@ class RaggedMimoModel(MimoModel):
         token_order: TokenOrder | None = None,
         custom_positions: bool = False,
     ) -> tuple[Any, torch.Tensor | None]:
-        """As :meth:`MimoModel.forward`, with the embeddings that each sample is to get from each encoder.
+        """Run the forward pass as :meth:`MimoModel.forward`, given the number of embeddings of each sample.
 
-        Sequences may have any length: for sequence parallelism, which wants a multiple of tp, they are filled up with
-        text tokens at the end, and what comes out for those is cut off again.
+        Sequences may have any length. Sequence parallelism requires a multiple of tp, so they are padded with text
+        tokens at the end, and the output is truncated to the original length.
 
         Args:
-            input_ids: as in MimoModel, like all others.
+            input_ids: int64 ``[b, s]``.
             position_ids: int64 ``[b, s]``, or ``[3, b, s]`` for multimodal rotary positions.
             attention_mask: ``None`` for causal attention.
-            loss_mask: ``[b, s]``, handed through.
-            labels: int64 ``[b, s]``; with them the language module returns token losses in place of logits.
+            loss_mask: ``[b, s]``, returned unchanged.
+            labels: int64 ``[b, s]``; if given, the language module returns token losses instead of logits.
             modality_inputs: encoder name -> its inputs.
-            packing_kwargs: for packed sequences.
+            packing_kwargs: arguments for packed sequences.
             modality_counts: encoder name -> counts, for the encoders of this rank.
-            token_order: of ``input_ids``, for the language module; ``None`` to find it out on the device.
-            custom_positions: whether ``position_ids`` is other than 0, 1, 2, …, which rotary positions are without it.
+            token_order: order of ``input_ids``, for the language module; ``None`` to compute it on the device.
+            custom_positions: whether ``position_ids`` differ from 0, 1, 2, …; otherwise rotary positions count from 0.
         """
         self._modality_counts = modality_counts or {}
         self._token_order = token_order
@@ -118,7 +118,7 @@ class RaggedMimoModel(MimoModel):
         if self._rotary is not None:
             self._rotary.positions = fill(position_ids) if custom_positions else None
         output, mask = super().forward(
-            # What has an order is filled up when everything is in its place.
+            # With a token order, padding is added after text and embeddings are combined.
             input_ids if token_order is not None else fill(input_ids, self._text_token),
             fill(position_ids),
             attention_mask,
@@ -127,7 +127,7 @@ class RaggedMimoModel(MimoModel):
             modality_inputs,
             packing_kwargs,
         )
-        self._modality_counts = {}  # an encoder that is called by itself has none
+        self._modality_counts = {}  # none for an encoder that is called directly
         if missing and isinstance(output, torch.Tensor):
             output = output[:, :length]
         return output, mask if mask is None else mask[:, :length]
@@ -135,12 +135,12 @@ class RaggedMimoModel(MimoModel):
     def get_text_embeddings(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, special_token_ids: dict[str, int]
     ) -> torch.Tensor:
-        """As upstream's, ``[text tokens, hidden]``, without a search on the device where their order is known."""
+        """Text embeddings ``[text tokens, hidden]``; if the token order is known, without a search on the device."""
         if self._token_order is None:
             return super().get_text_embeddings(input_ids, position_ids, special_token_ids)
         text = self._token_order.text
         if position_ids is not None:
-            # Multimodal rotary positions have three rows; an embedding looks at the first.
+            # Multimodal rotary positions have three rows; an embedding uses the first.
             positions = position_ids[0] if position_ids.ndim == 3 else position_ids
             position_ids = positions[:, : input_ids.size(1)].flatten().index_select(0, text).unsqueeze(0)
         embedding = unwrap_model(self.language_model).embedding
@@ -152,7 +152,7 @@ class RaggedMimoModel(MimoModel):
         input_ids: torch.Tensor,
         special_token_ids: dict[str, int],
     ) -> torch.Tensor:
-        """As upstream's, ``[s, b, hidden]``, without a search on the device where the order is known."""
+        """Combined embeddings ``[s, b, hidden]``; if the token order is known, without a search on the device."""
         if self._token_order is None:
             return super().align_embeddings_by_token_positions(modality_embeddings, input_ids, special_token_ids)
         ordered = [modality_embeddings[name] for name in ("text", *special_token_ids) if name in modality_embeddings]
@@ -161,7 +161,7 @@ class RaggedMimoModel(MimoModel):
         return pad(combined, (0, 0, 0, 0, 0, missing)) if missing else combined
 
     def sample_limits(self) -> dict[str, Any]:
-        """What the modules ask of samples: fields of :class:`lightning_mimo.data.sample_format.SampleFormat`."""
+        """Requirements of the modules, as fields of :class:`lightning_mimo.data.sample_format.SampleFormat`."""
         language = self.mimo_config.language_model_spec.params
         return {
             "vocab_size": language.get("vocab_size"),
@@ -178,8 +178,8 @@ class RaggedMimoModel(MimoModel):
         }
 
     def _initialize_submodules(self) -> None:
-        # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
-        # depend on which other modules this rank builds.
+        # As upstream, but numbers that a module draws from the default generator (torch.randn in a user's encoder)
+        # must not depend on the other modules that this rank builds.
         for name in self.role.modality_module_names:
             _seed_generators(seed_for(self._seed, name))
             spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
@@ -215,20 +215,20 @@ class RaggedMimoModel(MimoModel):
     def _attach_modality_split_sizes(
         self, output: torch.Tensor, input_ids: torch.Tensor | None, encoder_name: str
     ) -> None:
-        """Nothing: upstream counts tokens on the device and refuses fan-in; here the counts came with the batch."""
+        """Do nothing: the counts are part of the batch. Upstream counts on the device and does not support fan-in."""
 
     def _has_encoder_tokens(self, input_ids: torch.Tensor | None, encoder_name: str) -> bool:
-        """As upstream's, without asking the device."""
+        """Whether this rank's samples have placeholders of an encoder. Unlike upstream's, does not read the device."""
         return sum(self._modality_counts[encoder_name].own_placeholders) > 0
 
     def _empty_encoder_output(self, encoder_name: str) -> torch.Tensor:
-        """As upstream's, but nothing for autograd where the encoder is frozen: no gradient would come back for it."""
+        """Empty output that requires a gradient only if the encoder is trained; a frozen encoder receives none."""
         empty = super()._empty_encoder_output(encoder_name)
         parameters = self.modality_submodules[encoder_name].parameters()
         return empty.requires_grad_(any(parameter.requires_grad for parameter in parameters))
 
     def _own_rows(self, name: str, output: torch.Tensor) -> torch.Tensor:
-        """Check an encoder's rows, and drop those of the stand-in that was encoded where there was nothing."""
+        """Check the number of an encoder's rows, and drop the rows of the stand-in that is encoded without items."""
         counts = self._modality_counts[name]
         if sum(counts.items) == 0:
             output = output[:0].clone()
@@ -236,7 +236,7 @@ class RaggedMimoModel(MimoModel):
         return output
 
     def _is_uniform(self, name: str) -> bool:
-        """Whether an encoder makes the same number of embeddings of every item: it returned ``[n, tokens, hidden]``."""
+        """Whether the encoder returned ``[n, tokens, hidden]``, that is, equally many embeddings per item."""
         return self._uniform.issuperset(_encoders_of(self, name))
 
     def _build_colocated_communicators(self) -> None:
@@ -248,7 +248,7 @@ class RaggedMimoModel(MimoModel):
     def _apply_colocated_comms(self, modality_embeddings: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for (name, _), bridge in self.colocated_comms.items():
             if name not in modality_embeddings:
-                # Nothing to encode here, but other ranks of the bridge's group may have something.
+                # This rank has no items, but other ranks of the bridge's group may have some.
                 modality_embeddings[name] = self._empty_encoder_output(name)
             rows = self._own_rows(name, modality_embeddings[name])
             modality_embeddings[name] = bridge.communicate(rows, self._modality_counts[name].placeholders)
@@ -263,10 +263,10 @@ def build_mimo_model(
     dtype_policy: DtypePolicy = FLOAT32,
     initialize: bool = True,
 ) -> RaggedMimoModel:
-    """Build this rank's modules with weights that depend on the seed and on names only.
+    """Build this rank's modules with weights that depend only on the seed and on parameter names.
 
-    Collective over the world. A default device (``with torch.device("cuda")``, which Lightning enters) does not count:
-    what is not given a device is built and drawn on the CPU.
+    Collective over the world. A default device (``with torch.device("cuda")``, which Lightning enters) is ignored:
+    tensors without an explicit device are created and initialized on the CPU.
 
     Args:
         config: specs of all modules. Its ``module_to_grid_map`` is set here.
@@ -276,7 +276,7 @@ def build_mimo_model(
         initialize: whether weights are made. Without, Megatron's hold whatever the memory held, until they are loaded.
 
     Raises:
-        LayoutError: if the config's modules are not those of the layout.
+        LayoutError: if the modules of the config and of the layout differ.
     """
     if not initialize:
         for transformer in transformer_configs(config):
@@ -299,14 +299,14 @@ def _leave(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _seed_generators(seed: int) -> None:
-    """Seed what a module's own code draws from: the CPU's generator, and the one of this rank's device."""
+    """Seed the generators of the CPU and of this rank's device, for a module's own code."""
     torch.random.default_generator.manual_seed(seed)
     torch.cuda.manual_seed(seed)
 
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
-    """Whatever is drawn inside, the generators of the CPU and of this rank's device go on as if nothing had been."""
+    """Context manager that restores the random generators of the CPU and of this rank's device at its end."""
     cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state()
     try:
         yield
@@ -318,10 +318,10 @@ def _generators_kept() -> Iterator[None]:
 def construct_mimo_model(
     config: MimoModelConfig, infra: MimoModelInfra, *, seed: int, dtype_policy: DtypePolicy
 ) -> RaggedMimoModel:
-    """Build this rank's modules with whatever weights their own code gives them; arguments as above.
+    """Build this rank's modules with the weights of their own code; same arguments as :func:`build_mimo_model`.
 
     Raises:
-        LayoutError: if the config's modules are not those of the layout.
+        LayoutError: if the modules of the config and of the layout differ.
     """
     infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
     config.module_to_grid_map = infra.module_to_grid_map
@@ -340,36 +340,39 @@ def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
 
 
 def _check_one_encoder(name: str, encoders: Sequence[torch.nn.Module]) -> None:
-    """Refuse encoders whose embeddings would go to each other's samples."""
+    """Check that a module has one encoder. Embeddings of several would be assigned to the wrong samples."""
     if len(encoders) > 1:
         raise DataError(
             f"Module {name!r} has {len(encoders)} encoders ({', '.join(type(each).__name__ for each in encoders)}): "
-            f"MimoModel puts the embeddings of all samples by the first one before those by the second, so samples "
-            f"would get each other's. Give each encoder a module and a placeholder of its own, or write one encoder "
-            f"that calls both and puts their tokens side by side: [items, tokens, hidden]."
+            f"MimoModel concatenates the embeddings of all samples by the first encoder and then those by the second, "
+            f"so samples would get embeddings of other samples. Give each encoder a module and a placeholder of its "
+            f"own, or write one encoder that calls both and concatenates their tokens: [items, tokens, hidden]."
         )
 
 
 def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
-    """One of this rank's modules, as wrapped as it is, and the prefix of its parameters' global names."""
+    """One of this rank's modules (wrapped, if the model is), and the prefix of its parameters' global names."""
     if name == LANGUAGE:
         return model.language_model, "language_model"
     return model.modality_submodules[name], f"modality_submodules.{name}"
 
 
 def _check_embedding(model: RaggedMimoModel) -> None:
-    """Refuse a language module that would divide the sequence before text and images are together."""
+    """Check that the language module does not divide the sequence before text and images are combined."""
     embedding = getattr(model.language_model, "embedding", None)
     if model.config.sequence_parallel and getattr(embedding, "scatter_to_sequence_parallel", False):
         raise DataError(
-            "sequence_parallel=True divides the sequence over the tensor-parallel ranks. MimoModel does it when text "
-            "and the embeddings of encoders are together, but the language module's embedding would divide the text by "
-            "itself. Pass scatter_embedding_sequence_parallel=False to GPTModel, as lightning_mimo.models.gpt does."
+            "sequence_parallel=True divides the sequence over the tensor-parallel ranks. MimoModel does this after "
+            "combining text and encoder embeddings, but the language module's embedding would divide the text before. "
+            "Pass scatter_embedding_sequence_parallel=False to GPTModel, as lightning_mimo.models.gpt does."
         )
 
 
 def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
-    """Refuse dropout where one rank would have to draw the same numbers as its peers in one module only."""
+    """Check that there is no dropout if colocated modules have different tp.
+
+    A rank would have to draw the same numbers as its tensor-parallel peers, which differ from module to module.
+    """
     sizes = infra.layout.modules
     if not infra.colocated or len({module.tp for module in sizes.values()}) == 1:
         return
@@ -381,23 +384,23 @@ def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
                 f"where modules share their ranks with different tp "
                 f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
                 f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
-                f"ranks of their own."
+                f"separate ranks."
             )
 
 
 def _check_batch_norm(model: MimoModel) -> None:
-    """Refuse layers that make a sample's result depend on which others are on the same rank."""
+    """Check that there is no batch norm, which makes a sample's result depend on the other samples of its rank."""
     for path, part in model.named_modules():
         if isinstance(part, _BatchNorm):
             raise DataError(
                 f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
-                f"so every layout would train something else. Use LayerNorm or GroupNorm, or "
-                f"torchvision.ops.FrozenBatchNorm2d, whose statistics stay as they are."
+                f"so results would depend on the layout. Use LayerNorm or GroupNorm, or "
+                f"torchvision.ops.FrozenBatchNorm2d, whose statistics are constant."
             )
 
 
 def _check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> None:
-    """Refuse pipeline stages that hold the same parameters. Collective over a module's stages."""
+    """Check that pipeline stages hold different parameters. Collective over a module's stages."""
     groups = infra.pg_collections[name]
     if groups.pp.size() == 1:
         return
@@ -416,6 +419,6 @@ def _check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> 
 
 
 def _prepare_language_config(config: TransformerConfig) -> None:
-    """What the multi-module schedule asks of the config that it reads."""
+    """Set the fields that the multi-module schedule requires."""
     config.calculate_per_token_loss = True
     config.variable_seq_lengths = True

@@ -1,4 +1,4 @@
-"""Names for modules and for parts of them, the same in every layout, and the parameters under a name."""
+"""Layout-independent names of modules, submodules and parameters, and the parameters under a name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 def named_parameters_of(
     model: RaggedMimoModel, infra: MimoModelInfra, module: str
 ) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters of one of this rank's modules, wrapped or not, with the same names in every layout.
+    """Parameters of one of this rank's modules, with names that are the same in every layout and if wrapped.
 
     Names begin with the module's name in the layout: ``language.decoder.layers.0.…``.
     """
@@ -28,21 +28,21 @@ def named_parameters_of(
 def parameters_under(
     model: RaggedMimoModel, infra: MimoModelInfra, names: Sequence[str], *, argument: str
 ) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
-    """This rank's parameters under each of some names. Collective over the world.
+    """Find this rank's parameters under each of the given names. Collective over the world.
 
     Args:
         model: the model, wrapped or not.
-        infra: which modules this rank holds.
-        names: ``"images"`` for a whole module, ``"images.encoders"`` or ``"language.decoder.layers.0"`` for what lies
-            under that path in it, layers counted over all pipeline stages. An encoder's projector is
+        infra: layout and process groups of this rank.
+        names: ``"images"`` for a whole module, ``"images.encoders"`` or ``"language.decoder.layers.0"`` for a submodule
+            of it, with layers counted over all pipeline stages. An encoder's projector is
             ``"images.input_projections"``.
-        argument: where the names come from, for the message.
+        argument: the argument that contains the names, for the message.
 
     Returns:
-        Name -> (global name, parameter), empty for what lies on other ranks.
+        Name -> list of (global name, parameter), empty if all of them are on other ranks.
 
     Raises:
-        ConfigError: naming what is no module of the layout, or fits no parameter on any rank.
+        ConfigError: if a name is not in the layout, or matches no parameter on any rank.
     """
     found: dict[str, list[tuple[str, torch.nn.Parameter]]] = {}
     for name in names:
@@ -64,17 +64,17 @@ def parameters_under(
 
 
 def module_of(name: str) -> str:
-    """The module that a name is, or lies in."""
+    """Module of a name: ``"images.encoders"`` -> ``"images"``."""
     return name.partition(".")[0]
 
 
 def lies_under(path: str, name: str) -> bool:
-    """Whether a parameter's or a part's name is this name or begins with it."""
+    """Whether a path equals a name or is under it: ``"images.encoders.vit"`` is under ``"images.encoders"``."""
     return f"{path}.".startswith(f"{name}.")
 
 
 def on_any_rank(flags: Sequence[bool]) -> list[bool]:
-    """For each flag, whether it is set on any rank. Collective over the world, with as many flags on every rank."""
+    """For each flag, whether it is set on any rank. Collective over the world, with equally many flags per rank."""
     found = torch.tensor(flags, dtype=torch.int32).to(torch.cuda.current_device())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in found.tolist()]

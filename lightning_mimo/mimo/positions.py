@@ -1,4 +1,4 @@
-"""Rotary positions that a sample gives, in place of 0, 1, 2, …."""
+"""Rotary embeddings at positions that a sample specifies, instead of 0, 1, 2, …."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 
 
 class RotaryPositions:
-    """Makes a RotaryEmbedding of megatron-core, which counts from 0, look at position ids.
+    """Makes a RotaryEmbedding of megatron-core, which counts positions from 0, use position ids.
 
     Attributes:
-        positions: int64 ``[b, s]`` of the next forward pass; ``None`` to count from 0.
+        positions: position ids of the next forward pass, int64 ``[b, s]``; ``None`` to count from 0.
     """
 
     def __init__(self, rotary: RotaryEmbedding) -> None:
         """
         Args:
-            rotary: of the language module; a forward hook is added to it.
+            rotary: the language module's RotaryEmbedding; a forward hook is added to it.
         """
         self.positions: torch.Tensor | None = None
         rotary.register_forward_hook(self._replace)
 
     def _replace(self, rotary: RotaryEmbedding, args: tuple[Any, ...], angles: torch.Tensor) -> torch.Tensor | None:
-        """``[s, 1, 1, dim] -> [s, b, 1, dim]``, by the same arithmetic."""
+        """Replace angles ``[s, 1, 1, dim]`` by ``[s, b, 1, dim]``, computed with the same arithmetic."""
         if self.positions is None:
             return None
         frequencies = rotary.inv_freq
@@ -37,6 +37,6 @@ class RotaryPositions:
 
 
 def follow_positions(language_model: torch.nn.Module) -> RotaryPositions | None:
-    """Let a language module follow the positions of samples; ``None`` where it does so by itself or has none."""
+    """Make a language module use the positions of samples; ``None`` if it already does or has no rotary positions."""
     rotary = getattr(language_model, "rotary_pos_emb", None)
     return RotaryPositions(rotary) if isinstance(rotary, RotaryEmbedding) else None

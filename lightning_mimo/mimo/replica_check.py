@@ -1,7 +1,7 @@
-"""Checks before training that ranks which are to hold the same weights do.
+"""Checks before training that replicas hold equal weights.
 
-Data-parallel replicas each add what they have learned to their own copy, so copies that begin apart stay apart, and no
-loss shows it. The same holds for parameters that every tensor-parallel rank holds whole.
+Every data-parallel replica adds the same updates to its own copy, so copies that differ at the start keep differing,
+and the loss does not show it. The same is true for parameters that are not sharded over tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from lightning_mimo.mimo.parameter_names import named_parameters_of, on_any_rank
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 _ABSENT = -1
-_BEYOND = 2**62  # every checksum is below
-_CHUNK = 2**22  # numbers of a parameter that are looked at together
-# Of float64 each half, since the highest bit of 64 would be lost.
+_BEYOND = 2**62  # greater than any checksum
+_CHUNK = 2**22  # elements of a parameter that are processed at a time
+# float64 is read as two halves, because the highest of 64 bits would be lost.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Copies:
-    """Parameters of one module on this rank, and the ranks that hold them too.
+    """Parameters of one module on this rank, and the ranks that hold copies of them.
 
     Attributes:
-        module: its name.
+        module: name of the module.
         group: the ranks that are compared.
-        parameters: global name -> parameter, the same names in the same order on all of them.
-        shards: shards that a parameter of these may be cut into within the group.
-        shard: this rank's, of those that are cut.
+        parameters: global name -> parameter, with the same names in the same order on all ranks of the group.
+        shards: number of shards of a sharded parameter within the group.
+        shard: index of this rank's shard.
     """
 
     module: str
@@ -47,15 +47,15 @@ class _Copies:
 def check_replicas(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
     """Compare the weights of all modules over their replicas. Collective over the world.
 
-    For each of a rank's modules one all-reduce of two integers for each parameter and tensor-parallel rank, and a
-    second one where there are experts.
+    Each module takes one all-reduce of two integers per parameter and tensor-parallel rank, and a second one if it has
+    experts.
 
     Args:
-        model: the model, wrapped or not; no weights may be on their way to this rank.
+        model: the model, wrapped or not; asynchronous gathering of weights must be complete.
         infra: process groups.
 
     Raises:
-        ReplicaError: on every rank, with the module, the first parameter that differs, and which ranks hold what.
+        ReplicaError: on every rank, naming the module, the first parameter that differs, and the checksum on each rank.
     """
     differing: dict[tuple[str, str], int] = {}
     for module in infra.participating_modules:
@@ -82,14 +82,14 @@ def _copies_of(model: RaggedMimoModel, infra: MimoModelInfra, module: str) -> It
 
 
 def _compare(copies: _Copies) -> dict[tuple[str, str], int]:
-    """(module, name) -> this rank's checksum, of the parameters in which the ranks of the group differ."""
+    """(module, name) -> this rank's checksum, for all parameters that differ between ranks of the group."""
     if not copies.parameters or copies.group.size() == 1:
         return {}
     sums = torch.stack([checksum(parameter) for parameter in copies.parameters.values()])
     slots = torch.tensor([_slot(each, copies) for each in copies.parameters.values()], device=sums.device)
     held = sums.new_full((len(sums), copies.shards), _ABSENT)
     held.scatter_(1, slots.unsqueeze(1), sums.unsqueeze(1))
-    # The largest of a checksum and of its negative: where nobody disagrees they cancel.
+    # Maxima of the checksums and of their negatives: if all ranks agree, their sum is zero.
     extremes = torch.stack([held, torch.where(held == _ABSENT, -_BEYOND, -held)])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=copies.group)
     largest, smallest = extremes[0], -extremes[1]
@@ -104,13 +104,13 @@ def _compare(copies: _Copies) -> dict[tuple[str, str], int]:
 
 
 def _slot(parameter: torch.nn.Parameter, copies: _Copies) -> int:
-    """Which of a parameter's shards this rank holds; the first where every rank holds the whole."""
+    """Index of the shard of a parameter that this rank holds; 0 if the parameter is not sharded."""
     return copies.shard if getattr(parameter, "tensor_model_parallel", False) else 0
 
 
 @torch.no_grad()
 def checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A number made of all bits of a tensor and their places: int64 scalar from 0 to 2**62 - 1, on its device.
+    """Checksum of all bits of a tensor and their positions: int64 scalar from 0 to 2**62 - 1, on its device.
 
     Equal tensors have equal checksums on every device.
     """
@@ -119,13 +119,13 @@ def checksum(tensor: torch.Tensor) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in bits.split(_CHUNK):
         places = torch.arange(1, 2 * chunk.numel(), 2, device=tensor.device)
-        # Sums and products of integers wrap around, so the order in which a device adds up does not matter.
+        # Sums and products of integers wrap around, so the order in which a device adds them does not matter.
         total = total * 1_000_003 + (chunk * places).sum()
     return total & (_BEYOND - 1)
 
 
 def _describe(ranks: Sequence[Mapping[tuple[str, str], int]]) -> str:
-    """From what each rank holds of what differs."""
+    """Error message from the checksums that each rank holds of the differing parameters."""
     names = list(dict.fromkeys(key for held in ranks for key in held))
     module, name = names[0]
     holders: dict[int, list[int]] = {}
@@ -137,7 +137,7 @@ def _describe(ranks: Sequence[Mapping[tuple[str, str], int]]) -> str:
     return (
         f"Module {module!r}: the ranks that hold copies of {name!r} hold different values; by checksum: "
         f"{values}{more}. "
-        f"Replicas that begin apart are trained apart. Weights may depend on the seed and on their name only: load the "
-        f"same file on all ranks, and draw nothing from a generator that is seeded by rank. A parameter that each "
-        f"tensor-parallel rank holds a part of must be marked with tensor_model_parallel=True and its partition_dim."
+        f"Replicas that differ at the start stay different. Weights may depend only on the seed and on their name: "
+        f"load the same file on all ranks, and do not draw from a generator that is seeded by rank. A parameter that "
+        f"is sharded over tensor-parallel ranks must be marked with tensor_model_parallel=True and its partition_dim."
     )

@@ -1,4 +1,4 @@
-"""Ready-made model configurations, one family a file. The public names are those of the stub file ``__init__.pyi``.
+"""Ready-made model configurations, one family per file. The public names are listed in the stub ``__init__.pyi``.
 
 Imports ``layers``, ``comm`` and below, and megatron-core.
 """

@@ -1,4 +1,4 @@
-"""An audio transformer over the frames of a spectrum, merged into language tokens, and its ModuleSpec for MimoModel."""
+"""An audio transformer whose patches are merged into language tokens, and its ModuleSpec for MimoModel."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, mod
 
 @dataclass(frozen=True, kw_only=True)
 class ClipPatches:
-    """How a clip of sound becomes tokens.
+    """Division of an audio clip into patches and language tokens.
+
+    Example: ``frames=8, frames_per_patch=2, tokens_per_clip=2`` gives 4 patches, of which 2 are concatenated per token.
 
     Args:
-        frames: frames of a clip's spectrum; shorter clips are filled up with silence.
-        bins: numbers in a frame, such as mel bands.
-        frames_per_patch: consecutive frames that become one patch; divides ``frames``.
-        tokens_per_clip: language tokens that one clip becomes; consecutive patches are concatenated to get there, so
-            it divides the number of patches.
+        frames: frames of a clip's spectrogram; shorter clips must be padded with silence.
+        bins: values per frame, such as mel bands.
+        frames_per_patch: consecutive frames of one patch; must divide ``frames``.
+        tokens_per_clip: language tokens of one clip. Consecutive patches are concatenated, so it must divide the number
+            of patches.
     """
 
     frames: int
@@ -67,14 +69,14 @@ class AudioEncoder(PatchEncoder):
     patches: ClipPatches
 
     def forward(self, features: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
-        """Encode clips, or continue from the stage before.
+        """Encode clips, or continue from the previous stage.
 
         Args:
-            features: ``[n, frames, bins]``, say log-mel energies, on the first stage; n may be 0.
-            hidden_states: ``[patches, n, hidden]`` from the stage before, on later stages.
+            features: ``[n, frames, bins]``, such as log-mel energies, on the first stage; n may be 0.
+            hidden_states: ``[patches, n, hidden]`` from the previous stage, on later stages.
 
         Returns:
-            ``[n, tokens_per_clip, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
+            ``[n, tokens_per_clip, patches_per_token * hidden]`` on the last stage, otherwise ``[patches, n, hidden]``.
         """
         if features is not None:
             features = features.reshape(len(features), self.patches.num_patches, self.patches.values_per_patch)
@@ -94,7 +96,7 @@ def audio_spec(
     encoder_name: str = "clips",
     attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
-    """ModuleSpec of an audio modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
+    """ModuleSpec of an audio modality; same arguments as :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
         submodules=PipelinedAudioSubmodules,
         encoder_class=AudioEncoder,

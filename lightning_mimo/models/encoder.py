@@ -1,4 +1,4 @@
-"""Any torch module as the encoder of a modality."""
+"""ModuleSpec that uses any torch module as the encoder of a modality."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ def encoder_spec(
 
     Args:
         infra: grids and process groups of this rank.
-        module: name of the module in the layout. Its tp and pp must be 1, unless the encoder divides itself.
-        encoder: called without arguments, on the ranks of the module only. Its ``forward`` gets what samples have under
-            ``modality_inputs[module][name]`` as keyword arguments, all items of a microbatch one after the other, and
-            returns ``[items, tokens, hidden]`` or ``[rows, hidden]``, with the hidden size of the language module.
-        name: of the encoder in ``modality_inputs``.
+        module: name of the module in the layout. Its tp and pp must be 1, unless the encoder implements them itself.
+        encoder: class of the encoder, constructed without arguments, on the ranks of the module only. Its ``forward``
+            receives the entries of ``modality_inputs[module][name]`` as keyword arguments, concatenated over all items
+            of a microbatch. It returns ``[items, tokens, hidden]`` or ``[rows, hidden]``, with the hidden size of the
+            language module.
+        name: key of the encoder in ``modality_inputs``.
     """
     return ModuleSpec(
         module=VisionModalitySubmodules,

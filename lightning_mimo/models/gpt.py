@@ -1,4 +1,4 @@
-"""A GPT from megatron-core's own modules, for every machine and with sequence parallelism."""
+"""ModuleSpec of a GPT from megatron-core's modules, for CPUs and GPUs, with sequence parallelism."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ __all__ = ["TransformerSize", "gpt_spec"]
 
 
 class SequenceParallelTorchNorm(WrappedTorchNorm):
-    """torch's norm on a part of the sequence; upstream refuses it there.
+    """torch's norm with sequence parallelism, which upstream's WrappedTorchNorm does not support.
 
-    Its weights are marked, so that their gradients are added up over the tensor-parallel ranks.
+    Its weights are marked so that their gradients are summed over the tensor-parallel ranks.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> LayerNormInterface:
@@ -110,8 +110,8 @@ def gpt_spec(
 
     Args:
         infra: grids and process groups of this rank.
-        size: of the GPT; what encoders return has its ``hidden_size``.
-        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        size: dimensions of the GPT. Encoder outputs must have its ``hidden_size``.
+        vocab_size: number of token ids, including placeholders; the language module's tp must divide it.
         max_sequence_length: longest sequence in tokens.
         tie_embeddings: let the head share the weights of the word embeddings.
         sequence_parallel: divide the sequence over the tensor-parallel ranks between attention and MLP. Without tensor
@@ -138,7 +138,7 @@ def gpt_spec(
             "max_sequence_length": max_sequence_length,
             "position_embedding_type": "rope",
             "share_embeddings_and_output_weights": tie_embeddings,
-            # MimoModel cuts the sequence itself, when text and images are together.
+            # MimoModel divides the sequence itself, after text and images are combined.
             "scatter_embedding_sequence_parallel": False,
             "pre_process": groups is None or groups.pp.rank() == 0,
             "post_process": groups is None or groups.pp.rank() == groups.pp.size() - 1,
@@ -188,5 +188,5 @@ def _gpt_layer(config: TransformerConfig, attention: AttentionKind) -> ModuleSpe
 
 
 def _for_sequence_parallel(norm: type) -> type:
-    """Apex's and Transformer Engine's norms, where they are installed, can do it by themselves."""
+    """Replace torch's norm. Those of Apex and Transformer Engine already support sequence parallelism."""
     return SequenceParallelTorchNorm if norm is WrappedTorchNorm else norm

@@ -1,4 +1,4 @@
-"""Encoders of several modalities feeding a GPT: the MimoModelConfig."""
+"""MimoModelConfig of encoders of several modalities and a GPT."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """One modality: an encoder and a two-layer projector into the language module.
+    """Configuration of one modality: an encoder and a two-layer projector into the language module.
 
     Args:
-        patches: how an item (an image, a clip) becomes tokens; decides what kind of encoder it is.
-        size: of the encoder's transformer.
-        token_id: the placeholder that stands in ``input_ids`` once for every token of an item.
+        patches: division of an item (an image, a clip) into tokens; its type selects the type of the encoder.
+        size: dimensions of the encoder's transformer.
+        token_id: id of the placeholder, which occurs in ``input_ids`` once per token of an item.
     """
 
     patches: ImagePatches | ClipPatches
@@ -44,24 +44,24 @@ def multimodal_config(
 ) -> MimoModelConfig:
     """MimoModelConfig of encoders with projectors and a GPT with rotary positions.
 
-    In ``modality_inputs`` an encoder of images is called ``vit`` and takes ``pixel_values``, one of clips is called
+    In ``modality_inputs``, an image encoder is called ``vit`` and takes ``pixel_values``; an audio encoder is called
     ``clips`` and takes ``features``.
 
     Args:
         infra: grids and process groups of this rank.
-        encoders: module name of the layout -> what it encodes.
-        language: size of the GPT.
-        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        encoders: module name in the layout -> configuration of the encoder.
+        language: dimensions of the GPT.
+        vocab_size: number of token ids, including placeholders; the language module's tp must divide it.
         max_sequence_length: longest sequence in tokens.
-        tie_embeddings: let the GPT's head share the weights of its word embeddings.
-        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. Without
-            tensor parallelism it means nothing; with it, a mixture of experts needs it.
+        tie_embeddings: share the weights of the GPT's word embeddings with its output layer.
+        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. It has no
+            effect if tp=1, and is required for a mixture of experts if tp > 1.
 
     Raises:
         LayoutError: if a module is not in the layout, or heads, layers, experts or the vocabulary do not divide over
             it.
     """
-    if not encoders.keys() <= infra.layout.modules.keys():  # more may be added to the config that is returned
+    if not encoders.keys() <= infra.layout.modules.keys():  # users may add other modules to the returned config
         infra.layout.check_modules([*encoders, LANGUAGE])
     return MimoModelConfig(
         language_model_spec=gpt_spec(
@@ -88,7 +88,7 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
         name,
         hidden_size=language.hidden_size,
         ffn_hidden_size=language.hidden_size,
-        output_gain=1.0 / math.sqrt(2 * encoder.size.num_layers),  # as the last layer of the encoder's MLPs
+        output_gain=1.0 / math.sqrt(2 * encoder.size.num_layers),  # same gain as the last layer of the encoder's MLPs
     )
     spec: Callable[..., ModuleSpec] = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
     return spec(

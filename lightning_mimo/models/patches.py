@@ -1,4 +1,4 @@
-"""What encoders of images and of sounds share: patches in, language tokens out, over pipeline stages or on one."""
+"""Encoder of patches that is shared by the image and audio models, on one or several pipeline stages."""
 
 from __future__ import annotations
 
@@ -25,29 +25,30 @@ from lightning_mimo.layers.attention import AttentionKind, SdpaAttention
 
 
 class Patches(Protocol):
-    """How an item (an image, a clip) becomes patches, and patches become language tokens."""
+    """Division of an item (an image, a clip) into patches and language tokens."""
 
     @property
     def num_patches(self) -> int:
-        """Patches of one item."""
+        """Number of patches of one item."""
 
     @property
     def values_per_patch(self) -> int:
-        """Numbers in one patch."""
+        """Number of values in one patch."""
 
     @property
     def tokens_per_item(self) -> int:
-        """Language tokens that one item becomes."""
+        """Number of language tokens of one item."""
 
     @property
     def patches_per_token(self) -> int:
-        """Consecutive patches that are concatenated to one token."""
+        """Number of consecutive patches that are concatenated into one token."""
 
 
 class PatchEncoder(MegatronModule):
-    """Patches -> linear embedding + learned positions -> transformer -> ``patches_per_token`` patches side by side.
+    """Transformer over patches: linear embedding and learned positions -> layers -> concatenation of patches to tokens.
 
-    Runs as one pipeline stage of several where ``pg_collection.pp`` has more than one rank.
+    Each token is the concatenation of ``patches_per_token`` consecutive patches. If ``pg_collection.pp`` has several
+    ranks, this is one pipeline stage of the encoder.
     """
 
     def __init__(
@@ -79,14 +80,14 @@ class PatchEncoder(MegatronModule):
         )
 
     def encode(self, patches: torch.Tensor | None, hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """Encode items, or continue from the stage before.
+        """Encode items, or continue from the previous stage.
 
         Args:
             patches: ``[n, patches, values_per_patch]``, on the first stage; n may be 0.
-            hidden_states: ``[patches, n, hidden]`` from the stage before, on later stages.
+            hidden_states: ``[patches, n, hidden]`` from the previous stage, on later stages.
 
         Returns:
-            ``[n, tokens_per_item, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
+            ``[n, tokens_per_item, patches_per_token * hidden]`` on the last stage, otherwise ``[patches, n, hidden]``.
         """
         if self._first:
             hidden_states = self.patch_embedding(patches) + self.positions
@@ -97,7 +98,7 @@ class PatchEncoder(MegatronModule):
         hidden_states = self.decoder(hidden_states, attention_mask=None)
         if not self._last:
             return hidden_states
-        # Back to [n, patches, hidden] before anything is flattened: otherwise samples get each other's features.
+        # Transpose to [n, patches, hidden] before flattening: otherwise samples would get features of other samples.
         return hidden_states.transpose(0, 1).reshape(hidden_states.size(1), self.patches.tokens_per_item, -1)
 
 
@@ -112,13 +113,13 @@ def vit_layer(attention: AttentionKind) -> ModuleSpec:
 
 
 class PipelinedSubmodules(ModalitySubmodules):
-    """Modality whose encoder may span pipeline stages: upstream's skip the encoder on later stages.
+    """Modality whose encoder may span pipeline stages; upstream's classes skip the encoder on later stages.
 
-    An encoder that takes ragged items passes on ``[rows, 1, hidden]``, returns ``[rows, hidden]`` on its last stage,
-    and is given on later stages what its ``item_sizes.every_stage`` names.
+    An encoder that takes ragged items passes ``[rows, 1, hidden]`` to the next stage and returns ``[rows, hidden]`` on
+    its last stage. On later stages it also receives the arguments that are named in its ``item_sizes.every_stage``.
 
     Attributes:
-        stage_arguments: int64 ``[items, n]``, for the next forward pass of a later stage.
+        stage_arguments: argument name -> int64 ``[items, n]``, for the next forward pass of a later stage.
     """
 
     stage_arguments: Mapping[str, torch.Tensor] = MappingProxyType({})
@@ -126,16 +127,24 @@ class PipelinedSubmodules(ModalitySubmodules):
     def forward(
         self, encoder_inputs: dict[str, Any] | None = None, hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """As upstream's; on stages after the first, ``hidden_states`` goes through this stage's part of the encoder."""
+        """Run this stage's part of the encoder; on one stage the same as upstream's.
+
+        Args:
+            encoder_inputs: encoder name -> its arguments, on the first stage; ``None`` if there are no items.
+            hidden_states: activations from the previous stage, on later stages.
+
+        Returns:
+            Activations for the next stage, or on the last stage the projected embeddings; ``None`` without inputs.
+        """
         if self.is_first_stage and self.is_last_stage:
             return super().forward(encoder_inputs=encoder_inputs, hidden_states=hidden_states)
         (name, encoder), *others = self.encoders.items()
         assert not others, "a pipelined modality has one encoder"
         if self.is_first_stage:
             return None if encoder_inputs is None else encoder(**encoder_inputs[name])
-        assert hidden_states is not None, "later stages continue from the one before"
+        assert hidden_states is not None, "later stages continue from the previous one"
         if hidden_states.ndim == 2:
-            return hidden_states  # MimoModel's empty output: no item at all on the stages before
+            return hidden_states  # MimoModel's empty output: no items on the previous stages
         output = encoder(hidden_states=hidden_states, **self.stage_arguments)
         if not self.is_last_stage:
             return output
@@ -159,12 +168,12 @@ def modality_spec(
         submodules: class of the modality.
         encoder_class: class of the encoder.
         encoder_name: key of the encoder in ``modality_inputs``.
-        patches: how an item becomes tokens.
+        patches: division of an item into patches and tokens.
         encoder: config of the encoder's transformer.
-        projector: config of the projector; its ``hidden_size`` is the language module's, its ``ffn_hidden_size`` the
-            width of the layer between.
-        pg_collection: the module's process groups on this rank; ``None`` where this rank does not hold it.
-        attention: of the encoder, as for TransformerSize.
+        projector: config of the projector. Its ``hidden_size`` is that of the language module, its ``ffn_hidden_size``
+            the width between its two layers.
+        pg_collection: the module's process groups on this rank; ``None`` if the module is not on this rank.
+        attention: attention implementation of the encoder, a value of ``TransformerSize.attention``.
     """
     return ModuleSpec(
         module=submodules,

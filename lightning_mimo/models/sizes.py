@@ -1,4 +1,4 @@
-"""Dimensions of a transformer as a user writes them, and the TransformerConfig that they come to in a layout."""
+"""Dimensions of a transformer as a user specifies them, and their conversion to a TransformerConfig for a layout."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recompute:
-    """Which activations of a transformer are computed again in the backward pass in place of being kept.
+    """Activation recomputation: which activations are recomputed in the backward pass instead of being stored.
 
     Args:
         granularity: ``full`` for whole layers; ``selective`` for ``modules`` of each layer.
-        method: with ``full``: ``uniform`` keeps the input of every ``num_layers`` layers, ``block`` recomputes only the
-            first ``num_layers`` of a pipeline stage.
+        method: for ``full`` only. ``uniform`` stores the input of every group of ``num_layers`` layers; ``block``
+            recomputes only the first ``num_layers`` layers of a pipeline stage.
         num_layers: see ``method``.
-        modules: with ``selective``: Megatron's ``recompute_modules``, such as ``core_attn``.
+        modules: for ``selective`` only: Megatron's ``recompute_modules``, such as ``core_attn``.
     """
 
     granularity: Literal["full", "selective"] = "full"
@@ -109,7 +109,7 @@ class TransformerSize:
         last_stage_layers: layers of the last pipeline stage, where stages differ.
 
     Raises:
-        ValueError: if ``attention`` is unknown, or ``te`` where Transformer Engine is not installed.
+        ValueError: if ``attention`` is unknown, or is ``te`` but Transformer Engine is not installed.
     """
 
     num_layers: int
@@ -140,12 +140,12 @@ class TransformerSize:
 
     @property
     def ffn(self) -> int:
-        """Width inside the MLP."""
+        """Width of the hidden layer of the MLP."""
         return self.ffn_hidden_size or 4 * self.hidden_size
 
     @property
     def query_groups(self) -> int:
-        """Heads of keys and values."""
+        """Number of key and value heads."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
@@ -157,11 +157,11 @@ class TransformerSize:
 def transformer_config(
     layout: MimoLayout, module: str, size: TransformerSize, *, sequence_parallel: bool = False
 ) -> TransformerConfig:
-    """Megatron's config of one transformer in a layout.
+    """Build Megatron's config of one transformer in a layout.
 
     Args:
-        layout: what runs where.
-        module: the transformer's module.
+        layout: the layout.
+        module: name of the transformer's module.
         size: its dimensions.
         sequence_parallel: whether its sequence is divided over tensor-parallel ranks between attention and MLP.
 
@@ -195,13 +195,13 @@ def transformer_config(
         expert_model_parallel_size=sizes.ep,
         expert_tensor_parallel_size=sizes.expt_tp,
         moe_token_dispatcher_type="alltoall",
-        # A balancing loss is taken over the samples of one rank, so it would not be the same in every layout.
+        # A balancing loss is computed over the samples of one rank, so it would depend on the layout.
         moe_router_load_balancing_type="none",
         init_method=fan_in_normal_,
         output_layer_init_method=partial(fan_in_normal_, gain=1.0 / math.sqrt(2 * size.num_layers)),
         embedding_init_method=init_method_normal(_EMBEDDING_STD),
         embedding_init_method_std=_EMBEDDING_STD,
-        pipeline_dtype=torch.float32,  # must be set for pipelines; the run's precision takes its place
+        pipeline_dtype=torch.float32,  # required for pipelines; overwritten by the run's precision
         moe_router_dtype="fp32" if size.num_experts else None,
         **_style(size),
         **(size.recompute.settings() if size.recompute else {}),
@@ -211,14 +211,14 @@ def transformer_config(
 def mlp_config(
     layout: MimoLayout, module: str, *, hidden_size: int, ffn_hidden_size: int, output_gain: float = 1.0
 ) -> TransformerConfig:
-    """Megatron's config of an MLP that stands alone, with GELU and biases, such as a projector.
+    """Build Megatron's config of a stand-alone MLP with GELU and biases, such as a projector.
 
-    megatron-core knows an MLP by a TransformerConfig only. What concerns layers and attention in it is not read here:
-    ``num_attention_heads`` is tp, because upstream refuses fewer.
+    megatron-core configures an MLP with a TransformerConfig, whose fields for layers and attention are not used:
+    ``num_attention_heads`` is tp, because upstream rejects fewer.
 
     Args:
-        layout: what runs where.
-        module: the MLP's module.
+        layout: the layout.
+        module: name of the MLP's module.
         hidden_size: width of its output.
         ffn_hidden_size: width between its two layers; tp must divide it.
         output_gain: factor for the initial weights of the second layer.
@@ -272,14 +272,14 @@ def check_sizes(layout: MimoLayout, module: str, size: TransformerSize, *, seque
         check_divides("ffn_hidden_size", size.ffn, module, "expt_tp", sizes.expt_tp)
         if sizes.tp > 1 and not sequence_parallel:
             raise LayoutError(
-                f"Module {module!r}: a mixture of experts with tp={sizes.tp} needs sequence_parallel=True, or each "
-                f"token would be sent to its experts {sizes.tp} times."
+                f"Module {module!r}: a mixture of experts with tp={sizes.tp} needs sequence_parallel=True; otherwise "
+                f"each token would be sent to its experts {sizes.tp} times."
             )
     if size.head_dim is None and size.hidden_size % size.num_attention_heads:
         raise LayoutError(
             f"Module {module!r}: num_attention_heads={size.num_attention_heads} does not divide "
             f"hidden_size={size.hidden_size} ({size.hidden_size} / {size.num_attention_heads} = "
-            f"{size.hidden_size / size.num_attention_heads:g}). Choose heads that do, or another width."
+            f"{size.hidden_size / size.num_attention_heads:g}). Choose another number of heads, or another hidden_size."
         )
 
 
@@ -315,10 +315,10 @@ def stage_ends(num_layers: int, pp: int) -> tuple[int | None, int | None]:
 
 
 def check_divides(what: str, number: int, module: str, axis: str, size: int) -> None:
-    """Refuse a parallel size that does not divide what it cuts.
+    """Check that a parallel size divides a dimension of the model.
 
     Raises:
-        LayoutError: with the arithmetic.
+        LayoutError: if it does not; shows the arithmetic.
     """
     if number % size:
         raise LayoutError(

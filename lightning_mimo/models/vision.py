@@ -17,14 +17,16 @@ from lightning_mimo.models.patches import PatchEncoder, PipelinedSubmodules, mod
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePatches:
-    """How an image becomes tokens.
+    """Division of an image into patches and language tokens.
+
+    Example: ``image_size=8, patch_size=2, tokens_per_image=4`` gives 16 patches, of which 4 are concatenated per token.
 
     Args:
         image_size: height and width in pixels.
-        patch_size: height and width of one patch in pixels; divides ``image_size``.
-        channels: colour channels.
-        tokens_per_image: language tokens that one image becomes; consecutive patches are concatenated to get there,
-            so it divides the number of patches.
+        patch_size: height and width of one patch in pixels; must divide ``image_size``.
+        channels: number of color channels.
+        tokens_per_image: language tokens of one image. Consecutive patches are concatenated, so it must divide the
+            number of patches.
     """
 
     image_size: int
@@ -69,14 +71,14 @@ class VisionEncoder(PatchEncoder):
     def forward(
         self, pixel_values: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Encode images, or continue from the stage before.
+        """Encode images, or continue from the previous stage.
 
         Args:
             pixel_values: ``[n, channels, image_size, image_size]``, on the first stage; n may be 0.
-            hidden_states: ``[patches, n, hidden]`` from the stage before, on later stages.
+            hidden_states: ``[patches, n, hidden]`` from the previous stage, on later stages.
 
         Returns:
-            ``[n, tokens_per_image, patches_per_token * hidden]`` on the last stage, ``[patches, n, hidden]`` before.
+            ``[n, tokens_per_image, patches_per_token * hidden]`` on the last stage, otherwise ``[patches, n, hidden]``.
         """
         return self.encode(None if pixel_values is None else to_patches(pixel_values, self.patches), hidden_states)
 
@@ -102,7 +104,7 @@ def vision_spec(
     encoder_name: str = "vit",
     attention: AttentionKind = "sdpa",
 ) -> ModuleSpec:
-    """ModuleSpec of a vision modality; arguments as for :func:`lightning_mimo.models.patches.modality_spec`."""
+    """ModuleSpec of a vision modality; same arguments as :func:`lightning_mimo.models.patches.modality_spec`."""
     return modality_spec(
         submodules=PipelinedVisionSubmodules,
         encoder_class=VisionEncoder,

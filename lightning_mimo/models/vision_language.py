@@ -1,4 +1,4 @@
-"""A vision encoder feeding a GPT: the MimoModelConfig for images and text."""
+"""MimoModelConfig of a vision encoder and a GPT, for images and text."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def vision_language_config(
 
     Args:
         infra: grids and process groups of this rank.
-        patches: how an image becomes tokens.
-        vision: size of the encoder.
-        language: size of the GPT.
-        vocab_size: token ids, placeholders included; the language module's tp must divide it.
+        patches: division of an image into patches and tokens.
+        vision: dimensions of the encoder.
+        language: dimensions of the GPT.
+        vocab_size: number of token ids, including placeholders; the language module's tp must divide it.
         max_sequence_length: longest sequence in tokens.
-        image_token_id: the placeholder that stands in ``input_ids`` once for every token of an image.
+        image_token_id: id of the placeholder, which occurs in ``input_ids`` once per token of an image.
         vision_module: name of the encoder's module in the layout.
-        tie_embeddings: let the GPT's head share the weights of its word embeddings.
-        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. Without
-            tensor parallelism it means nothing; with it, a mixture of experts needs it.
+        tie_embeddings: share the weights of the GPT's word embeddings with its output layer.
+        sequence_parallel: divide the GPT's sequence over its tensor-parallel ranks between attention and MLP. It has no
+            effect if tp=1, and is required for a mixture of experts if tp > 1.
 
     Raises:
         LayoutError: if heads, layers, experts or the vocabulary do not divide over the layout.

@@ -1,4 +1,4 @@
-"""What users subclass and what the Trainer calls: MimoStrategy, MimoModule, MimoPrecision.
+"""The classes that users subclass and the Trainer calls: MimoStrategy, MimoModule, MimoPrecision.
 
-Imports everything but ``commands``.
+Imports everything except ``commands``.
 """

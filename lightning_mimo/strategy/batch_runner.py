@@ -1,4 +1,4 @@
-"""Runs one of Lightning's batches: checked, through the schedule, logged, and reported where it fails."""
+"""Runs one of Lightning's batches: checks its samples, runs the schedule, logs metrics, and reports failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Step = Callable[[Microbatch, int], Any]
 """One of the user's steps: ``(microbatch, batch_idx)`` -> the model's output."""
 
 StepListener = Callable[[list[Span]], None]
-"""Is given what this rank recorded of an optimizer step."""
+"""Receives the spans that this rank recorded in an optimizer step."""
 
 
 _LOAD = SpanInfo(kind=LOADING, label="loading of the next batch")
@@ -46,9 +46,10 @@ class BatchRunner:
     """Runs global batches of one ``fit``, ``validate``, ``test`` or ``predict``. All methods are collective.
 
     Attributes:
-        is_accumulating: whether more batches are accumulated before the optimizer steps, after the next one.
-        must_stop: whether the run is to end after the batch that was the last one; the same on every rank.
-        listeners: are given the spans of every step when it is done.
+        is_accumulating: whether the optimizer does not step after the next batch, because more batches follow in the
+            accumulation window.
+        must_stop: whether the run must end after the batch that just ran; the same on every rank.
+        listeners: called with the spans of every optimizer step when it is complete.
     """
 
     def __init__(
@@ -69,18 +70,18 @@ class BatchRunner:
         """Collective over the world: builds the bridges.
 
         Args:
-            module: the user's module, its model ready to run.
+            module: the user's module, with its model ready to run.
             infra: grids and process groups.
-            global_batch_size: samples of a batch over all ranks.
-            encoder_run_ahead: as for MimoStrategy.
-            device: of this rank.
-            check_samples: as for MimoStrategy.
-            on_nonfinite: as for MimoStrategy.
-            signals: what this rank was told.
-            telemetry: whether to find out what each module does.
-            load_ahead: loads the next batch to train on, and returns it if there is one; called once a batch, where
-                this rank would wait for others.
-            metrics: where what a step came to is shown; ``None`` for nowhere.
+            global_batch_size: samples per global batch, over all ranks.
+            encoder_run_ahead: microbatches that an encoder computes before 1F1B requests them.
+            device: device of this rank.
+            check_samples: when to compare the samples of all ranks, a value of ``Checks.samples``.
+            on_nonfinite: reaction to an infinite or NaN loss or gradient, a value of ``Checks.on_nonfinite``.
+            signals: the signals that this rank received.
+            telemetry: whether to measure what each module does.
+            load_ahead: loads the next training batch and returns it, or ``None`` if there is none; called once per
+                batch, while this rank waits for others.
+            metrics: receives the metrics of each step; ``None`` to show none.
         """
         self.is_accumulating = False
         self.must_stop = False
@@ -102,14 +103,14 @@ class BatchRunner:
         self._schedule = GlobalBatchSchedule(
             module.mimo_model, infra, encoder_run_ahead=encoder_run_ahead, on_first_wait=self._load_next
         )
-        self._generators: Generators | None = None  # as they were before the accumulation; None between two
+        self._generators: Generators | None = None  # state before the accumulation window; None between windows
         self._last: tuple[Batch, int] | None = None
-        self._samples = self._checksums()  # of the batches of the accumulation
-        self._losses: list[tuple[int, torch.Tensor]] = []  # of the batches of the accumulation
+        self._samples = self._checksums()  # of the batches in the accumulation window
+        self._losses: list[tuple[int, torch.Tensor]] = []  # of the batches in the accumulation window
         self._step_started = 0.0
 
     def train(self, batch: Batch, batch_idx: int, optimizer: MimoTorchOptimizer) -> torch.Tensor:
-        """Forward and backward.
+        """Run the forward and backward passes of one global batch.
 
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.
@@ -125,7 +126,7 @@ class BatchRunner:
             self._generators, self._losses = None, []
         if self._generators is None:
             self._schedule.zero_grad()
-            # To go back to if a checkpoint is saved during the accumulation, which takes more than one batch.
+            # Saved in a checkpoint that is written between two batches of an accumulation window.
             self._generators = generators() if self.is_accumulating else {}
         optimizer.outcome = None
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
@@ -149,15 +150,15 @@ class BatchRunner:
         return loss.float()
 
     def end_accumulation(self, optimizer: MimoTorchOptimizer) -> None:
-        """The optimizer has stepped: the next batch begins a new accumulation.
+        """End an accumulation window after the optimizer step: check and log its outcome.
 
         Args:
-            optimizer: says what came of it.
+            optimizer: the optimizer that stepped; holds the outcome of the step.
 
         Raises:
-            DataError: if ranks held different samples, or ``MimoModule.loss`` counted what is no number of tokens.
-            NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
-                merely too large or such steps are to be left out.
+            DataError: if ranks held different samples, or the token counts of ``MimoModule.loss`` have an invalid sum.
+            NonFiniteError: if the step was skipped because of an infinite or NaN value; except if the cause was too
+                large a loss scale, or ``on_nonfinite="skip"``.
         """
         self._generators = None
         outcome = optimizer.outcome
@@ -169,8 +170,8 @@ class BatchRunner:
             samples.check(outcome.totals.samples)
         except DataError as error:
             raise DataError(
-                f"{error} This step has been taken with it: go on from the last checkpoint. "
-                f"MimoStrategy(checks=Checks(samples='always')) compares before a batch is learned from."
+                f"{error} The weights were already updated with these samples: resume from the last checkpoint. "
+                f"MimoStrategy(checks=Checks(samples='always')) compares samples before each batch."
             ) from None
         (batch, batch_idx), self._last = self._last, None
         self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))
@@ -179,7 +180,7 @@ class BatchRunner:
         if not 0 <= (tokens := outcome.totals.accumulated_tokens) < math.inf:
             raise DataError(
                 f"The loss tokens that loss() returned add up to {tokens:g} {where} (batch {batch_idx}), and the loss "
-                f"cannot be divided by that; the weights were not updated. Return a number that is not negative."
+                f"cannot be divided by that; the weights were not updated. Return a finite count of 0 or more."
             )
         if outcome.updated or outcome.overflow:
             return
@@ -189,16 +190,16 @@ class BatchRunner:
         raise NonFiniteError(
             f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. "
             f"{self._find_nonfinite(batch, batch_idx, losses)} "
-            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and goes on."
+            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and continues."
         )
 
     def _find_nonfinite(self, batch: Batch, batch_idx: int, losses: Sequence[tuple[int, torch.Tensor]]) -> str:
-        """Where something that is not finite came from, in words. Runs the last batch again.
+        """Describe where an infinite or NaN value first appeared. Runs the last batch again.
 
         Args:
-            batch: the last one of the accumulation.
-            batch_idx: its number.
-            losses: number and loss of all batches of the accumulation.
+            batch: last batch of the accumulation window.
+            batch_idx: index of this batch.
+            losses: index and loss of every batch in the accumulation window.
         """
         if earlier := [index for index, loss in losses[:-1] if not loss.isfinite()]:
             return f"The first that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
@@ -208,7 +209,7 @@ class BatchRunner:
             return describe(find_nonfinite(self._schedule, module.mimo_model, self._infra, batch, step, module.loss))
 
     def _another_follows(self, batch_idx: int) -> bool:
-        """Whether the epoch has another batch that is trained on, as far as can be known."""
+        """Whether the epoch has another training batch, as far as this is known in advance."""
         trainer = self._module.trainer
         is_last_step = not self.is_accumulating and trainer.global_step + 1 == trainer.max_steps
         return batch_idx + 1 < trainer.num_training_batches and not is_last_step
@@ -220,7 +221,7 @@ class BatchRunner:
                 self._ahead = self._load_ahead()
 
     def _figures_of_this_rank(self, batch: Batch) -> DeviceReduction:
-        """What the other ranks are to learn of this one with the step."""
+        """Figures of this rank that are reduced over all ranks together with the step."""
         figures = self._stops()
         self._samples.add(batch)
         if not self.is_accumulating:
@@ -232,22 +233,22 @@ class BatchRunner:
             return figures
         self._telemetry.count(batch)
         trainer: Any = self._module.trainer
-        # By this count alone, not by trainer.should_stop, which may come to the ranks one after the other.
+        # By this count alone, not by trainer.should_stop, which may change on different ranks at different times.
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
         if self.is_accumulating or not every or steps % every:
             return figures
         return replace(figures, telemetry=self._telemetry.figures().to(self._device))
 
     def _stops(self) -> DeviceReduction:
-        """Whether this rank was told to stop."""
+        """A reduction in which ``stops`` is 1 if this rank received a signal to stop."""
         is_told = self._signals.received is not None
         return StepReduction(stops=torch.full((), float(is_told), dtype=torch.float64, device=self._device))
 
     def _end_step(self, telemetry: Sequence[float]) -> dict[str, float]:
-        """Tell the listeners what was done in the step; what is to be logged of the modules.
+        """Pass the spans of the step to the listeners, and return the module metrics to log.
 
         Args:
-            telemetry: what all ranks together have; empty in steps that do not log it.
+            telemetry: figures reduced over all ranks; empty in steps that do not log them.
         """
         spans, now = self._infra.spans.drain(), time.perf_counter()
         described = {}
@@ -260,12 +261,12 @@ class BatchRunner:
         return described
 
     def _show(self, outcome: StepOutcome, skipped_steps: int, telemetry: Mapping[str, float]) -> None:
-        """Loggers, callbacks and the progress bar get what the last batch of an accumulation and its step came to.
+        """Show the metrics of the last batch of an accumulation window and of its optimizer step.
 
         Args:
-            outcome: of the step.
-            skipped_steps: how many steps have been skipped so far.
-            telemetry: what is logged of the modules.
+            outcome: outcome of the step.
+            skipped_steps: number of steps skipped so far.
+            telemetry: metrics of the modules.
         """
         if self._metrics is None:
             return
@@ -281,7 +282,7 @@ class BatchRunner:
         self._metrics.show({**in_bar, **of_step, **telemetry}, prog_bar=in_bar)
 
     def _show_accumulating(self, totals: DeviceReduction) -> None:
-        """Callbacks get what an earlier batch of an accumulation came to, as tensors that nobody has to wait for."""
+        """Show callbacks the metrics of an earlier batch of an accumulation window, as tensors, without a host wait."""
         if self._metrics is None:
             return
         values = {"train/loss": totals.mean_loss}
@@ -291,26 +292,26 @@ class BatchRunner:
         self._metrics.show_tensors({name: value.float() for name, value in values.items()})
 
     def _seconds_of_batch(self) -> float | None:
-        """Since the end of the batch before, if it was one of training."""
+        """Seconds since the end of the previous batch; ``None`` if that was not a training batch."""
         before, self._step_started = self._step_started, time.perf_counter()
         return self._step_started - before if before else None
 
     @property
     def accumulation(self) -> tuple[int, Generators | None]:
-        """How many batches no optimizer step has learned from yet, and the generators before the first of them."""
+        """Number of batches that no optimizer step has used yet, and the generators before the first of them."""
         return (0, None) if self._generators is None else (len(self._losses), self._generators)
 
     def evaluate(
         self, stage: str, step: Callable[..., Any], batch: Batch, batch_idx: int, *dataloader_idx: int
     ) -> torch.Tensor:
-        """Forward only; logs under ``stage/``, weighted by tokens.
+        """Run the forward pass of one global batch and log under ``stage/``, weighted by tokens.
 
         Args:
             stage: "val" or "test".
-            step: one of the user's steps.
-            batch: a global batch.
-            batch_idx: its number.
-            dataloader_idx: which DataLoader it comes from, where there are several.
+            step: the user's ``validation_step`` or ``test_step``.
+            batch: this rank's microbatches of a global batch.
+            batch_idx: index of the batch.
+            dataloader_idx: index of its DataLoader, if there are several.
 
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.
@@ -318,7 +319,7 @@ class BatchRunner:
         self._check_samples(batch, batch_idx)
         samples = self._checksums()
         samples.add(batch)
-        self._step_started = self._step_ended = 0.0  # or the next training step would be charged with the validation
+        self._step_started = self._step_ended = 0.0  # the next training step must not include the validation
         self._infra.spans.keep = False
         with self._module.microbatches():
             totals = self._schedule.evaluate(
@@ -334,7 +335,7 @@ class BatchRunner:
         return totals.mean_loss.float()
 
     def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        """Decode greedily: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
         self._check_samples(batch, batch_idx)
         tokens = self.generate(batch, max_new_tokens=self._module.max_new_tokens)
         indices = gather_indices(batch, global_batch_size=self._global_batch_size, device=self._device)
@@ -346,7 +347,7 @@ class BatchRunner:
         ]
 
     def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
-        """Write tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
+        """Generate tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
         module = self._module
         groups = self._infra.pg_collections.get(LANGUAGE)
         with module.microbatches():
@@ -378,7 +379,7 @@ class BatchRunner:
         )
 
     def _log(self, stage: str, figures: HostReduction) -> None:
-        """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
+        """Log loss and metrics, weighted by their counts, so that an epoch's mean is the mean over all its tokens."""
         how = {"prog_bar": True, "on_step": False, "on_epoch": True}
         self._module.log(f"{stage}/loss", figures.mean_loss, batch_size=_weight(figures.tokens), **how)
         means = figures.metric_means
@@ -388,12 +389,12 @@ class BatchRunner:
 
 
 def _weight(count: float) -> int | float:
-    """A count as Lightning weights by it: whole numbers are added up without rounding."""
+    """Convert a count to a weight for Lightning, which adds up integers without rounding."""
     return int(count) if count.is_integer() else count
 
 
 def _on_any_rank(here: bool, *, device: torch.device) -> bool:
-    """Collective over the world."""
+    """Whether a flag is set on any rank. Collective over the world."""
     anywhere = torch.tensor(int(here), device=device)
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     return bool(anywhere)

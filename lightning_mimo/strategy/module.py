@@ -1,4 +1,4 @@
-"""The LightningModule that users subclass: which model, which optimizer, which loss."""
+"""The LightningModule that users subclass to define the model, the optimizer and the loss."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.forward_backward import Metrics
 from lightning_mimo.strategy.registration import register
 
-# Here, because nobody trains anything without a MimoModule.
+# Here, because every training script imports MimoModule.
 register()
 
 
 class MimoModule(pl.LightningModule):
-    """A MimoModel under Lightning. Override :meth:`configure_mimo`, :meth:`configure_optimizers`, maybe :meth:`loss`.
+    """A LightningModule that trains a MimoModel.
 
-    The steps are per microbatch: the strategy cuts a global batch into microbatches and sends them through Megatron's
-    schedule, which calls :meth:`training_step` (or its siblings) for each, and :meth:`loss` where the last stage of
-    the language module is. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``), on ranks of the
-    language module ``labels`` (int64 ``[b, s]``), ``loss_mask`` (``[b, s]``) and the ``extra_keys``, and
-    ``modality_inputs``; see :class:`lightning_mimo.microbatch.Microbatch`. What samples hold says
-    :class:`lightning_mimo.data.sample_format.SampleFormat`.
+    Subclasses override :meth:`configure_mimo` and :meth:`configure_optimizers`, and optionally :meth:`loss`.
+
+    Steps run once per microbatch. The strategy splits a global batch into microbatches and runs Megatron's schedule.
+    The schedule calls :meth:`training_step` (or ``validation_step`` and so on) for each microbatch, and :meth:`loss` on
+    the last stage of the language module. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``) and
+    ``modality_inputs``; on ranks of the language module also ``labels`` (int64 ``[b, s]``), ``loss_mask``
+    (``[b, s]``) and the ``extra_keys``. See :class:`lightning_mimo.microbatch.Microbatch`, and
+    :class:`lightning_mimo.data.sample_format.SampleFormat` for the format of samples.
 
     All other hooks of Lightning run in its order and as often as on one device. The schedule interleaves the forward
-    and backward passes of the microbatches, so both lie before ``on_before_zero_grad``, the first hook of a batch after
-    its steps: ``on_before_backward`` and ``on_after_backward`` find the same gradients, and find them reduced where the
-    batch is the last one of an accumulation window.
+    and backward passes of the microbatches, so both run before ``on_before_zero_grad``, the first hook of a batch after
+    its steps. ``on_before_backward`` and ``on_after_backward`` therefore see the same gradients. These are reduced if
+    the batch is the last one of an accumulation window.
 
-    Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
-    so on for each module, ``train/skipped_steps``, ``train/tokens_per_sec`` (by each rank's own clock), ``val/loss``,
-    ``test/loss``, the metrics of :meth:`loss`, and ``telemetry/images/compute_s`` and the like, see
-    :class:`lightning_mimo.observe.telemetry.Telemetry`.
+    The strategy logs these metrics, equal on every rank: ``train/loss``, ``train/grad_norm``,
+    ``train/grad_norm/images`` and so on for each module, ``train/skipped_steps``, ``train/tokens_per_sec`` (by each
+    rank's own clock), ``val/loss``, ``test/loss``, the metrics of :meth:`loss`, and ``telemetry/images/compute_s`` and
+    similar, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
     def __init__(
@@ -64,24 +66,25 @@ class MimoModule(pl.LightningModule):
     ) -> None:
         """
         Args:
-            pad_token_id: fills up ``input_ids`` where samples of a microbatch differ in length.
-            max_new_tokens: tokens that ``predict`` writes for each sample.
-            frozen: what is not trained: names of modules (``"images"``, ``"language"``) or of parts of them
-                (``"images.encoders"`` leaves the projector). Nothing is sent back to or reduced for what is frozen.
-            labels_shifted: whether a sample's ``labels[t]`` is the token after ``input_ids[t]``. ``False`` for labels
-                as transformers takes them, equal to ``input_ids`` where they count and -100 elsewhere.
-            extra_keys: keys of every sample beside the known ones, for :meth:`loss`. A microbatch holds under each:
-                numbers as ``[b]``, tensors of one shape as ``[b, ...]``, tensors with an entry for each token as
-                ``[b, s]`` and padded with 0, anything else as a tuple of ``b``.
+            pad_token_id: token that pads ``input_ids`` if samples of a microbatch differ in length.
+            max_new_tokens: number of tokens that ``predict`` generates for each sample.
+            frozen: names of modules that are not trained (``"images"``, ``"language"``), or of submodules
+                (``"images.encoders"`` does not include the projector). No gradients are sent to or reduced for frozen
+                parameters.
+            labels_shifted: whether a sample's ``labels[t]`` is the token after ``input_ids[t]``. Set to ``False`` for
+                labels in the format of transformers: equal to ``input_ids`` where they count and -100 elsewhere.
+            extra_keys: additional keys of every sample, for :meth:`loss`. A microbatch holds numbers as ``[b]``,
+                tensors of equal shape as ``[b, ...]``, tensors with one entry per token as ``[b, s]`` padded with 0,
+                and anything else as a tuple of length ``b``.
 
         Raises:
-            ConfigError: if one of ``extra_keys`` is a key that microbatches have anyway.
+            ConfigError: if one of ``extra_keys`` is already a key of microbatches or samples.
         """
         super().__init__()
         taken = [key for key in extra_keys if key in Microbatch.__annotations__ or key in KEYS]
         if taken or isinstance(extra_keys, str):
             what = f"holds {taken[0]!r}, which has a meaning of its own" if taken else "is a string"
-            raise ConfigError(f"extra_keys={extra_keys!r} {what}. Give a list of other names, those of your samples.")
+            raise ConfigError(f"extra_keys={extra_keys!r} {what}. Give a list of other names that your samples have.")
         self.pad_token_id = pad_token_id
         self.max_new_tokens = max_new_tokens
         self.frozen = tuple(frozen)
@@ -97,7 +100,7 @@ class MimoModule(pl.LightningModule):
             infra: layout, grids and process groups. ``infra.pg_collections`` has entries for this rank's modules only.
 
         Returns:
-            Specs of all modules, whose names are those of the layout.
+            Specs of all modules, under the names of the layout.
         """
         raise NotImplementedError(f"{type(self).__name__} must override configure_mimo(infra) -> MimoModelConfig.")
 
@@ -112,7 +115,7 @@ class MimoModule(pl.LightningModule):
         """
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return ``self.build_optimizer(OptimizerConfig(...))``, alone or with a learning-rate scheduler on it."""
+        """Return ``self.build_optimizer(OptimizerConfig(...))``, optionally with a learning-rate scheduler."""
         raise NotImplementedError(
             f"{type(self).__name__} must override configure_optimizers(); return "
             f"self.build_optimizer(OptimizerConfig(optimizer='adam', lr=...))."
@@ -121,20 +124,21 @@ class MimoModule(pl.LightningModule):
     def build_optimizer(
         self, config: OptimizerConfig, *, overrides: Mapping[str, OptimizerOverride] | None = None
     ) -> MimoTorchOptimizer:
-        """Megatron's optimizer over all modules. Collective over the world; call it in ``configure_optimizers``.
+        """Build Megatron's optimizer over all modules. Collective over the world; call it in ``configure_optimizers``.
 
-        Any learning-rate scheduler of ``torch.optim.lr_scheduler``, or Megatron's OptimizerParamScheduler, works on it
-        and drives all modules, each from its own learning rate; ``lightning_mimo.PerModuleLR`` gives each its own.
+        Any scheduler of ``torch.optim.lr_scheduler`` works with it, and so does Megatron's OptimizerParamScheduler.
+        They drive the learning rate of every module, each from its own initial value.
+        ``lightning_mimo.PerModuleLR`` gives each module a scheduler of its own.
 
         Args:
-            config: Megatron's optimizer settings. ``Trainer(gradient_clip_val=...)`` takes the place of ``clip_grad``;
-                dtypes come from ``Trainer(precision=...)``, and ``MimoStrategy(ddp=...)`` decides whether the optimizer
-                is distributed.
-            overrides: what is different for a module (``"images"``) or for a part of one (its projector is
+            config: Megatron's optimizer settings. ``Trainer(gradient_clip_val=...)`` overrides ``clip_grad``, dtypes
+                are set by ``Trainer(precision=...)``, and ``MimoStrategy(ddp=...)`` determines whether the optimizer is
+                distributed.
+            overrides: different settings for a module (``"images"``) or a submodule (the projector is
                 ``"images.input_projections"``).
 
         Raises:
-            ConfigError: if ``lr`` is not set, everything is frozen, or an override fits nothing.
+            ConfigError: if ``lr`` is not set, everything is frozen, or an override matches no parameter.
         """
         clip = self.trainer.gradient_clip_val
         strategy: Any = self.trainer.strategy
@@ -148,9 +152,9 @@ class MimoModule(pl.LightningModule):
         )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Advance a scheduler, unless it counts optimizer steps and the last one was skipped.
+        """Advance a scheduler, unless it counts optimizer steps and the last step was skipped.
 
-        Megatron's OptimizerParamScheduler is advanced by 1: its ``lr_decay_steps`` and the like are optimizer steps.
+        Megatron's OptimizerParamScheduler advances by 1, so its ``lr_decay_steps`` and so on count optimizer steps.
         """
         interval = next(each.interval for each in self.trainer.lr_scheduler_configs if each.scheduler is scheduler)
         optimizer = self.optimizers(use_pl_optimizer=False)
@@ -163,17 +167,19 @@ class MimoModule(pl.LightningModule):
             super().lr_scheduler_step(scheduler, metric)
 
     def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-        """Token cross-entropy; outside training also the exact match of every sample's counted tokens.
+        """Compute the token cross-entropy; outside training also the exact match of each sample's counted tokens.
 
-        Called on all tensor-parallel ranks of the language module's last stage, so it may use their group.
+        Called on all tensor-parallel ranks of the language module's last stage, so collectives over their group are
+        allowed.
 
         Args:
             output: logits ``[b, s, vocabulary / tp]``.
             batch: the microbatch.
 
         Returns:
-            Sum over the tokens that count, their number, and metrics: name -> (sum, count). The trainer's loss is the
-            first sum over the second, taken over the global batch, not over microbatches.
+            Sum of the losses of counted tokens, the number of these tokens, and metrics: name -> (sum, count). The
+            loss of a global batch is the sum of the first divided by the sum of the second over the whole batch. It is
+            not a mean over microbatches.
         """
         group = self.infra.pg_collections[LANGUAGE].tp
         mask, labels = batch["loss_mask"], batch["labels"]
@@ -189,7 +195,8 @@ class MimoModule(pl.LightningModule):
         """Run this rank's modules on one microbatch.
 
         Returns:
-            Logits ``[b, s, vocabulary / tp]`` on the language module's last stage, what goes to the next stage before.
+            Logits ``[b, s, vocabulary / tp]`` on the language module's last stage; on other stages the activations for
+            the next stage.
         """
         output, _ = self.mimo_model(
             input_ids=batch["input_ids"],
@@ -215,12 +222,12 @@ class MimoModule(pl.LightningModule):
         return self(batch)
 
     def predict_step(self, batch: Microbatch, batch_idx: int) -> Any:
-        """Forward of one microbatch; the strategy takes the next token from it."""
+        """Forward pass of one microbatch; the strategy decodes the next token from the result."""
         return self(batch)
 
     @contextlib.contextmanager
     def microbatches(self) -> Iterator[None]:
-        """Around the steps and the loss of a global batch. The strategy opens it; nothing can be logged inside."""
+        """Context in which the strategy runs the steps and the loss of a global batch; :meth:`log` raises inside."""
         self._sees_microbatches = True
         try:
             yield
@@ -228,26 +235,26 @@ class MimoModule(pl.LightningModule):
             self._sees_microbatches = False
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, in every hook that runs once for a global batch or more.
+        """Log a value as Lightning does. Allowed in hooks that run at most once per global batch.
 
         Raises:
-            ConfigError: inside of a step or of :meth:`loss`.
+            ConfigError: in a step or in :meth:`loss`.
         """
         if self._sees_microbatches:
             raise ConfigError(
-                f"self.log({name!r}, ...) inside of a step or of loss(): they run once for each microbatch, and what "
-                f"they see differs from rank to rank, so other layouts would log other numbers. Return it from loss() "
-                f"as a metric, {{{name!r}: (sum, count)}}, or log it in a hook such as on_train_batch_end."
+                f"self.log({name!r}, ...) inside of a step or of loss(): they run once per microbatch and get "
+                f"different data on different ranks, so logged values would depend on the layout. Return it from "
+                f"loss() as a metric, {{{name!r}: (sum, count)}}, or log it in a hook such as on_train_batch_end."
             )
-        if self._trainer is None or not self._trainer.barebones:  # where Lightning warns of every name
+        if self._trainer is None or not self._trainer.barebones:  # barebones: Lightning warns about every name
             super().log(name, value, *args, **kwargs)
 
     @property
     def infra(self) -> MimoModelInfra:
-        """Grids and process groups of the strategy.
+        """Layout, grids and process groups of the strategy.
 
         Raises:
-            ConfigError: under a strategy that has none.
+            ConfigError: if the strategy has none.
         """
         infra = getattr(self.trainer.strategy, "infra", None)
         if infra is None:
@@ -259,7 +266,7 @@ class MimoModule(pl.LightningModule):
 
     @property
     def mimo_model(self) -> RaggedMimoModel:
-        """This rank's part of the model, once :meth:`configure_model` has built it."""
+        """This rank's part of the model. Available after :meth:`configure_model`."""
         assert self.model is not None, "configure_model() builds it"
         return self.model
 
@@ -276,10 +283,10 @@ class MimoModule(pl.LightningModule):
             freeze(self.model, self.infra, self.frozen)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the schedule ran the backward passes of all microbatches, after the forward pass of each."""
+        """Do nothing: the schedule has already run the backward passes of all microbatches."""
 
     def sample_format(self) -> SampleFormat:
-        """What the samples of this run hold, as far as the model says so. Its modules must have been built."""
+        """Format of the samples of this run, as the model requires it. The modules must have been built."""
         return SampleFormat(
             **self.mimo_model.sample_limits(),
             special_token_ids=self.mimo_model.special_token_ids,
@@ -293,15 +300,15 @@ class MimoModule(pl.LightningModule):
         """Do nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""
 
     def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Only the first pipeline stage of an encoder takes images; later ones get hidden states."""
+        """Inputs of encoders whose first pipeline stage is on this rank; later stages receive hidden states."""
         return {name: value for name, value in inputs.items() if self.mimo_model.role.is_first_stage(name)}
 
 
 def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
-    """The module of a Trainer whose strategy is MimoStrategy.
+    """Return a Trainer's module as a MimoModule.
 
     Raises:
-        ConfigError: if it is no MimoModule.
+        ConfigError: if it is not a MimoModule.
     """
     if not isinstance(module, MimoModule):
         raise ConfigError(

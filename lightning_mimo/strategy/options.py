@@ -1,4 +1,4 @@
-"""Arguments of MimoStrategy in groups: what it checks, how it saves, what it watches."""
+"""Grouped arguments of MimoStrategy: checks, saving and monitoring."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_mimo.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What is checked in every run.
+    """Settings of the checks in every run.
 
     Args:
-        samples: when to compare the samples of all ranks one by one, before anything is learned from them: in the first
-            batch of every epoch and evaluation, or always, for one small all-reduce. In batches in between, checksums
-            of a batch and of the next one travel with the one collective of the step, so that ranks with different
-            samples end the run after that step at the latest. "never" leaves out both.
-        on_nonfinite: what to do where a loss or a gradient is infinite or NaN: raise on all ranks, with the module,
-            rank, microbatch and samples in the message, or skip the step, on all ranks alike. A loss scale that is too
-            large never raises: the step is skipped and the scale halved.
+        samples: when to compare the samples of all ranks one by one before they are used: in the first batch of every
+            epoch and evaluation (``first``), or in every batch (``always``), which costs one small all-reduce per
+            batch. For all other batches, checksums are part of the single collective of the step, so if ranks hold
+            different samples, the run ends after that step at the latest. ``never`` disables both.
+        on_nonfinite: reaction to an infinite or NaN loss or gradient: raise an error on all ranks that names the
+            module, rank, microbatch and samples, or skip the step on all ranks. Too large a loss scale never raises:
+            the step is skipped and the scale is halved.
 
     Raises:
         ConfigError: for any other value.
@@ -37,11 +37,11 @@ class Checks:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """How checkpoints are saved.
+    """Settings of saving checkpoints.
 
     Args:
-        asynchronous: go on training while a checkpoint is being written; at most one is at a time.
-        on_error: what to do where a checkpoint cannot be written: raise on all ranks, or warn and go on.
+        asynchronous: continue training while a checkpoint is being written; at most one is written at a time.
+        on_error: reaction if a checkpoint cannot be written: raise on all ranks, or warn and continue.
 
     Raises:
         ConfigError: for any other value.
@@ -56,12 +56,12 @@ class Saving:
 
 @dataclass(frozen=True, kw_only=True)
 class Monitoring:
-    """What is watched while a run goes on.
+    """Settings of the monitoring of a run.
 
     Args:
-        telemetry: log what each module does, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
-        timeout: how long a rank may wait for another, in a collective or a transfer. After it, every rank says what it
-            does and waits for, and the run ends with exit code 1.
+        telemetry: log metrics of each module, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
+        timeout: longest time that a rank may wait for another in a collective or a transfer. When it expires, every
+            rank reports what it does and waits for, and the run ends with exit code 1.
 
     Raises:
         ConfigError: if the timeout is not a positive duration.
@@ -86,17 +86,17 @@ MOVED = {
     "telemetry": ("monitoring", "Monitoring(telemetry=...)"),
     "timeout": ("monitoring", "Monitoring(timeout=...)"),
 }
-"""Arguments of earlier versions: name -> the argument that they are part of now, and what to write for it."""
+"""Arguments of earlier versions: name -> the argument that now contains it, and its value to write."""
 
 
 def key_now(name: str) -> str:
-    """The key in a config that has taken the place of an argument in ``MOVED``."""
+    """The config key that has replaced an argument in ``MOVED``."""
     argument, written = MOVED[name]
     return f"{argument}.{written.partition('(')[2].partition('=')[0]}"
 
 
 def refuse_moved[**P](init: Callable[P, None]) -> Callable[P, None]:
-    """Have a constructor refuse the arguments in ``MOVED``, each with what to write instead."""
+    """Decorate a constructor so that arguments in ``MOVED`` raise an error that gives the replacement."""
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -110,10 +110,10 @@ def refuse_moved[**P](init: Callable[P, None]) -> Callable[P, None]:
 
 
 def check_run_ahead(microbatches: Any) -> None:
-    """Refuse a run-ahead of encoders that is no number of microbatches.
+    """Check that the run-ahead of encoders is a number of microbatches.
 
     Raises:
-        ConfigError: naming the argument.
+        ConfigError: if it is not an integer of 0 or more.
     """
     if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 0:
         raise ConfigError(

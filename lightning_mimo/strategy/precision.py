@@ -1,4 +1,4 @@
-"""Megatron's precision on every grid, as a Lightning plugin."""
+"""Lightning plugin that selects Megatron's precision for all modules."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ SUPPORTED = tuple(_NUMERICS)
 
 
 class MimoPrecision(Precision):
-    """Precision of all modules. Whatever precision plugin the Trainer chose is converted to this one.
+    """Precision of all modules. The precision plugin that the Trainer selects is converted to this one.
 
     - ``32-true``: everything in float32.
     - ``bf16-mixed``: Megatron's mixed precision, not autocast: parameters and activations in bfloat16, gradients
       accumulated and reduced in float32, float32 main parameters in the optimizer.
-    - ``16-mixed``: the same in float16, with one dynamic loss scale for the whole model. (Given to a Trainer on CPUs,
-      Lightning makes ``bf16-mixed`` of it; ``Trainer(plugins=MimoPrecision("16-mixed"))`` stays float16.)
-    - ``bf16-true``: everything in bfloat16, also gradients and the optimizer's state. Takes the least memory; updates
-      smaller than a 256th of a weight are lost.
-    - ``64-true``: for checking: two layouts then agree to twelve digits or more. Rotary angles and the routing
-      probabilities of a mixture of experts stay float32, as megatron-core computes them.
+    - ``16-mixed``: the same in float16, with one dynamic loss scale for the whole model. (For a Trainer on CPUs,
+      Lightning converts this to ``bf16-mixed``; ``Trainer(plugins=MimoPrecision("16-mixed"))`` stays float16.)
+    - ``bf16-true``: everything in bfloat16, including gradients and optimizer state. Uses the least memory; updates
+      smaller than 1/256 of a weight are lost.
+    - ``64-true``: for tests: two layouts agree to twelve digits or more. Rotary angles and the routing probabilities
+      of a mixture of experts stay float32, as megatron-core computes them.
     """
 
     def __init__(self, precision: str = "32-true") -> None:
@@ -42,35 +42,35 @@ class MimoPrecision(Precision):
             precision: one of ``SUPPORTED``.
 
         Raises:
-            ConfigError: for any other.
+            ConfigError: for any other value.
         """
         if precision not in SUPPORTED:
             raise ConfigError(
                 f"Trainer(precision={precision!r}) is not supported by MimoStrategy; supported: {', '.join(SUPPORTED)}."
             )
-        self.precision = precision  # type: ignore[assignment]  # one of Lightning's literals, as was checked
+        self.precision = precision  # type: ignore[assignment]  # checked above: one of Lightning's literals
 
     @classmethod
     def convert(cls, plugin: Precision) -> MimoPrecision:
-        """The plugin of this package that means what Lightning's does.
+        """Convert a precision plugin of Lightning to the equivalent MimoPrecision.
 
         Raises:
-            ConfigError: if there is none.
+            ConfigError: if there is no equivalent.
         """
         if isinstance(plugin, cls):
             return plugin
-        # Others (bitsandbytes, say) do not say what they are, and would be taken for the base class's 32-true.
+        # Other plugins, such as bitsandbytes, inherit precision "32-true" from the base class, which would be wrong.
         known = type(plugin) in (Precision, MixedPrecision, HalfPrecision, DoublePrecision)
         return cls(str(plugin.precision if known else type(plugin).__name__))
 
     @property
     def dtype_policy(self) -> DtypePolicy:
-        """The dtypes that this precision stands for."""
+        """The dtypes of this precision."""
         return _NUMERICS[self.precision]
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """What encoders are given in this dtype; text, masks and, with 32-true, everything as the dataset made it."""
+        """Convert the inputs of encoders to this dtype. Text, masks, and with 32-true all inputs, stay unchanged."""
         if self.dtype_policy.dtype == torch.float32 or not isinstance(data, list):
             return data
         return SharedMemoryBatch(

@@ -1,4 +1,4 @@
-"""One fit, validate, test or predict: its data, its batches, and what of it goes into a checkpoint."""
+"""State of one fit, validate, test or predict: its data, its batches and its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from lightning_mimo.strategy.step_metrics import StepMetrics
 
 @dataclass(kw_only=True)
 class Run:
-    """What MimoStrategy sets up for one stage of the Trainer. Also there afterwards, so that it can be saved.
+    """State that MimoStrategy sets up for one stage of the Trainer. Kept after the stage, so that it can be saved.
 
     Attributes:
         module: the user's module.
         infra: layout, grids and process groups.
         plan: this rank's share of every global batch.
-        data: the DataLoaders, divided.
+        data: the DataLoaders, divided over the ranks.
         batches: runs the batches.
         checkpoints: writes and reads checkpoints.
         is_over: whether the stage has ended.
@@ -63,18 +63,18 @@ class Run:
         signals: Signals,
         device: torch.device,
     ) -> Run:
-        """For the stage that the module's Trainer is about to run. Collective over the world: builds the bridges.
+        """Set up the stage that the module's Trainer is about to run. Collective over the world: builds the bridges.
 
         Args:
-            module: the user's module, its model ready to run.
+            module: the user's module, with its model ready to run.
             infra: grids and process groups.
             plan: this rank's share of every global batch.
-            encoder_run_ahead: as for MimoStrategy.
-            checks: as for MimoStrategy.
-            saving: as for MimoStrategy.
-            monitoring: as for MimoStrategy.
-            signals: what this rank is told.
-            device: of this rank.
+            encoder_run_ahead: microbatches that an encoder computes before 1F1B requests them.
+            checks: settings of the checks.
+            saving: settings of saving checkpoints.
+            monitoring: telemetry and timeout.
+            signals: the signals that this rank receives.
+            device: device of this rank.
         """
         trainer, data = module.trainer, RunData(plan)
         batches = BatchRunner(
@@ -99,11 +99,11 @@ class Run:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
         Args:
-            loader: as for one process.
-            seed: of the order of samples and their augmentation, the same on all ranks.
+            loader: the user's DataLoader, written as for one process.
+            seed: seed of the order of samples and of their augmentation, the same on all ranks.
 
         Raises:
-            DataError: if it cannot be divided.
+            DataError: if the DataLoader cannot be divided over the ranks.
         """
         module = self.module
         return self.data.shard(
@@ -120,12 +120,12 @@ class Run:
 
         Args:
             path: the directory, the same on every rank.
-            trainer: what Lightning keeps; left as it is.
-            optimizers: the one that trains, if any.
-            seed: of the order of samples.
+            trainer: Lightning's own state; not modified.
+            optimizers: the optimizer of the training, if any.
+            seed: seed of the order of samples.
 
         Raises:
-            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+            CheckpointWriteError: on every rank, if writing failed on any rank and ``Saving(on_error="raise")`` is set.
         """
         held, generators = (0, None) if self.is_over else self.batches.accumulation
         trainer, batches = rewind_to_last_step(trainer, held=held, training=not self.is_over)
@@ -145,17 +145,17 @@ class Run:
             self.checkpoints.finish()
 
     def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Any], Resumed | None]:
-        """Read what any layout wrote. Collective over the world.
+        """Read a checkpoint that was written by any layout. Collective over the world.
 
         Args:
             path: the directory, the same on every rank.
-            optimizers: the one that goes on, if this is training.
+            optimizers: the optimizer to restore, if this stage trains.
 
         Returns:
-            What Lightning kept; and where training goes on, if this is training.
+            Lightning's own state; and the point at which training resumes, if this stage trains.
 
         Raises:
-            CheckpointError: if the checkpoint does not fit, or training cannot go on from it.
+            CheckpointError: if the checkpoint does not fit, or training cannot resume from it.
         """
         is_fitting = self.module.trainer.state.fn == TrainerFn.FITTING
         trainer, self._resumed = self.checkpoints.load(
@@ -170,7 +170,7 @@ class Run:
         return trainer, self._resumed
 
     def restore_generators(self, rank: int) -> None:
-        """After :meth:`load`: draw from here on what the saved run would have drawn."""
+        """Set the random generators to the state of the loaded checkpoint. No effect if none was loaded."""
         resumed, self._resumed = self._resumed, None
         if resumed is None:
             return
@@ -180,13 +180,13 @@ class Run:
             seed_megatron(self.infra.layout, rank, seed=seed_for(resumed.data_state.seed, f"step {resumed.step}"))
 
     def end(self) -> None:
-        """The stage has ended, perhaps by an exception. Needs no other rank."""
+        """Close the stage after it has ended, also after an exception. Not collective."""
         self.is_over = True
         self.checkpoints.close()
 
 
 def the_only(optimizers: Sequence[torch.optim.Optimizer]) -> MimoTorchOptimizer:
-    """Lightning keeps a list, also of one."""
+    """Return the only element of Lightning's list of optimizers."""
     (optimizer,) = optimizers
     assert isinstance(optimizer, MimoTorchOptimizer)
     return optimizer

@@ -1,4 +1,4 @@
-"""What the strategy finds out in every step, put where Lightning's loggers, callbacks and progress bar look for it."""
+"""Passes the metrics of every step to Lightning's loggers, callbacks and progress bar."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import torch
 
 
 class StepMetrics:
-    """Shows metrics of a step as Lightning's own LearningRateMonitor does: without ``log``.
+    """Shows metrics of a step without ``log``, as Lightning's LearningRateMonitor does.
 
-    ``log`` makes a tensor on the device of every number and reads it back for the progress bar, one after the other.
-    The strategy has its numbers on the host already. What a user logs under one of these names comes later and wins.
+    ``log`` copies every number to the device and reads it back for the progress bar, one after the other. The strategy
+    already has its numbers on the host. If a user logs under one of these names, the user's value overwrites this one.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         """
         Args:
-            trainer: the one that trains.
+            trainer: the Trainer that runs the training.
         """
         self._trainer = trainer
 
     def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
-        """Show the metrics of an optimizer step: to loggers (every ``log_every_n_steps``), callbacks and the bar.
+        """Pass the metrics of an optimizer step to loggers (every ``log_every_n_steps``), callbacks and progress bar.
 
         Args:
-            values: names of metrics and numbers, the same on every rank.
-            prog_bar: names of those that the progress bar shows.
+            values: metric name -> number, the same on every rank.
+            prog_bar: names of the metrics that the progress bar shows.
         """
         trainer, connector = self._trainer, self._trainer._logger_connector
         metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
@@ -38,9 +38,9 @@ class StepMetrics:
             connector.log_metrics(metrics)
 
     def show_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Show metrics that are still on the device: to callbacks only, since all others would have to read them.
+        """Pass metrics that are still on the device to callbacks only, because loggers would have to read them.
 
         Args:
-            tensors: names of metrics and float32 scalars, the same on every rank.
+            tensors: metric name -> float32 scalar, the same on every rank.
         """
         self._trainer.callback_metrics.update(tensors)

@@ -1,4 +1,4 @@
-"""MimoStrategy, from top to bottom in the order in which the Trainer calls it."""
+"""The Lightning strategy MimoStrategy. Its methods are in the order in which the Trainer calls them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lightning_mimo.strategy.world import WorldCollectives, build_infra, join_wo
 
 
 class MimoStrategy(ParallelStrategy):
-    """Trains a :class:`MimoModule` with every module on a HyperCommGrid of its own.
+    """Lightning strategy that trains a :class:`MimoModule` with each of its modules on its own HyperCommGrid.
 
     Example::
 
@@ -54,16 +54,16 @@ class MimoStrategy(ParallelStrategy):
         Trainer(devices=4, strategy=strategy).fit(model, datamodule)
 
     Attributes:
-        spans: what this rank does is noted here.
-        infra: layout, grids and process groups; ``None`` before there are any.
-        plan: this rank's share of every global batch; ``None`` before there are ranks.
-        seed: of initial weights, the order of samples and their augmentation, the same on every rank.
+        spans: record of the work and the waits of this rank.
+        infra: layout, grids and process groups; ``None`` before :meth:`setup_environment`.
+        plan: this rank's share of every global batch; ``None`` before :meth:`setup_environment`.
+        seed: seed of initial weights, of the order of samples and of their augmentation, the same on every rank.
     """
 
     num_nodes = 1  # set by the Trainer
-    is_distributed = True  # or log(sync_dist=True) would do nothing
-    restore_checkpoint_after_setup = True  # into the shards that setup() makes
-    lightning_restore_optimizer = False  # load_checkpoint() does it
+    is_distributed = True  # otherwise log(sync_dist=True) would do nothing
+    restore_checkpoint_after_setup = True  # into the shards that setup() creates
+    lightning_restore_optimizer = False  # load_checkpoint() restores it
 
     @refuse_moved
     def __init__(
@@ -84,24 +84,24 @@ class MimoStrategy(ParallelStrategy):
     ) -> None:
         """
         Args:
-            modules: module name -> its parallelism. One is called ``language``. In the order written, modules take one
-                run of ranks after the other.
-            global_batch_size: samples per step over all ranks. With ``accumulate_grad_batches=k`` an optimizer step
-                sees k of them.
-            num_microbatches: pipeline microbatches that a global batch is cut into.
-            colocate: put every module on all ranks instead.
-            encoder_run_ahead: microbatches that an encoder on ranks of its own computes before 1F1B asks for them, so
-                that the language module need not wait for one that takes longer than others. Each costs an encoder
-                rank the memory of one more microbatch's activations.
-            ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
-                always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
-                the precision.
-            checks: what is checked in every run.
-            saving: how checkpoints are saved.
-            monitoring: telemetry, and how long a rank may wait for another.
-            process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
-            cluster_environment: as for every ParallelStrategy; set by the Trainer.
-            precision_plugin: as for every ParallelStrategy; set by the Trainer.
+            modules: module name -> its parallel sizes. One module must be called ``language``. Modules occupy
+                consecutive ranges of ranks, in the order in which they are written.
+            global_batch_size: samples per global batch, over all ranks. With ``accumulate_grad_batches=k``, an
+                optimizer step uses k global batches.
+            num_microbatches: number of pipeline microbatches that a global batch is split into.
+            colocate: put every module on all ranks instead of on consecutive, separate ranks.
+            encoder_run_ahead: microbatches that an encoder on separate ranks computes before 1F1B requests them, so
+                that the language module does not wait for a microbatch that takes longer than others. On an encoder
+                rank, each needs memory for the activations of one more microbatch.
+            ddp: settings of Megatron's DistributedDataParallel: one config for all modules, or one per module name.
+                Gradients are always summed and then divided by the number of tokens of the global batch;
+                ``grad_reduce_in_fp32`` is determined by the precision.
+            checks: settings of the checks in every run.
+            saving: settings of saving checkpoints.
+            monitoring: telemetry, and the longest time that a rank may wait for another.
+            process_group_backend: torch.distributed backend; ``None`` selects nccl on GPUs and gloo on CPUs.
+            cluster_environment: Lightning's ClusterEnvironment; set by the Trainer.
+            precision_plugin: Lightning's precision plugin; set by the Trainer.
         """
         super().__init__(cluster_environment=cluster_environment, precision_plugin=precision_plugin)
         check_run_ahead(encoder_run_ahead)
@@ -121,9 +121,9 @@ class MimoStrategy(ParallelStrategy):
         self.seed = 0
         self._world = WorldCollectives(self.spans)
         self._run: Run | None = None
-        self._open = contextlib.ExitStack()  # what teardown has to close
+        self._open = contextlib.ExitStack()  # resources that teardown() closes
 
-    # ------------------------------------------------- the Trainer is made: precision, devices, launcher
+    # ------------------------------------------------- the Trainer is constructed: precision, devices, launcher
 
     @property
     @override
@@ -133,7 +133,7 @@ class MimoStrategy(ParallelStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        # None is kept: with a plugin of its own, the Trainer would not look at its precision argument.
+        # None is kept: if the strategy had a plugin already, the Trainer would ignore its precision argument.
         self._precision_plugin = None if plugin is None else MimoPrecision.convert(plugin)
 
     @property
@@ -144,7 +144,7 @@ class MimoStrategy(ParallelStrategy):
 
     @property
     def num_processes(self) -> int:
-        """Ranks on this node."""
+        """Number of ranks on this node."""
         return len(self.parallel_devices or [])
 
     @override
@@ -158,17 +158,20 @@ class MimoStrategy(ParallelStrategy):
             validate=self.validate,
         )
 
-    # ------------------------------------------------- before other ranks are started
+    # ------------------------------------------------- before other ranks start
 
     def validate(self, trainer: pl.Trainer | None = None) -> MimoLayout:
-        """Check layout and batch sizes against the Trainer's devices and nodes. Needs no process and no device.
+        """Check layout and batch sizes against the Trainer's devices and nodes. Needs no process group and no device.
 
         Args:
-            trainer: whose callbacks and options are checked, too.
+            trainer: a Trainer whose callbacks and options are checked, too.
+
+        Returns:
+            The complete layout.
 
         Raises:
-            LayoutError: naming the module, the arithmetic and the remedy.
-            ConfigError: the same for an option that cannot be.
+            LayoutError: if the layout cannot run; names the module, the arithmetic and the remedy.
+            ConfigError: if an option is unsupported; names the option, the reason and the remedy.
         """
         if trainer is not None:
             check_trainer(trainer, None if self.lightning_module is None else self._module)
@@ -183,7 +186,7 @@ class MimoStrategy(ParallelStrategy):
 
     @property
     def ddp_by_module(self) -> dict[str, DistributedDataParallelConfig]:
-        """How each module is wrapped in DDP."""
+        """Module name -> its DDP config."""
         return options_by_module(self.ddp, self.modules)
 
     # ------------------------------------------------- on every rank: process groups, model, optimizer
@@ -199,7 +202,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
-        """Process groups and seeds. The groups outlive ``fit``, so that ``test`` can follow it."""
+        """Create process groups and set seeds. The groups persist after ``fit``, so that ``test`` can follow it."""
         layout = self.validate(self._module.trainer)
         super().setup_environment()
         assert self.cluster_environment is not None
@@ -220,19 +223,19 @@ class MimoStrategy(ParallelStrategy):
     @contextlib.contextmanager
     @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Around ``configure_model``: build on the CPU on every accelerator, as a GPU draws other initial weights."""
+        """Build the model on the CPU with any accelerator, because a GPU would draw different initial weights."""
         with super().tensor_init_context(empty_init=empty_init), torch.device("cpu"):
             yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        """Called after the module's ``configure_model``: wrap the model, and make what this stage needs."""
+        """Wrap the model and set up this stage. Called after the module's ``configure_model``."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
         module, infra, plan, is_fitting = self._module, self.infra, self.plan, trainer.state.fn == TrainerFn.FITTING
         assert infra is not None and plan is not None
         signals = set_up_trainer(trainer, self.cluster_environment, must_stop=lambda: self.run.batches.must_stop)
-        # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
+        # Megatron builds its layers on this rank's device, but torch's layers (layer norms) are still on the CPU.
         module.mimo_model.to(self.root_device)
         if is_fitting:
             wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
@@ -262,13 +265,13 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def model_to_device(self) -> None:
-        """Nothing: :meth:`setup` does it before it wraps the modules."""
+        """Do nothing: :meth:`setup` moves the model before it wraps the modules."""
 
-    # ------------------------------------------------- a checkpoint to go on from
+    # ------------------------------------------------- resuming from a checkpoint
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read what any layout wrote, and Lightning's own state. Collective over the world."""
+        """Read a checkpoint that was written by any layout, and return Lightning's state. Collective over the world."""
         trainer, resumed = self.run.load(Path(self.broadcast(str(checkpoint_path))), self.optimizers)
         if resumed is not None:
             self.seed = resumed.data_state.seed
@@ -276,7 +279,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: :meth:`load_checkpoint` has put the weights in place."""
+        """Do nothing: :meth:`load_checkpoint` has already loaded the weights."""
 
     # ------------------------------------------------- data and batches
 
@@ -287,20 +290,20 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def on_train_start(self) -> None:
-        """Compare the weights of replicas, and draw from here on what the saved run would have drawn."""
+        """Compare the weights of replicas, and restore the random generators of a checkpoint."""
         complete_gathering(self._module.mimo_model)
         check_replicas(self._module.mimo_model, self._module.infra)
         self.run.restore_generators(self.global_rank)
 
     @override
     def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
-        """Forward and backward of one global batch; the global loss, the same on every rank."""
+        """Run forward and backward of one global batch. Returns its loss, the same on every rank."""
         return self.run.batches.train(batch, batch_idx, the_only(self.optimizers))
 
     @contextlib.contextmanager
     @override
     def block_backward_sync(self) -> Iterator[None]:
-        """Accumulate gradients unreduced: more batches follow before the optimizer steps."""
+        """Accumulate gradients without reducing them, because the optimizer does not step after this batch."""
         self.run.batches.is_accumulating = True
         try:
             yield
@@ -323,11 +326,11 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
-        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        """Decode greedily: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
         return self.run.batches.predict(batch, batch_idx)
 
     def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
-        """Write tokens for every sample of a global batch. Collective over the world.
+        """Generate tokens for every sample of a global batch. Collective over the world.
 
         Returns:
             int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
@@ -336,12 +339,12 @@ class MimoStrategy(ParallelStrategy):
 
     @property
     def step_listeners(self) -> list[StepListener]:
-        """Are called with the spans of this rank whenever an optimizer step is done."""
+        """Functions that are called with the spans of this rank after each optimizer step."""
         return self.run.batches.listeners
 
     @property
     def run(self) -> Run:
-        """What belongs to the stage that is running, or was the last one."""
+        """State of the current stage, or of the last one after it has ended."""
         assert self._run is not None, "setup() makes it"
         return self._run
 
@@ -363,21 +366,21 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Nothing: weights go to the checkpoint directory piece by piece, see :meth:`save_checkpoint`."""
+        """An empty dictionary: weights are written to the checkpoint as shards, see :meth:`save_checkpoint`."""
         return {}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """What is no tensor of a parameter; those go to the checkpoint directory piece by piece."""
+        """Optimizer state except the tensors of parameters, which are written to the checkpoint as shards."""
         return optimizer.plain_state()
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world.
+        """Write weights, optimizer state and Lightning's state into a directory. Collective over the world.
 
         Raises:
-            ConfigError: for storage options, which belong to a CheckpointIO.
-            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+            ConfigError: if storage options are given, which only a CheckpointIO supports.
+            CheckpointWriteError: on every rank, if writing failed on any rank and ``Saving(on_error="raise")`` is set.
         """
         if storage_options is not None:
             raise ConfigError(
@@ -389,7 +392,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint; with asynchronous saving not before the one that is being written is there."""
+        """Remove a checkpoint. With asynchronous saving, this is deferred until the pending checkpoint is written."""
         if self.is_global_zero:
             self.run.checkpoints.remove(Path(filepath))
 
@@ -397,7 +400,7 @@ class MimoStrategy(ParallelStrategy):
         """Wait for the checkpoint that is being written. Collective over the world.
 
         Raises:
-            CheckpointWriteError: on every rank, if it failed on any.
+            CheckpointWriteError: on every rank, if writing failed on any rank.
         """
         self.run.checkpoints.finish()
 
@@ -405,14 +408,14 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def on_train_end(self) -> None:
-        """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
+        """Complete pending weights and checkpoints. Not done in ``teardown``, which must not wait for other ranks."""
         complete_gathering(self._module.mimo_model)
         self.finish_saving()
 
     @override
     def teardown(self) -> None:
-        """Also after an exception, so without collectives. Process groups stay, for the next call of the Trainer."""
-        # Not the base class's: it would move parameters to the CPU, out of DDP's buffers.
+        """Close the stage without collectives, since an exception may have ended it. Process groups persist."""
+        # The base class's teardown is not called: it would move parameters to the CPU, out of DDP's buffers.
         assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()

@@ -1,4 +1,4 @@
-"""What Lightning offers and modules on grids of their own cannot do: refused by name, before any process exists."""
+"""Rejects callbacks and Trainer options that MimoStrategy does not support, before any process starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
 from lightning_mimo.errors import ConfigError
 
-# Subclasses are refused with them: EMAWeightAveraging, BackboneFinetuning.
+# Subclasses such as EMAWeightAveraging and BackboneFinetuning are rejected, too.
 _REFUSED = {
     StochasticWeightAveraging: (
         "it averages a copy of this rank's modules and swaps weights behind DDP's buffers. Leave it out, and average "
@@ -31,31 +31,32 @@ _REFUSED = {
         "the weights of several checkpoints (lightning-mimo checkpoint export) after training"
     ),
     BaseFinetuning: (
-        "it changes what is trained after DDP and the optimizer were built. Say it at the start, "
-        "MimoModule(frozen=['images.encoders']), and go on from the checkpoint with another frozen"
+        "it freezes or unfreezes parameters after DDP and the optimizer were built. Freeze them at the start with "
+        "MimoModule(frozen=['images.encoders']), and resume from the checkpoint with another value of frozen"
     ),
-    ModelPruning: "it would prune each rank's shards by themselves. Prune an exported checkpoint",
+    ModelPruning: "it would prune each rank's shards separately. Prune an exported checkpoint",
     BatchSizeFinder: (
-        "the batch size is MimoStrategy(global_batch_size=...), which the layout must divide. Leave it out; "
-        "num_microbatches is what changes the memory"
+        "the batch size is MimoStrategy(global_batch_size=...), which the layout must divide. Leave it out, and change "
+        "num_microbatches to change the memory that is needed"
     ),
     LearningRateFinder: (
-        "it drives one learning rate for all modules and restores the start from a checkpoint of one rank. Leave it "
-        "out, and compare short runs with other --model.lr"
+        "it sets one learning rate for all modules and restores the initial state from a checkpoint of one rank. Leave "
+        "it out, and compare short runs with different --model.lr"
     ),
     OnExceptionCheckpoint: (
-        "a checkpoint takes all ranks, and an exception may be on one of them only, so it would wait for ever. Leave "
-        "it out; ModelCheckpoint(every_n_train_steps=...) bounds what is lost, and SIGTERM saves by itself"
+        "all ranks must write a checkpoint together, but an exception may occur on one of them only, so saving would "
+        "wait forever. Leave it out; ModelCheckpoint(every_n_train_steps=...) limits the lost work, and SIGTERM saves "
+        "a checkpoint without it"
     ),
 }
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> None:
-    """Refuse callbacks and options of the Trainer that could not do what they promise.
+    """Check that MimoStrategy supports the callbacks and options of a Trainer.
 
     Args:
-        trainer: its strategy is connected.
-        module: what it runs, if that is known yet.
+        trainer: a Trainer whose strategy is connected.
+        module: the module that it runs, if already known.
 
     Raises:
         ConfigError: naming the callback or option, the reason and the remedy.
@@ -65,13 +66,13 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
         try:
             _check_callback(callback)
         except ValueError:
-            callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
+            callbacks.remove(callback)  # otherwise it might save on this exception, and hide it
             raise
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:
         raise ConfigError(
-            "Trainer(sync_batchnorm=True) is not supported by MimoStrategy: ranks of different modules have no batch "
-            "in common. Leave it out, and use LayerNorm or GroupNorm, which do not depend on the batch."
+            "Trainer(sync_batchnorm=True) is not supported by MimoStrategy: ranks of different modules share no batch. "
+            "Leave it out, and use LayerNorm or GroupNorm, which do not depend on the batch."
         )
     if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
         raise ConfigError(
@@ -81,8 +82,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     if type(strategy.checkpoint_io) is not TorchCheckpointIO:
         raise ConfigError(
             f"{type(strategy.checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
-            f"that all ranks write at once. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
-            f"writes behind the training."
+            f"that all ranks write together. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
+            f"writes them while training continues."
         )
     if module is not None:
         _check_module(module)
@@ -119,6 +120,6 @@ def _check_callback(callback: pl.Callback) -> None:
     if getattr(callback, "save_on_exception", False):
         raise ConfigError(
             f"{name}(save_on_exception=True) is not supported by MimoStrategy: "
-            f"{_REFUSED[OnExceptionCheckpoint].partition('. ')[0]}. Set it to False; every_n_train_steps=... bounds "
-            f"what is lost, and SIGTERM saves by itself."
+            f"{_REFUSED[OnExceptionCheckpoint].partition('. ')[0]}. Set it to False; every_n_train_steps=... limits "
+            f"the lost work, and SIGTERM saves a checkpoint without it."
         )

@@ -1,4 +1,4 @@
-"""What is different in a Trainer whose strategy is MimoStrategy."""
+"""Adapts a Trainer whose strategy is MimoStrategy: signals, callbacks and loops."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning_mimo.strategy.epoch_loop import replace_epoch_loop
 
 
 def set_up_trainer(trainer: pl.Trainer, environment: object, *, must_stop: Callable[[], bool]) -> Signals:
-    """Set what the strategy needs of the Trainer, before it registers its signal handlers. Called for every stage.
+    """Adapt a Trainer to the strategy. Called in every stage, before the Trainer registers its signal handlers.
 
     Args:
         trainer: the Trainer.
         environment: Lightning's ClusterEnvironment.
-        must_stop: whether the batch that just ended is the last one; the same on every rank.
+        must_stop: returns whether the run must end after the current batch; the same on every rank.
 
     Returns:
-        What this rank is told to do while the stage is running.
+        The signals that this rank receives while the stage runs.
     """
-    # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
+    # Lightning's distributed sampler would give every rank different samples; the package shards the data itself.
     trainer._accelerator_connector.use_distributed_sampler = False
     trainer._signal_connector = signals = Signals(trainer, environment)
     callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
@@ -30,7 +30,7 @@ def set_up_trainer(trainer: pl.Trainer, environment: object, *, must_stop: Calla
     callbacks.append(Preemption(must_stop, signals, environment))
     replace_model_summary(callbacks)
     replace_epoch_loop(trainer)
-    # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
+    # Megatron caches rotary embeddings, and tensors that are created in inference mode cannot be used in training.
     fit_validation = trainer.fit_loop.epoch_loop.val_loop
     for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False

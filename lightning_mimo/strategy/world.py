@@ -1,4 +1,4 @@
-"""All ranks together: how they find one another, what Lightning has them tell one another, and who watches them."""
+"""Functions over all ranks: default process group, Lightning's collectives, infrastructure and watchdog."""
 
 from __future__ import annotations
 
@@ -27,45 +27,45 @@ _BROADCAST = SpanInfo(kind="world", label="receive what another rank tells all, 
 
 
 class WorldCollectives:
-    """Each does nothing where there is no process group."""
+    """Lightning's collectives over all ranks. Each has no effect if there is no process group."""
 
     def __init__(self, spans: Spans) -> None:
         """
         Args:
-            spans: where this rank notes what it waits for.
+            spans: records what this rank waits for.
         """
         self._spans = spans
 
     def reduce(self, tensor: Any, group: dist.ProcessGroup | None, reduce_op: ReduceOp | str | None) -> Any:
-        """Reduce a tensor over the world (or a group). Other objects come back as they are.
+        """Reduce a tensor over the world or a group. Other objects are returned unchanged.
 
         Args:
-            tensor: changed in place, but for the division of a mean.
-            group: in the place of the world.
-            reduce_op: "mean", the name of a ReduceOp in any case, or a ReduceOp; ``None`` is the sum.
+            tensor: reduced in place, except for the division of a mean.
+            group: a process group; ``None`` for the world.
+            reduce_op: "mean", the name of a ReduceOp (not case-sensitive), or a ReduceOp; ``None`` for the sum.
         """
         if not isinstance(tensor, torch.Tensor) or not dist.is_initialized():
             return tensor
         if isinstance(reduce_op, str):
             reduce_op = getattr(ReduceOp, {"MEAN": "AVG"}.get(reduce_op.upper(), reduce_op.upper()))
-        mean = reduce_op == ReduceOp.AVG  # not every backend has it
+        mean = reduce_op == ReduceOp.AVG  # not supported by every backend
         op = ReduceOp.SUM if mean or reduce_op is None else reduce_op
         with self._spans.span(_REDUCE):
             dist.all_reduce(tensor, op=op, group=group)
         return tensor / dist.get_world_size(group) if mean else tensor
 
     def barrier(self, device: torch.device) -> None:
-        """Wait until all ranks are here.
+        """Wait until all ranks have called this.
 
         Args:
-            device: of this rank. NCCL reduces a number for a barrier, and would have to guess on which GPU.
+            device: device of this rank. NCCL implements a barrier as an all-reduce, and would have to guess the GPU.
         """
         if dist.is_initialized():
             with self._spans.span(_BARRIER):
                 dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
     def broadcast[T](self, obj: T, src: int) -> T:
-        """A picklable object of one rank, on all of them."""
+        """Return the picklable object of rank ``src`` on all ranks."""
         if not dist.is_initialized():
             return obj
         box = [obj]
@@ -75,13 +75,14 @@ class WorldCollectives:
 
 
 def join_world(environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta) -> None:
-    """Make torch.distributed's default process group, unless there is one. Collective over the world.
+    """Create torch.distributed's default process group unless it exists. Collective over the world.
 
     Args:
-        environment: tells where rank 0 is.
-        device: of this rank.
-        backend: ``None`` is the one that fits the device.
-        timeout: how long a rank may wait for another; the watchdog of :func:`start_watchdog` comes first.
+        environment: provides the address of rank 0.
+        device: device of this rank.
+        backend: torch.distributed backend; ``None`` selects the default for the device.
+        timeout: longest time that a rank may wait for another. The process group waits longer than this, so that the
+            watchdog of :func:`start_watchdog` reports first.
     """
     backend = backend or _get_default_process_group_backend_for_device(device)
     _init_dist_connection(environment, backend, timeout=Watchdog.patience_after(timeout))
@@ -90,13 +91,13 @@ def join_world(environment: ClusterEnvironment, device: torch.device, backend: s
 def build_infra(
     layout: MimoLayout, spans: Spans, *, global_batch_size: int, num_microbatches: int
 ) -> tuple[MimoModelInfra, RankBatchPlan]:
-    """Process groups of a layout, checked against what the data are to be. Collective over the world.
+    """Build the process groups of a layout and check them against the batch sizes. Collective over the world.
 
     Args:
-        layout: of all ranks.
-        spans: where this rank notes what it does.
-        global_batch_size: samples of a batch over all ranks.
-        num_microbatches: that it is cut into.
+        layout: layout of all ranks.
+        spans: records what this rank does.
+        global_batch_size: samples per global batch, over all ranks.
+        num_microbatches: number of microbatches that a global batch is split into.
 
     Returns:
         Grids and process groups, and this rank's share of every global batch.
@@ -114,14 +115,14 @@ def build_infra(
 def start_watchdog(
     infra: MimoModelInfra, launcher: Any, *, device: torch.device, timeout: timedelta, leaves_first: bool
 ) -> Watchdog:
-    """Watch over the waiting of this rank. To be called when all of its process groups exist.
+    """Start the watchdog that ends the run if this rank waits too long. Requires that all process groups exist.
 
     Args:
-        infra: layout, process groups, and where this rank notes what it does.
-        launcher: of this rank's node; ends the others on it.
-        device: of this rank.
-        timeout: how long a rank may wait for another.
-        leaves_first: whether this rank started others, which are to be gone before it would report their end.
+        infra: layout, process groups, and the spans of this rank.
+        launcher: launcher on this node, which ends the other ranks of the node.
+        device: device of this rank.
+        timeout: longest time that a rank may wait for another.
+        leaves_first: whether this rank started others and so ends them first; otherwise it would report their exits.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)

@@ -168,6 +168,6 @@ def test_layout_is_checked_on_gpus_before_the_script_is_started_again() -> None:
     connected.parallel_devices = [torch.device("cuda", index) for index in range(3)]
     connected.cluster_environment = LightningEnvironment()
     connected._configure_launcher()
-    with pytest.raises(LayoutError, match="how 3 ranks are to be divided between them is not determined"):
+    with pytest.raises(LayoutError, match="how 3 ranks are to be divided between them is ambiguous"):
         connected.launcher.launch(pytest.fail, "was started")
     assert connected.launcher.procs == []

@@ -43,7 +43,7 @@ def trainer(**options: Any) -> pl.Trainer:
         (ModelPruning("l1_unstructured"), r"ModelPruning is not supported by MimoStrategy: .*shards"),
         (BatchSizeFinder(), r"BatchSizeFinder is not supported by MimoStrategy: .*global_batch_size"),
         (LearningRateFinder(), r"LearningRateFinder is not supported by MimoStrategy: .*Leave it out"),
-        (OnExceptionCheckpoint("."), r"OnExceptionCheckpoint is not supported by MimoStrategy: .*wait for ever"),
+        (OnExceptionCheckpoint("."), r"OnExceptionCheckpoint is not supported by MimoStrategy: .*wait forever"),
         (
             ModelCheckpoint(save_on_exception=True),
             r"ModelCheckpoint\(save_on_exception=True\) is not .*Set it to False",
