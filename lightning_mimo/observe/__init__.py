@@ -1,4 +1,4 @@
-"""What ranks record of themselves, and what is made of it: telemetry, traces, timelines, the watchdog.
+"""Recording of each rank's work, and its uses: telemetry, traces, timelines and the watchdog.
 
 Imports ``layout`` and torch.
 """

@@ -1,4 +1,4 @@
-"""One time for the ranks of several machines, good enough to draw their work above one another."""
+"""Clock synchronization between machines, accurate enough to draw all ranks on one time axis."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _ROUNDS = 20
 def offset_to_rank_0(
     device: torch.device, *, clock: Callable[[], float] = time.perf_counter, machine: str | None = None
 ) -> float:
-    """What to add to this rank's clock to have that of rank 0. Collective over the world.
+    """Measure the offset to add to this rank's clock to get the time of rank 0. Collective over the world.
 
-    Processes of one machine have one monotonic clock: their offset is 0. Of every other machine, one rank exchanges
-    messages with rank 0, which answers with its time. The answer that came back fastest counts, and is taken to have
-    been written half-way; the error is at most half of the time that it took.
+    Processes on the same machine share a monotonic clock, so ranks on the machine of rank 0 have offset 0. On every
+    other machine, one rank exchanges messages with rank 0, which answers with its time. The exchange with the shortest
+    round trip is used, assuming that rank 0 read its clock halfway through; the error is at most half the round trip.
 
     Args:
-        device: on which messages travel.
-        clock: of this rank, in seconds.
-        machine: its name; ``None`` finds it out.
+        device: device of the messages.
+        clock: returns the time of this rank in seconds.
+        machine: identifies this rank's machine; ``None`` detects it.
 
     Returns:
-        Seconds.
+        Offset in seconds.
     """
     machines: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(machines, machine or _machine())
@@ -67,5 +67,5 @@ def _answer(rank: int, device: torch.device, clock: Callable[[], float]) -> None
     message = torch.zeros(1, dtype=torch.float64, device=device)
     for _ in range(_ROUNDS):
         dist.recv(message, src=rank)
-        message.fill_(clock() + 0 * message.item())  # on a GPU, not before the question is there
+        message.fill_(clock() + 0 * message.item())  # makes a GPU read the message before it sends
         dist.send(message, dst=rank)

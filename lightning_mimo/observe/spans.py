@@ -1,7 +1,7 @@
-"""What a rank is doing and has done: the one record that hang reports, telemetry and traces are read from.
+"""Recorder of a rank's work, the common source of hang reports, telemetry and traces.
 
-A span is one piece of work with a begin and an end. Spans nest. While nobody keeps them, opening one costs a list
-entry and a counter.
+A span is a piece of work with a begin and an end. Spans nest. While recording is off, opening a span costs only a list
+entry and a counter increment.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ import torch
 
 FORWARD, BACKWARD = "forward", "backward"
 COMPUTING = (FORWARD, BACKWARD)
-"""Kinds of work that wait for nobody, but for tensor-parallel peers."""
+"""Kinds of work that wait for no other rank except tensor-parallel peers."""
 LOADING = "loading"
-"""Kind of work that waits for no rank at all."""
+"""Kind of work that waits for no other rank."""
 
-_SOON_SECONDS = 0.5  # after which a GPU is said not to have come to a mark
+_SOON_SECONDS = 0.5  # how long to wait before reporting that a GPU has not reached a mark
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanInfo:
-    """What a span is spent on. Made once and used for many spans.
+    """Description of the work in a span. Created once and shared by many spans.
 
     Attributes:
-        kind: ``forward`` (with the loss), ``backward``, ``bridge``, ``pipeline``, ``loading``, ``reduce``, ``sum``
+        kind: ``forward`` (including the loss), ``backward``, ``bridge``, ``pipeline``, ``loading``, ``reduce``, ``sum``
             (over all ranks), ``optimizer`` or ``world`` (between steps).
-        label: as in "has waited to ...".
-        module: whose work it is; empty where it belongs to none.
-        sends: direction of what is sent, ``forward`` or ``backward``.
-        receives: direction of what is received.
-        edge: from where to where activations go, for transfers.
+        label: infinitive that completes "has waited to ...", or a noun.
+        module: module that the work belongs to; empty if there is none.
+        sends: direction of the sent tensors, ``forward`` or ``backward``.
+        receives: direction of the received tensors.
+        edge: for transfers, the source and destination of the activations.
         peers: global ranks that must take part.
     """
 
@@ -52,12 +52,12 @@ class Span:
     """A piece of work on this rank.
 
     Attributes:
-        recorder: whose it is.
-        info: what is done.
-        depth: how many other spans it lies in.
-        microbatch: which one is computed, sent or received.
-        begin: mark of the recorder's clock; ``None`` if it is not kept.
-        end: ``None`` while it is open.
+        recorder: recorder that opened the span.
+        info: description of the work.
+        depth: number of enclosing spans.
+        microbatch: index of the microbatch that is computed, sent or received.
+        begin: mark of the recorder's clock; ``None`` if the span is not kept.
+        end: like ``begin``; ``None`` also while the span is open.
     """
 
     recorder: Spans = field(repr=False)
@@ -78,26 +78,29 @@ class Span:
 
 
 class Clock(Protocol):
-    """Marks moments in the work of this rank's device."""
+    """Interface of the clocks that mark points in the work of this rank's device."""
 
     def mark(self) -> Any:
-        """The moment at which the device has done what it was given so far."""
+        """Mark the moment at which the device completes all work submitted so far."""
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Seconds between two marks."""
+        """Return the seconds between two marks."""
 
     def is_past(self, mark: Any) -> bool:
-        """Whether the device has come to a mark. Waits a moment at most; for any thread."""
+        """Whether the device has reached a mark. Waits briefly at most; any thread may call it."""
 
     def is_idle(self) -> bool:
-        """Whether the device has done all that it was given. Waits a moment at most; for any thread."""
+        """Whether the device has completed all submitted work. Waits briefly at most; any thread may call it."""
 
     def anchor(self) -> tuple[Any, float]:
-        """A mark of this moment, and ``perf_counter``. Waits for the device."""
+        """Return a mark of the current moment and its ``perf_counter`` time. Synchronizes with the device."""
 
 
 class HostClock:
-    """Of a CPU, where work is done when the call returns. ``perf_counter``: monotonic, common to a machine."""
+    """Clock of a CPU, where work is complete when the call returns.
+
+    Uses ``perf_counter``, which is monotonic and the same for all processes of a machine.
+    """
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -117,7 +120,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Of a GPU: events in the current stream, which the host does not wait for when it makes them."""
+    """Clock of a GPU: events in the current stream, recorded asynchronously."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -135,7 +138,7 @@ class CudaClock:
         return _returns_soon(mark.synchronize)
 
     def is_idle(self) -> bool:
-        # By device, since another thread may have another current one.
+        # The device is explicit because the current device of another thread may differ.
         return _returns_soon(torch.cuda.default_stream(self._device).synchronize)
 
     def anchor(self) -> tuple[torch.cuda.Event, float]:
@@ -145,10 +148,10 @@ class CudaClock:
 
 
 def _returns_soon(wait: Callable[[], None]) -> bool:
-    """Whether a call that waits for a GPU returns.
+    """Whether a call that waits for a GPU returns within ``_SOON_SECONDS``.
 
-    Not by asking the GPU, as ``query()`` does: that holds the interpreter's lock and does not return where another
-    thread stands in a launch that the GPU does not take, because its queue is full. ``synchronize()`` holds no lock.
+    ``query()`` is not used: it holds the GIL and blocks while another thread is blocked in a kernel launch because the
+    GPU's queue is full. ``synchronize()`` releases the GIL.
     """
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
@@ -157,19 +160,20 @@ def _returns_soon(wait: Callable[[], None]) -> bool:
 
 
 def clock_of(device: torch.device) -> Clock:
-    """The clock of a rank's device."""
+    """Return the clock of a rank's device."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 class Spans:
-    """Records the spans of one rank. Only one thread at a time may open and close them; any may look.
+    """Recorder of the spans of one rank.
 
-    (The thread in which autograd runs on a GPU counts as that one: the main thread waits for it meanwhile.)
+    Only one thread at a time may open and close spans; any thread may read. Opening spans in autograd's GPU thread is
+    safe, because the main thread waits for it.
 
     Attributes:
         keep: whether spans are kept, with their times, until :meth:`drain`.
-        changes: grows with every begin and every end.
-        last: the span that ended last.
+        changes: counter that increases with every begin and every end.
+        last: the span that ended most recently.
     """
 
     def __init__(self, clock: Clock | None = None) -> None:
@@ -181,7 +185,7 @@ class Spans:
         self._kept: list[Span] = []
 
     def span(self, info: SpanInfo, microbatch: int | None = None) -> Span:
-        """Open a span inside of the one that is open, until the end of the ``with`` block, or :meth:`end`."""
+        """Open a span inside the innermost open span, until the end of the ``with`` block or :meth:`end`."""
         span = Span(self, info, len(self._open), microbatch)
         if self.keep:
             span.begin = self.clock.mark()
@@ -191,7 +195,7 @@ class Spans:
         return span
 
     def end(self, span: Span) -> None:
-        """Close a span, and those inside of it that an exception left open."""
+        """Close a span and any inner spans that an exception left open."""
         if span.begin is not None:
             span.end = self.clock.mark()
         del self._open[span.depth :]
@@ -199,13 +203,16 @@ class Spans:
         self.changes += 1
 
     def drain(self) -> list[Span]:
-        """The spans that have been kept and are closed, in the order of their begin; they are kept no longer."""
+        """Return and remove the kept spans that are closed, in the order of their begin."""
         drained = [span for span in self._kept if span.end is not None]
         self._kept = [span for span in self._kept if span.end is None and span in self._open]
         return drained
 
     def current(self) -> Span | None:
-        """What this rank is doing: on a GPU, the first that the device has not done yet. For any thread."""
+        """Return the span of this rank's current work. Any thread may call it.
+
+        On a GPU, this is the first span that the device has not completed, if spans are kept.
+        """
         for span in tuple(self._kept):
             if span.end is not None and span.depth == 0 and not self.clock.is_past(span.end):
                 return span
@@ -213,7 +220,7 @@ class Spans:
         return innermost[0] if innermost else None
 
     def own_seconds(self, spans: list[Span]) -> dict[tuple[str, str], float]:
-        """(kind, module) -> seconds, those of a span inside of another counted for the inner one only."""
+        """Return (kind, module) -> seconds; the time of a nested span counts for the inner span only."""
         sums: dict[tuple[str, str], float] = {}
         outer: list[Span] = []
         for span in spans:

@@ -1,7 +1,7 @@
-"""What each module does per step, from what every rank recorded: no collective, no barrier, no read of its own.
+"""Time, throughput and memory of each module per step, without an extra collective, barrier or device read.
 
-A rank's figures of the steps since the last report travel with the one collective of the step that is logged, each in
-a place of its own, so that every rank knows those of all ranks.
+Each rank's figures since the last report are part of the single all-reduce of the logged step. Every rank has separate
+elements in it, so the sum contains the figures of all ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.observe.spans import COMPUTING, Span, Spans
 
 _TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeline": "pipeline_s", "reduce": "reduce_s"}
-"""Kind of work -> figure that it counts for."""
+"""Kind of work -> figure that includes it."""
 _TIME_FIGURES = tuple(dict.fromkeys(_TIMES.values()))
 _COUNTS = ("samples", "tokens")
 _FIGURES = (*_TIME_FIGURES, "memory", *_COUNTS, "seconds", "steps")
@@ -27,34 +27,33 @@ _MIB = 2**20
 
 
 class Telemetry:
-    """Adds up what this rank does, and says what all ranks together came to.
+    """Accumulates this rank's figures and computes the figures of each module from those of all ranks.
 
-    The figures, each for every module, under ``telemetry/<module>/``:
+    The figures of each module are logged under ``telemetry/<module>/``:
 
-    - ``compute_s``: seconds per step in forward (with the loss) and backward, mean of the module's ranks; exchanges
-      between tensor-parallel or expert ranks inside of them count as computing.
+    - ``compute_s``: seconds per step in forward (including the loss) and backward, mean over the module's ranks;
+      includes the communication between tensor-parallel or expert-parallel ranks.
     - ``bridge_s``, ``pipeline_s``, ``reduce_s``: seconds per step in transfers to other modules, in transfers between
-      stages, and in what is left of reducing gradients when backward has ended, mean of the ranks that have any.
-      Waiting and moving data are one here: neither gloo nor NCCL tells when the other side came.
-    - ``samples_per_sec``: samples with something for this module.
-    - ``tokens_per_sec``: for the language module, positions that it reads, padding included; for an encoder, embeddings
-      that it makes.
-    - ``peak_memory_mib``: largest of the module's ranks since the start; allocated by torch on a GPU, resident (what it
-      shares with other processes included) on a CPU.
+      pipeline stages, and in the gradient reduction that remains after backward; mean over the ranks that have any.
+      They include waiting, because neither gloo nor NCCL reports when the other side is ready.
+    - ``samples_per_sec``: samples that have input for this module.
+    - ``tokens_per_sec``: for the language module, input positions including padding; for an encoder, output embeddings.
+    - ``peak_memory_mib``: maximum over the module's ranks since the start; memory allocated by torch on a GPU, resident
+      memory (including memory shared with other processes) on a CPU.
     """
 
     def __init__(self, layout: MimoLayout, spans: Spans, device: torch.device) -> None:
         """
         Args:
-            layout: which module is on which ranks.
-            spans: what this rank records of itself.
-            device: of this rank.
+            layout: assignment of modules to ranks.
+            spans: this rank's recorder.
+            device: this rank's device.
         """
         self._spans = spans
         self._device = device
         self._rank = dist.get_rank()
         modules = layout.modules_on(self._rank)
-        self._counted = []  # modules of which this rank counts what it reads: each replica does once
+        self._counted = []  # modules whose samples and tokens this rank counts: one rank per replica
         for name in modules:
             place = layout.modules[name].coordinates(self._rank)
             if not place["tp"] and not place["pp"]:
@@ -65,7 +64,7 @@ class Telemetry:
         self._unread: list[Span] = []
 
     def count(self, microbatches: Sequence[Microbatch]) -> None:
-        """Count a batch of the step that is running. Reads sizes only, no tensors."""
+        """Count a batch of the current step. Uses sizes only and reads no tensors."""
         for name in self._counted:
             sums = self._in_step[name]
             for microbatch in microbatches:
@@ -78,13 +77,13 @@ class Telemetry:
                     sums["tokens"] += sum(counts.own_placeholders)
 
     def add(self, spans: list[Span], seconds: float) -> None:
-        """A step is done.
+        """Add the figures of a completed step.
 
         Args:
-            spans: of all batches that were accumulated for it.
-            seconds: since the step before.
+            spans: spans of all batches that were accumulated for the step.
+            seconds: time since the previous step.
         """
-        # Times are read a step later, when a GPU has long done the work: nobody has to wait for it.
+        # Times are read one step later, when the GPU has completed the work, so the host does not wait.
         self._read()
         self._unread = spans
         for name, sums in self._sums.items():
@@ -96,7 +95,11 @@ class Telemetry:
             sums["steps"] += 1
 
     def figures(self) -> torch.Tensor:
-        """This rank's figures since the last call: float64 ``[ranks and their modules * figures]``, for a sum."""
+        """Return this rank's figures since the last call, to be summed over all ranks.
+
+        Returns:
+            float64 ``[(rank, module) pairs * figures]``, zero except for this rank's pairs.
+        """
         self._read()
         numbers = torch.zeros(len(self._places), len(_FIGURES), dtype=torch.float64)
         for place, (rank, name) in enumerate(self._places):
@@ -114,7 +117,11 @@ class Telemetry:
         self._unread = []
 
     def describe(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Names and values to log, from the sum of :meth:`figures` over all ranks; nothing if no step was done."""
+        """Return the names and values to log; empty if no step was completed.
+
+        Args:
+            numbers: sum of :meth:`figures` over all ranks.
+        """
         rows: dict[str, list[dict[str, float]]] = {}
         for place, (_, name) in enumerate(self._places):
             of_rank = numbers[place * len(_FIGURES) : (place + 1) * len(_FIGURES)]
@@ -129,7 +136,7 @@ class Telemetry:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Bytes, see :class:`Telemetry`."""
+    """Return this process's peak memory in bytes, as defined by :class:`Telemetry`."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     # Linux counts in KiB, macOS in bytes.

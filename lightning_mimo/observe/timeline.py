@@ -1,4 +1,4 @@
-"""A traced step as a picture: ranks down, time across."""
+"""Timeline plot of a traced step: one row per rank, time on the horizontal axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_mimo.observe.trace import KINDS, RankTrace, idle_share, shares
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Distinguishable with any kind of colour vision, after Okabe and Ito; pale where nothing is computed.
+# Based on the colour-blind-safe palette of Okabe and Ito; pale where nothing is computed.
 _COLOURS = {
     "forward": "#56b4e9",
     "backward": "#0072b2",
@@ -25,13 +25,14 @@ _COLOURS = {
     "other": "#f4f4f4",
 }
 _GAP = 0.6  # between modules, in rows
-_NARROWEST = 0.018  # of the width, for a microbatch's number
+_NARROWEST = 0.018  # fraction of the width that a span needs to show its microbatch number
 
 
 def require_matplotlib() -> None:
-    """
+    """Raise an error if matplotlib is not installed.
+
     Raises:
-        ModuleNotFoundError: saying how to install it.
+        ModuleNotFoundError: with the install command.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
@@ -40,12 +41,12 @@ def require_matplotlib() -> None:
 
 
 def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None:
-    """Write a PNG.
+    """Draw the timeline of a step and save it as a PNG file.
 
     Args:
-        ranks: of one step.
-        path: of the file.
-        title: above the picture.
+        ranks: traces of all ranks for one step.
+        path: output file.
+        title: title of the plot.
     """
     from matplotlib.figure import Figure
 
@@ -73,7 +74,7 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
 
 
 def _rows(ranks: Sequence[RankTrace]) -> dict[int, float]:
-    """Rank -> its height in the picture, with a gap between modules."""
+    """Return rank -> vertical position in the plot, with a gap between modules."""
     rows: dict[int, float] = {}
     height, before = -1.0, None
     for each in ranks:

@@ -1,4 +1,4 @@
-"""A step as all ranks recorded it: as a trace for Perfetto, and as shares of time."""
+"""Trace of a step on all ranks, exported for Perfetto or summarized as shares of the step time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ KINDS = {
     "sum": "all ranks: wait, add up",
     "other": "nothing recorded",
 }
-"""Kind of work -> its name for a reader, in the order of a step."""
+"""Kind of work -> display name, in the order of a step."""
 WORKING = ("forward", "backward", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TracedSpan:
-    """A :class:`Span` on the common clock: ``begin`` and ``end`` in seconds since the step began anywhere."""
+    """A :class:`Span` on the common clock, with ``begin`` and ``end`` in seconds."""
 
     info: SpanInfo
     depth: int
@@ -42,12 +42,12 @@ class RankTrace:
 
     Attributes:
         rank: global rank.
-        modules: what it holds.
-        label: its place, such as ``tp0 dp1``.
+        modules: modules on this rank.
+        label: coordinates in the grid, such as ``tp0 dp1``.
         stage: pipeline stage.
-        begin: when its step began, in seconds on the common clock.
-        end: when it ended.
-        spans: in the order of their begin, those inside of others after them.
+        begin: begin of the step on this rank, in seconds on the common clock.
+        end: end of the step on this rank.
+        spans: in the order of their begin; inner spans follow their outer span.
     """
 
     rank: int
@@ -63,7 +63,7 @@ class RankTrace:
         return f"rank {self.rank}: {' and '.join(self.modules)}, stage {self.stage}, {self.label}"
 
     def seconds(self) -> dict[str, float]:
-        """Kind -> seconds, those of a span inside of another counted for the inner one only; the rest is ``other``."""
+        """Return kind -> seconds; nested time counts for the inner span only, unrecorded time is ``other``."""
         sums = dict.fromkeys(KINDS, 0.0)
         outer: list[TracedSpan] = []
         for span in self.spans:
@@ -79,14 +79,14 @@ class RankTrace:
 def trace_of_rank(
     rank: int, layout: MimoLayout, spans: Sequence[Span], clock: Clock, anchor: tuple[Any, float]
 ) -> RankTrace:
-    """What one rank recorded of a step, on the common clock.
+    """Convert one rank's spans of a step to the common clock.
 
     Args:
         rank: global rank.
-        layout: modules and their sizes.
+        layout: assignment of modules to ranks.
         spans: in the order of their begin.
-        clock: with which they were marked.
-        anchor: a mark of it at the beginning of the step, and the common time of that moment.
+        clock: clock that made their marks.
+        anchor: mark at the beginning of the step, and its time in seconds on the common clock.
     """
     mark, begin = anchor
     traced = tuple(
@@ -115,7 +115,7 @@ def trace_of_rank(
 
 
 def chrome_trace(ranks: Sequence[RankTrace]) -> dict[str, Any]:
-    """The trace in the JSON format of Chrome and Perfetto: a process for each rank, times in microseconds."""
+    """Convert a trace to the JSON format of Chrome and Perfetto: one process per rank, times in microseconds."""
     start = min(each.begin for each in ranks)
     events: list[Event] = []
     for each in ranks:
@@ -127,7 +127,7 @@ def chrome_trace(ranks: Sequence[RankTrace]) -> dict[str, Any]:
 
 
 def shares(ranks: Sequence[RankTrace]) -> dict[str, dict[str, float]]:
-    """Module -> kind -> share of the step, from 0 to 1, mean of the module's ranks."""
+    """Return module -> kind -> share of the step time, from 0 to 1, as the mean over the module's ranks."""
     step = max(each.end for each in ranks) - min(each.begin for each in ranks)
     by_module: dict[str, list[dict[str, float]]] = {}
     for each in ranks:
@@ -140,12 +140,15 @@ def shares(ranks: Sequence[RankTrace]) -> dict[str, dict[str, float]]:
 
 
 def idle_share(of_module: dict[str, float]) -> float:
-    """The share in which nothing was computed. Transfers belong to it: waiting cannot be told apart from them."""
+    """Return the share of time without computation.
+
+    Transfers count as idle, because they cannot be distinguished from waiting.
+    """
     return 1 - sum(of_module[kind] for kind in WORKING)
 
 
 def describe_shares(ranks: Sequence[RankTrace]) -> str:
-    """One line for each module."""
+    """Format the shares as text, one line per module."""
     lines = []
     for module, of_module in shares(ranks).items():
         parts = [
@@ -172,7 +175,7 @@ def _slice(span: TracedSpan, rank: int, start: float) -> Event:
 
 
 def _arrows(ranks: Sequence[RankTrace], start: float) -> Iterator[Event]:
-    """From every send to the receives that it ends in."""
+    """Yield arrow events from every send to its matching receives."""
     sent = {
         (span.info.edge, span.info.sends, span.microbatch, each.rank, peer): span
         for each in ranks

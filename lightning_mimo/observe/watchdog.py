@@ -1,8 +1,8 @@
-"""Says what every rank waits for when a run hangs, and ends it.
+"""Watchdog that reports what every rank waits for when a run hangs, and then ends the run.
 
-One thread in each rank looks at what the rank has open, and nobody else is asked while all goes well. When a rank has
-waited for as long as the timeout, it says so under a key of torch.distributed's store; there, and not through process
-groups, which hang, the others find it, and one of them finds out which rank the others wait for.
+A thread in each rank polls the rank's open span; there is no communication between ranks until one hangs. When a rank
+has waited for the whole timeout, it writes a report to torch.distributed's store, because process groups would hang as
+well. The other ranks find the report there and add theirs, and one rank determines which ranks the others wait for.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from lightning_mimo.observe.spans import COMPUTING, LOADING, Spans
 from lightning_mimo.upstream.torch import _get_default_store
 
 _FRAMES = 4
-_FROZEN_SECONDS = 30.0  # beyond the timeout, while the interpreter stands still
+_FROZEN_SECONDS = 30.0  # added to the timeout for a blocked interpreter
 _COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank says of itself.
+    """Report of one rank about its current work.
 
     Attributes:
-        waits: whether it waits for another rank.
-        label: what it does: ``has waited 30 s to ...`` or ``has been in ...``.
+        waits: whether the rank waits for another rank.
+        label: the current work, as ``has waited 30 s to ...`` or ``has been in ...``.
     """
 
     waits: bool
@@ -46,7 +46,7 @@ class Report:
 
 
 class Watchdog:
-    """Watches one rank from a thread of its own, from :meth:`start` to :meth:`stop`."""
+    """Watches one rank from separate threads, from :meth:`start` to :meth:`stop`."""
 
     def __init__(
         self,
@@ -60,13 +60,14 @@ class Watchdog:
     ) -> None:
         """
         Args:
-            spans: what this rank records.
-            layout: which modules are on which ranks.
+            spans: this rank's recorder.
+            layout: assignment of modules to ranks.
             timeout: how long a rank may wait for another.
-            end_node: ends the other ranks of this machine that this process knows of.
-            leaves_first: whether this rank started others, which are to be gone before it would report their end.
-            on_gpu: whether a call that waits for a GPU may stop the interpreter, and this watchdog with it. The process
-                is then ended from outside of it, with what all threads were doing.
+            end_node: ends the other ranks on this machine that this process knows of.
+            leaves_first: whether this rank exits before the others: it started them, and would otherwise report their
+                end.
+            on_gpu: whether a call that waits for a GPU may block the interpreter, and the watchdog with it. A C thread
+                then prints the stack of every thread and ends the process.
         """
         self._spans = spans
         self._layout = layout
@@ -75,11 +76,11 @@ class Watchdog:
         self._end_node = end_node
         self._leaves_first = leaves_first
         self._on_gpu = on_gpu
-        # A clone has a connection of its own: the store's may be taken by a call that waits.
+        # A clone has a separate connection: a blocking call may occupy the connection of the store itself.
         self._store = dist.PrefixStore("lightning_mimo/hang", _get_default_store().clone())
         self._poll = min(1.0, self._timeout / 20)
         self._quiet = min(10.0, self._timeout / 2)
-        self._longest_wait = self._quiet + 2 * self._poll + 2  # until all ranks that can have reported
+        self._longest_wait = self._quiet + 2 * self._poll + 2  # for the reports of all ranks that are able to report
         self._stopped = threading.Event()
         self._main = threading.get_ident()
         self._silent = 0.0  # seconds since this rank began or ended something
@@ -87,7 +88,7 @@ class Watchdog:
 
     @staticmethod
     def patience_after(timeout: timedelta) -> timedelta:
-        """How long process groups are to wait: so much longer that the watchdogs come first."""
+        """Return the timeout for process groups, long enough for the watchdogs to act first."""
         return timeout + timedelta(seconds=60)
 
     def start(self) -> None:
@@ -95,7 +96,7 @@ class Watchdog:
             threading.Thread(target=task, daemon=True, name="lightning-mimo-watchdog").start()
 
     def stop(self) -> None:
-        """Watch no longer. Needs no other rank."""
+        """Stop watching. Not collective."""
         self._stopped.set()
 
     def _watch(self) -> None:
@@ -103,7 +104,7 @@ class Watchdog:
         while not self._stopped.wait(self._poll):
             self._outlive_interpreter()
             now = time.monotonic()
-            # A process that was stopped and goes on, or a machine that slept, has not waited for anybody.
+            # The time in which the process was stopped or the machine was suspended does not count as waiting.
             passed, before = min(now - before, 2 * self._poll), now
             self._silent = self._silent + passed if changes == self._spans.changes else 0.0
             changes = self._spans.changes
@@ -113,42 +114,42 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _outlive_interpreter(self) -> None:
-        """Have the process ended, by a thread that needs no interpreter, if this is not called again in time."""
+        """Schedule the end of the process, by a thread that does not need the GIL, unless called again in time."""
         if self._on_gpu:
             faulthandler.dump_traceback_later(self._timeout + _FROZEN_SECONDS, file=2, exit=True)
 
     def _listen(self) -> None:
-        # Apart from the other thread: where rank 0's process stands still, the store answers nobody.
-        with contextlib.suppress(RuntimeError):  # or it is gone, and the end of this one is on its way
+        # In a separate thread, because the store blocks while the process of rank 0 is stopped.
+        with contextlib.suppress(RuntimeError):  # rank 0 has exited; this process will be ended as well
             while not self._stopped.wait(self._poll) and not self._called.is_set():
                 if self._silent >= self._quiet and self._store.check(["first"]):
                     self._called.set()
 
     def _look(self) -> Report:
-        """What this rank does at this moment."""
+        """Return a report of this rank's current work."""
         silent = self._silent
         frame = sys._current_frames().get(self._main)
         in_collective = _innermost_file(frame).endswith(_COLLECTIVE)
         span = self._spans.current()
         if span is None:
             last = "nothing" if self._spans.last is None else str(self._spans.last)
-            verb = "waited" if in_collective else "not gone on"
+            verb = "waited" if in_collective else "made no progress"
             return Report(waits=in_collective, label=f"has {verb} for {silent:.0f} s after: {last}; {_place(frame)}")
         peers = f", {_preposition(span.info.label)} {_ranks(span.info.peers)}" if span.info.peers else ""
         if span.info.kind not in (*COMPUTING, LOADING):
             return Report(waits=True, label=f"has waited {silent:.0f} s to {span}{peers}")
         if in_collective:
-            return Report(waits=True, label=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
+            return Report(waits=True, label=f"has waited {silent:.0f} s for other ranks in {span}; {_place(frame)}")
         if self._computes_with_others(span.info.module) and not self._spans.clock.is_idle():
-            # A GPU waits for others by itself, while the host is anywhere.
-            label = f"has waited {silent:.0f} s for its GPU, which has others to wait for inside of {span}"
+            # A GPU waits for other ranks asynchronously, wherever the host is.
+            label = f"has waited {silent:.0f} s for its GPU, which communicates with other ranks in {span}"
             return Report(waits=True, label=f"{label}; {_place(frame)}")
         return Report(
             waits=False, label=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
         )
 
     def _computes_with_others(self, module: str) -> bool:
-        """Whether there are collectives inside of a module's forward and backward passes, or between them."""
+        """Whether there are collectives within a module's forward and backward passes, or between them."""
         layout = self._layout
         if layout.colocated and len({sizes.dp for sizes in layout.modules.values()}) > 1:
             return True
@@ -156,20 +157,20 @@ class Watchdog:
         return sizes is not None and max(sizes.tp, sizes.cp, sizes.ep, sizes.expt_tp) > 1
 
     def _end_run(self) -> None:
-        """Report, let one rank conclude, and leave. Does not return."""
+        """Report, let one rank print the conclusion, and exit. Does not return."""
         report = self._look()
         self._say(f"{self._name(self._rank)} {report.label}.")
         talk = threading.Thread(target=self._confer, args=(report,), daemon=True)
         talk.start()
         talk.join(2 * self._longest_wait)
         if talk.is_alive():
-            self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 does not answer.")
+            self._say(f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 does not answer.")
         time.sleep(0.5 if self._leaves_first else 3.0)
         self._end_node()
         os._exit(1)
 
     def _confer(self, report: Report) -> None:
-        """Tell the others; the first one concludes, and the others wait until it has."""
+        """Publish this rank's report; the first rank prints the conclusion, and the others wait for it."""
         try:
             self._store.set(str(self._rank), json.dumps([report.waits, report.label]))
             if int(self._store.compare_set("first", "", str(self._rank))) == self._rank:
@@ -178,7 +179,7 @@ class Watchdog:
             else:
                 self._wait_for(["concluded"])
         except RuntimeError:
-            self._say(f"{self._name(self._rank)} cannot ask the others: the process of rank 0 is gone.")
+            self._say(f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 has exited.")
 
     def _wait_for(self, keys: list[str]) -> None:
         deadline = time.monotonic() + self._longest_wait
@@ -186,7 +187,7 @@ class Watchdog:
             time.sleep(self._poll / 2)
 
     def _conclude(self) -> str:
-        """Which ranks the others wait for, as far as it can be told."""
+        """Determine from the reports which ranks the others wait for, and return the message."""
         ranks = range(self._world_size)
         self._wait_for([str(rank) for rank in ranks])
         reports = {
@@ -195,7 +196,7 @@ class Watchdog:
             if self._store.check([str(rank)])
             for waits, label in [json.loads(self._store.get(str(rank)))]
         }
-        silent = "which does not answer: its process is gone, or stands still"
+        silent = "which does not answer: its process has exited or is stopped"
         missing = [f"{self._name(rank)}, {silent}" for rank in ranks if rank not in reports]
         missing += [f"{self._name(rank)}, which {each.label}" for rank, each in reports.items() if not each.waits]
         limit = f"Monitoring(timeout={self._timeout:g} s)"
@@ -210,7 +211,7 @@ class Watchdog:
 
     @staticmethod
     def _say(line: str) -> None:
-        # One call, so that the lines of several processes do not mix.
+        # A single write, so that the lines of several processes are not interleaved.
         os.write(2, f"\n{line}".encode() + b"\n")
 
 
@@ -227,6 +228,6 @@ def _innermost_file(frame: FrameType | None) -> str:
 
 
 def _place(frame: FrameType | None) -> str:
-    """Where a thread is, the innermost call first."""
+    """Format the innermost calls of a thread's stack, innermost first."""
     calls = reversed(traceback.extract_stack(frame)[-_FRAMES:]) if frame is not None else ()
     return "at " + " < ".join(f"{PurePath(call.filename).name}:{call.lineno} {call.name}" for call in calls)

@@ -1,4 +1,4 @@
-"""The data parallelism of each module: how its gradients are reduced and its updated weights exchanged."""
+"""Data parallelism of each module: gradient reduction and the all-gather of updated weights."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 def options_by_module(
     ddp: DistributedDataParallelConfig | Mapping[str, DistributedDataParallelConfig] | None, modules: Collection[str]
 ) -> dict[str, DistributedDataParallelConfig]:
-    """What a user set for all modules at once, or for some of them by name, for each module.
+    """Expand the user's DDP settings to one entry per module.
 
     Args:
-        ddp: one for all modules; or by module name, those that are left out taking the defaults.
-        modules: names of the layout.
+        ddp: settings for all modules, or a mapping by module name; omitted modules use the defaults.
+        modules: module names of the layout.
 
     Raises:
-        ConfigError: for a name that is no module.
+        ConfigError: if a name is not a module of the layout.
     """
     if not isinstance(ddp, Mapping):
         return dict.fromkeys(modules, ddp or DistributedDataParallelConfig())
     if unknown := sorted(set(ddp) - set(modules)):
         raise ConfigError(
             f"MimoStrategy(ddp=...): there is no module {unknown[0]!r}; the layout has "
-            f"{', '.join(map(repr, modules))}. Name modules, or give one DistributedDataParallelConfig for all."
+            f"{', '.join(map(repr, modules))}. Use these names, or pass one DistributedDataParallelConfig for all."
         )
     return {name: ddp.get(name, DistributedDataParallelConfig()) for name in modules}
 
 
 def check_options(ddp: Mapping[str, DistributedDataParallelConfig], dtype_policy: DtypePolicy) -> None:
-    """Refuse settings that do not go together, before any process group exists.
+    """Reject unsupported or incompatible settings before any process group exists.
 
     Args:
-        ddp: module name -> what the user set.
+        ddp: module name -> the user's settings.
         dtype_policy: the dtypes of the run.
 
     Raises:
-        ConfigError: naming the module, the two settings and what to do.
+        ConfigError: naming the module, the settings and the remedy.
     """
     for name, options in ddp.items():
         if problem := _problem_with(options, dtype_policy):
@@ -59,15 +59,15 @@ def check_options(ddp: Mapping[str, DistributedDataParallelConfig], dtype_policy
 def _problem_with(ddp: DistributedDataParallelConfig, dtype_policy: DtypePolicy) -> str | None:
     if ddp.overlap_param_gather and not ddp.use_distributed_optimizer:
         return (
-            "overlap_param_gather=True puts off an exchange of weights that only the distributed optimizer makes. Set "
-            "use_distributed_optimizer=True too, or leave it out."
+            "overlap_param_gather=True defers the all-gather of weights, which only the distributed optimizer does. "
+            "Set use_distributed_optimizer=True as well, or omit overlap_param_gather."
         )
     if ddp.overlap_param_gather and not ddp.overlap_grad_reduce:
         return "overlap_param_gather=True needs overlap_grad_reduce=True. Set both, or neither."
     if ddp.use_distributed_optimizer and not dtype_policy.mixed and dtype_policy.dtype != torch.float32:
         precision, instead = {
-            torch.float64: ("64-true", "Leave one of them out."),
-            torch.bfloat16: ("bf16-true", "Take precision='bf16-mixed', or leave it out."),
+            torch.float64: ("64-true", "Omit one of them."),
+            torch.bfloat16: ("bf16-true", "Use precision='bf16-mixed', or omit use_distributed_optimizer."),
         }[dtype_policy.dtype]
         return (
             f"use_distributed_optimizer=True does not work with Trainer(precision={precision!r}), because "
@@ -75,8 +75,8 @@ def _problem_with(ddp: DistributedDataParallelConfig, dtype_policy: DtypePolicy)
         )
     if ddp.average_in_collective:
         return (
-            "average_in_collective=True does not go with a loss per token: gradients are summed, then divided by the "
-            "tokens of the global batch. Leave it out."
+            "average_in_collective=True is incompatible with a loss per token: gradients are summed, then divided by "
+            "the number of loss tokens in the global batch. Omit it."
         )
     if ddp.num_distributed_optimizer_instances > 1:
         return (
@@ -85,46 +85,46 @@ def _problem_with(ddp: DistributedDataParallelConfig, dtype_policy: DtypePolicy)
         )
     if ddp.use_megatron_fsdp or ddp.use_custom_fsdp:
         return (
-            "use_megatron_fsdp=True is not supported; use_distributed_optimizer=True divides the optimizer's state "
-            "over the replicas."
+            "use_megatron_fsdp=True is not supported. To shard the optimizer state over the replicas, set "
+            "use_distributed_optimizer=True."
         )
     return None
 
 
 class FixedOrderDistributedDataParallel(DistributedDataParallel):
-    """Megatron's DistributedDataParallel, whose ``overlap_grad_reduce`` allows parameters without a gradient.
+    """Megatron's DistributedDataParallel whose ``overlap_grad_reduce`` supports parameters without a gradient.
 
-    Upstream reduces a bucket as soon as its gradients have arrived as often as in the first batch, in whatever order
-    the buckets get there, and fails an assertion if they do not. A replica whose samples have no images would stop, or
-    reduce its buckets in another order than its peers. Here buckets go in one fixed order, as in torch's own DDP, and
-    those that are not complete by the end of the batch go then.
+    Upstream reduces a bucket as soon as each of its gradients has been accumulated as often as in the first batch. The
+    order of the buckets is not fixed, and a bucket that does not become complete fails an assertion. A replica whose
+    samples have no images would fail, or reduce its buckets in a different order from its peers. This class reduces
+    buckets in a fixed order, as torch's DDP does, and reduces the incomplete ones at the end of the batch.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # How often each parameter's gradient arrived in the first batch, once that is over.
+        # How often each parameter's gradient was accumulated in the first batch; set after that batch.
         self._expected: dict[torch.nn.Parameter, int] | None = None
         self._started = [0, 0]
 
     @property
     def _chains(self) -> tuple[list[Any], list[Any]]:
-        """Bucket groups in the order of reduction: of dense parameters, and of experts, which have their own peers."""
+        """Bucket groups in reduction order: those of dense parameters, and those of experts, which have other peers."""
         return self.bucket_groups, self.expert_parallel_bucket_groups
 
     def zero_grad_buffer(self) -> None:
-        """As upstream's; a new batch begins."""
+        """Zero the gradient buffers and begin a new batch."""
         groups = [group for chain in self._chains for group in chain]
         arrived = {p: n for group in groups for p, n in group.per_param_grad_ready_counts.items()}
         if self._expected is None and arrived:
             self._expected = arrived
         self._started = [0, 0]
         for group in groups:
-            # So upstream goes on as in a first batch, where it counts only.
+            # With empty counts, upstream treats every batch as the first one, in which it only counts.
             group.per_param_grad_ready_counts = {}
         super().zero_grad_buffer()
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """As upstream's, after the buckets that were not complete have been started too."""
+        """Start the reduction of the incomplete buckets, then wait for all buckets."""
         if self.ddp_config.overlap_grad_reduce:
             for i, chain in enumerate(self._chains):
                 for group in chain[self._started[i] :]:
@@ -150,7 +150,7 @@ class FixedOrderDistributedDataParallel(DistributedDataParallel):
             names = {id(p): name for name, p in self.module.named_parameters()}
             raise ConfigError(
                 f"The gradient of {names[id(param)]!r} changed after it had been reduced: this batch used the "
-                f"parameter more often than the first one did. Leave overlap_grad_reduce out of MimoStrategy(ddp=...)."
+                f"parameter more often than the first batch did. Omit overlap_grad_reduce in MimoStrategy(ddp=...)."
             )
         while self._started[i] < len(chain) and self._is_complete(chain[self._started[i]]):
             chain[self._started[i]].start_grad_sync(force_all_reduce=self.force_all_reduce)
@@ -169,9 +169,9 @@ def wrap_with_ddp(
     ddp: Mapping[str, DistributedDataParallelConfig],
     dtype_policy: DtypePolicy = FLOAT32,
 ) -> None:
-    """Wrap each of this rank's modules in Megatron's DistributedDataParallel, over its own groups, in place.
+    """Wrap each of this rank's modules in place in Megatron's DistributedDataParallel, over the module's own groups.
 
-    What is wrapped already is left as it is.
+    Modules that are already wrapped are not changed.
 
     Args:
         model: the model, in the dtypes of the run.
@@ -185,8 +185,8 @@ def wrap_with_ddp(
             continue
         wrapped = FixedOrderDistributedDataParallel(
             get_model_config(module) if name == LANGUAGE else _encoder_config(model, name),
-            # A copy, because each wrapper writes its own bucket size into it. Weights are gathered by begin_gathering
-            # only; hooks that gather on demand would not all be called where a sample has no images.
+            # A copy, because each wrapper sets its own bucket size in it. Only begin_gathering gathers weights: hooks
+            # that gather on demand would not all be called if a sample has no images.
             replace(ddp[name], align_param_gather=True, grad_reduce_in_fp32=dtype_policy.mixed),
             module,
             pg_collection=infra.pg_collections[name],
@@ -198,17 +198,20 @@ def wrap_with_ddp(
 
 
 def begin_gathering(model: RaggedMimoModel) -> None:
-    """Start to exchange the weights that each replica has updated, where ``overlap_param_gather`` puts it off.
+    """Start the all-gather of updated weights for modules with ``overlap_param_gather``, which defers it.
 
-    Layers wait for their weights when they are called. Collective over the replicas of each module; to be called after
-    every optimizer step, and once before the first.
+    Layers wait for their weights when they are called. Collective over the replicas of each module; call it after every
+    optimizer step and once before the first.
     """
     for ddp in _gathering_modules(model):
         ddp.start_param_sync()
 
 
 def complete_gathering(model: RaggedMimoModel) -> None:
-    """Wait for all weights, also those of layers that were not called. Before weights are read, saved or updated."""
+    """Wait for all weights, including those of layers that were not called.
+
+    Call it before weights are read, saved or updated.
+    """
     for ddp in _gathering_modules(model):
         for group in ddp.bucket_groups + ddp.expert_parallel_bucket_groups:
             if group.param_gather_handle is not None:
@@ -222,11 +225,11 @@ def _gathering_modules(model: RaggedMimoModel) -> list[DistributedDataParallel]:
 
 
 def _encoder_config(model: MimoModel, name: str) -> TransformerConfig:
-    """Config under which an encoder's gradients are reduced: that of a transformer inside, or a plain one."""
+    """Return the config for reducing an encoder's gradients: that of a transformer inside it, or a minimal one."""
     configs = (getattr(part, "config", None) for part in model.modality_submodules[name].modules())
     found = next((config for config in configs if isinstance(config, TransformerConfig)), None)
     if found is None:
         found = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
-    # Every module must sum its gradients, as the language module does: a mix would scale the encoder's wrongly.
+    # Every module must sum its gradients, as the language module does; otherwise the encoder's would be scaled wrongly.
     found.calculate_per_token_loss = True
     return found

@@ -1,4 +1,4 @@
-"""A learning-rate scheduler of its own for each module, in the one place where Lightning expects one scheduler."""
+"""A separate learning-rate scheduler for each module, combined into the single scheduler that Lightning expects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 
 
 class PerModuleLR(LRScheduler):
-    """Runs one scheduler for each of some modules; the learning rates of all others stay as they are.
+    """Runs a separate scheduler for each given module; the learning rates of other modules stay constant.
 
     Example::
 
@@ -32,12 +32,12 @@ class PerModuleLR(LRScheduler):
     ) -> None:
         """
         Args:
-            optimizer: what ``MimoModule.build_optimizer`` returned.
-            schedulers: name of a parameter group, a module's or an override's inside of one -> makes its scheduler. A
-                module's also covers the groups inside of it that have none of their own.
+            optimizer: the optimizer from ``MimoModule.build_optimizer``.
+            schedulers: name of a parameter group (a module, or an override inside one) -> function that creates its
+                scheduler. The scheduler of a module also applies to groups inside it that have no scheduler.
 
         Raises:
-            ConfigError: for a name that has no parameter group.
+            ConfigError: if a name has no parameter group.
         """
         self.optimizer = optimizer
         groups = {group["name"]: group for group in optimizer.param_groups}
@@ -46,8 +46,8 @@ class PerModuleLR(LRScheduler):
         }
         if unknown := [key for key in schedulers if key not in owners.values()]:
             raise ConfigError(
-                f"PerModuleLR: {unknown[0]!r} has no parameter group; there are {', '.join(map(repr, groups))}. What "
-                f"lies inside a module has one where build_optimizer(overrides=...) names it; what is frozen has none."
+                f"PerModuleLR: {unknown[0]!r} has no parameter group; there are {', '.join(map(repr, groups))}. A "
+                f"submodule has a group if build_optimizer(overrides=...) names it; frozen parameters have none."
             )
         self.schedulers = {
             key: make(_SomeGroups(optimizer, [groups[name] for name in groups if owners[name] == key]))
@@ -55,39 +55,39 @@ class PerModuleLR(LRScheduler):
         }
 
     def step(self, epoch: int | None = None) -> None:
-        """Advance every scheduler by one."""
+        """Advance every scheduler by one step."""
         for scheduler in self.schedulers.values():
-            scheduler.optimizer.step()  # or torch would warn that the scheduler came before the optimizer
+            scheduler.optimizer.step()  # avoids torch's warning that the scheduler stepped before the optimizer
             scheduler.step() if epoch is None else scheduler.step(epoch)
 
     def get_last_lr(self) -> list[float | torch.Tensor]:
-        """Learning rates of all groups of the optimizer."""
+        """Return the learning rates of all groups of the optimizer."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """State of every scheduler, by name."""
+        """Return the state of every scheduler by name."""
         return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned.
+        """Load a state from :meth:`state_dict`.
 
         Raises:
-            ConfigError: if that was of schedulers for other modules.
+            ConfigError: if the state belongs to schedulers for other modules.
         """
         if state_dict.keys() != self.schedulers.keys():
             raise ConfigError(
-                f"PerModuleLR: the state is of schedulers for {sorted(state_dict)}, but there are schedulers for "
-                f"{sorted(self.schedulers)}. Give the same modules schedulers as in the run that was saved."
+                f"PerModuleLR: the state belongs to schedulers for {sorted(state_dict)}, but there are schedulers for "
+                f"{sorted(self.schedulers)}. Use schedulers for the same modules as in the saved run."
             )
         for name, scheduler in self.schedulers.items():
             scheduler.load_state_dict(state_dict[name])
 
 
 class _SomeGroups(torch.optim.Optimizer):
-    """Some parameter groups of an optimizer, the very dictionaries, for a scheduler to work on."""
+    """Subset of an optimizer's parameter groups, sharing the dictionaries, for use by a scheduler."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, optimizer.defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # takes no closure
-        """Nothing: the whole optimizer steps."""
+        """Do nothing: the full optimizer performs the step."""

@@ -1,4 +1,4 @@
-"""megatron-core's MimoOptimizer, without a collective of its own and with one loss scale for the whole model."""
+"""megatron-core's MimoOptimizer without additional collectives and with one loss scale for the whole model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _EPSILON = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_ and in megatron-co
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutcome:
-    """What an optimizer step found and did, the same on every rank.
+    """Result of an optimizer step, the same on every rank.
 
     Attributes:
-        updated: whether the weights were changed.
-        overflow: whether the step was skipped because the loss scale was too large, which is part of training in
-            float16: the next step has a smaller one.
-        totals: what the step went by, as Python numbers.
-        group_norms: parameter group -> norm of its gradients before clipping, infinite or NaN where one of them is.
+        updated: whether the weights were updated.
+        overflow: whether the step was skipped because the loss scale was too large. This is normal in float16 training;
+            the next step uses a smaller scale.
+        totals: sums over all ranks that the step was based on, as Python numbers.
+        group_norms: parameter group -> norm of its gradients before clipping; infinite or NaN if one of them is.
     """
 
     updated: bool
@@ -37,17 +37,17 @@ class StepOutcome:
 
     @property
     def stop(self) -> bool:
-        """Whether any rank wants the run to end after this step."""
+        """Whether any rank requests that the run ends after this step."""
         return self.totals.stops > 0
 
     @property
     def grad_norm(self) -> float:
-        """Norm over all groups, before clipping."""
+        """Gradient norm over all groups before clipping."""
         return math.sqrt(sum(norm**2 for norm in self.group_norms.values()))
 
     @property
     def module_norms(self) -> dict[str, float]:
-        """Module -> norm of its gradients before clipping, over all of its groups."""
+        """Module -> gradient norm over all of its groups before clipping."""
         squares: dict[str, float] = {}
         for group, norm in self.group_norms.items():
             squares[module_of(group)] = squares.get(module_of(group), 0.0) + norm**2
@@ -55,7 +55,7 @@ class StepOutcome:
 
     @property
     def problem(self) -> str:
-        """What is not finite, in words, if the step was skipped."""
+        """Description of the NaN or infinite loss or gradients of a skipped step."""
         if not math.isfinite(self.totals.accumulated_loss):
             return "The loss is not finite"
         groups = [repr(group) for group, norm in self.group_norms.items() if not math.isfinite(norm)]
@@ -63,18 +63,18 @@ class StepOutcome:
 
 
 class SingleSyncMimoOptimizer(MimoOptimizer):
-    """Steps all modules on gradients whose norms are known on every rank already; reads them to the host once.
+    """Steps all modules with gradient norms that every rank already has, and synchronizes with the device once.
 
-    Upstream reduces the overflow flag, the norms and the success of the step over the world one after the other, each
-    with a read to the host, and has a loss scale for each module, which part for good when one of them overflows. Here
-    the schedule's one collective brings the squares that :meth:`gradient_squares` counts (in float64, each parameter
-    once: not again for its tensor-parallel duplicates, its tied copy or its replicas), so that all ranks clip by the
-    same norms and skip the same steps. With torch's fused optimizers even a skipped step is decided on the device, and
-    the read comes after the update.
+    Upstream reduces the overflow flag, the norms and the success of the step one after the other over the world, each
+    with a device-to-host read. It also has a loss scale per module; after an overflow in one module the scales differ
+    permanently. Here, the single all-reduce of the schedule also sums the squared norms from :meth:`gradient_squares`
+    (in float64, each parameter once, without its tensor-parallel duplicates, tied copies and replicas). All ranks
+    therefore clip by the same norms and skip the same steps. With torch's fused optimizers, the device also decides
+    whether to skip, and the read follows the update.
 
     Attributes:
         group_names: names of the parameter groups, the same on every rank.
-        grad_scaler: the loss scale; ``None`` for none.
+        grad_scaler: the scaler of the loss; ``None`` if the loss is not scaled.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
     ) -> None:
         """
         Args:
-            module_infos: megatron-core's optimizers of this rank's modules. Their loss scales are taken away. Each of
-                their groups says under ``"group_name"`` to which of ``group_names`` it belongs.
-            config: of all modules.
+            module_infos: megatron-core's optimizers of this rank's modules. Their own loss scales are removed. The
+                ``"group_name"`` of each of their groups is one of ``group_names``.
+            config: settings of all modules.
             group_names: names of the parameter groups, the same on every rank.
-            clipping: (largest gradient norm, names of the groups that have it together); 0 does not clip.
+            clipping: (maximum gradient norm, names of the groups with that common norm); 0 disables clipping.
         """
         super().__init__(module_infos, config)
         self.group_names = list(group_names)
@@ -101,25 +101,28 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
             optimizer.grad_scaler = None
 
     def get_loss_scale(self) -> torch.Tensor:
-        """The loss scale, float32 ``[1]``, on this rank's device."""
+        """Return the loss scale, float32 ``[1]`` on this rank's device."""
         if self.grad_scaler is not None:
             return self.grad_scaler.scale
         return torch.ones(1, device=torch.cuda.current_device())
 
     def scale_loss(self, loss: torch.Tensor | None) -> torch.Tensor | None:
-        """Megatron's ``grad_scale_func``: what backward begins with. The schedule also calls it where there is none."""
+        """Scale the loss before backward, as Megatron's ``grad_scale_func``.
+
+        The schedule also calls it with ``None`` on ranks without a loss.
+        """
         return loss if loss is None or self.grad_scaler is None else loss * self.grad_scaler.scale.to(loss.dtype)
 
     @torch.no_grad()
     def gradient_squares(self) -> torch.Tensor:
-        """This rank's addends to the squared gradient norm of every parameter group: float64 ``[groups]``.
+        """Return this rank's contribution to the squared gradient norm of every parameter group: float64 ``[groups]``.
 
-        Their sum over the world is the whole. To be called when gradients have been reduced over the replicas.
+        The sum over all ranks is the squared norm. Call it after gradients have been reduced over the replicas.
         """
         self.prepare_grads()
         squares = torch.zeros(len(self.group_names), dtype=torch.float64, device=torch.cuda.current_device())
         for module, optimizer in self._inner():
-            # All the process groups over which the parameters are divided hold the same gradients.
+            # Several groups of ranks hold the same gradients; each contributes an equal share.
             share = optimizer.get_grad_stats_parallel_group().size() / self.module_infos[module].grid.size
             for group in optimizer.param_groups:
                 if grads := optimizer._filter_grads_for_norm(group["params"]):
@@ -130,10 +133,12 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
 
     @torch.no_grad()
     def step(self, reduction: DeviceReduction) -> StepOutcome:
-        """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange.
+        """Clip the gradients and update the weights, or skip the step on all ranks if a value is NaN or infinite.
+
+        The only collective is the all-gather of updated weights.
 
         Args:
-            reduction: sums over all ranks; ``group_squares`` are of the gradients as they now are.
+            reduction: sums over all ranks; ``group_squares`` must match the current, scaled gradients.
         """
         finite = torch.stack([reduction.accumulated_loss, reduction.accumulated_tokens]).isfinite().all()
         finite &= reduction.group_squares.isfinite().all()
@@ -162,11 +167,11 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
         )
 
     def inner(self, module: str) -> Iterator[MegatronOptimizer]:
-        """megatron-core's optimizers of one module on this rank."""
+        """Yield megatron-core's optimizers of one module on this rank."""
         yield from (optimizer for name, optimizer in self._inner() if name == module)
 
     def _inner(self) -> Iterator[tuple[str, MegatronOptimizer]]:
-        """Module and optimizer; there is one for experts apart from that for all other parameters."""
+        """Yield (module, optimizer); experts have a separate optimizer from all other parameters."""
         for module, info in self.module_infos.items():
             if info.optimizer is not None:
                 for optimizer in getattr(info.optimizer, "chained_optimizers", [info.optimizer]):
@@ -193,7 +198,7 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
 
 
 def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
-    """By the rules of megatron-core's get_megatron_optimizer."""
+    """Create the gradient scaler by the rules of megatron-core's get_megatron_optimizer."""
     if not (config.fp16 or config.bf16):
         return None
     if config.loss_scale:
@@ -211,6 +216,9 @@ def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
 
 
 def _can_skip_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """torch's fused kernels leave everything as it is where ``found_inf`` is 1, as its GradScaler makes use of."""
+    """Whether an optimizer can skip a step on the device.
+
+    torch's fused kernels change nothing if ``found_inf`` is 1, which torch's GradScaler relies on as well.
+    """
     is_torch = isinstance(optimizer, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
     return is_torch and all(group.get("fused") for group in optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""The optimizer of all modules with the face of a ``torch.optim.Optimizer``, which Lightning and torch want."""
+"""The optimizer of all modules behind the ``torch.optim.Optimizer`` interface that Lightning and torch require."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _UPDATE = SpanInfo(kind="optimizer", label="update the weights")
 
 
 class MimoTorchOptimizer(torch.optim.Optimizer):
-    """Steps the optimizers of all modules at once, by the gradient norms over all of them.
+    """Steps the optimizers of all modules together, with gradient norms over all ranks.
 
-    ``param_groups`` has one group for each module, and for each override inside of one, under its ``"name"``: the same
-    groups on every rank and in every layout, so any learning-rate scheduler works on them, and its state fits any
-    layout. Gradients are zeroed by the strategy, never by ``zero_grad``.
+    ``param_groups`` has one group for each module and for each override inside a module, identified by its ``"name"``.
+    The groups are the same on every rank and in every layout, so any learning-rate scheduler can use them, and its
+    state is valid in any layout. The strategy zeroes gradients; ``zero_grad`` does not.
 
     Attributes:
         mimo: megatron-core's optimizers.
-        reduction: what all ranks together came to; the closure of :meth:`step` sets it, and the step uses it up.
-        outcome: what the last step found and did; ``None`` before the first and while gradients are accumulated.
-        skipped_steps: how many steps have been skipped so far, because something was not finite.
+        reduction: sums over all ranks; set by the closure of :meth:`step` and consumed by the step.
+        outcome: result of the last step; ``None`` before the first step and while gradients are accumulated.
+        skipped_steps: number of steps skipped so far because of NaN or infinite values.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         """
         Args:
             mimo: megatron-core's optimizers.
-            model: what they update.
-            param_groups: of :func:`lightning_mimo.optim.param_groups.groups_for_schedulers`.
-            spans: where this rank records its updates.
+            model: the model that they update.
+            param_groups: from :func:`lightning_mimo.optim.param_groups.groups_for_schedulers`.
+            spans: recorder for this rank's updates.
         """
         super().__init__(
             param_groups, {key: value for key, value in param_groups[0].items() if key not in ("params", "name")}
@@ -81,7 +81,7 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Run the closure (the global batch) and update the weights. Collective over the replicas of each module.
 
-        Gradients may be changed between the two, but the norms that they are clipped by are those of the schedule.
+        Gradients may be modified after the closure, but they are clipped by the norms that the schedule computed.
 
         Returns:
             What the closure returned.
@@ -100,8 +100,8 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
             pass_on(self.param_groups, self.mimo.param_groups, self.config)
             complete_gathering(self._model)
             self.outcome = self.mimo.step(reduction)
-            # megatron-core has made param.grad an alias of DDP's gradient buffer. Left so, the next backward pass would
-            # add to the buffer twice: once through param.grad and once through DDP's hook.
+            # megatron-core has made param.grad an alias of DDP's gradient buffer. If it stayed, the next backward pass
+            # would add to the buffer twice: through param.grad and through DDP's hook.
             self.mimo.zero_grad()
             begin_gathering(self._model)
         self.skipped_steps += not self.outcome.updated
@@ -113,15 +113,18 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         self.mimo.zero_grad()  # as in step()
 
     def state_dict(self) -> dict[str, Any]:
-        """State of this rank's shards by module. Checkpoints hold other things: ``lightning_mimo.checkpoint.state``."""
+        """Return the state of this rank's shards by module.
+
+        Checkpoints do not use it; they are written by ``lightning_mimo.checkpoint.state``.
+        """
         return self.mimo.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned on the same rank of the same layout."""
+        """Load a state from :meth:`state_dict` of the same rank in the same layout."""
         self.mimo.load_state_dict(state_dict)
 
     def plain_state(self) -> dict[str, Any]:
-        """All but the tensors of parameters, in plain types: the same on every rank and in every layout."""
+        """Return the state except the per-parameter tensors, in plain types; the same on every rank in every layout."""
         scaler = self.mimo.grad_scaler
         return {
             "param_groups": [
@@ -132,7 +135,7 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         }
 
     def load_plain_state(self, state: Mapping[str, Any]) -> None:
-        """Load what :meth:`plain_state` returned. Groups are found by their names; new ones stay as they are."""
+        """Load a state from :meth:`plain_state`. Groups are matched by name; groups not in the state do not change."""
         saved = {group["name"]: group for group in state["param_groups"]}
         for group in self.param_groups:
             group.update(saved.get(group["name"], {}))
@@ -154,18 +157,19 @@ def build_optimizer(
     ddp: Mapping[str, DistributedDataParallelConfig],
     dtype_policy: DtypePolicy,
 ) -> MimoTorchOptimizer:
-    """Optimizer of this rank's modules. Collective over the world.
+    """Build the optimizer of this rank's modules. Collective over the world.
 
     Args:
-        model: the model, its modules wrapped in DDP. Its config learns how to scale the loss.
+        model: the model, with its modules wrapped in DDP. The loss scaling function is set in its config.
         infra: process groups.
-        config: Megatron's optimizer settings; ``lr`` must be set. What precision and DDP decide is filled in.
-        overrides: module, or submodule of one (``"images.input_projections"``) -> what is different there.
-        ddp: module name -> how it was wrapped.
+        config: Megatron's optimizer settings; ``lr`` must be set. Settings that depend on precision and DDP are filled
+            in.
+        overrides: module or submodule (``"images.input_projections"``) -> settings that differ.
+        ddp: module name -> DDP settings it was wrapped with.
         dtype_policy: the dtypes of the run.
 
     Raises:
-        ConfigError: if ``lr`` is not set, everything is frozen, or an override fits nothing.
+        ConfigError: if ``lr`` is not set, all parameters are frozen, or an override matches no module or submodule.
     """
     if config.lr is None:
         raise ConfigError("OptimizerConfig(lr=...) is not set: Megatron has no default learning rate.")
@@ -173,8 +177,8 @@ def build_optimizer(
     specs = divide_into_groups(model, infra, overrides)
     if not specs:
         raise ConfigError(
-            "All parameters of the model are frozen: there is nothing to train. Take a name out of "
-            "MimoModule(frozen=...), or leave requires_grad on for some parameter."
+            "All parameters of the model are frozen: there is nothing to train. Remove a name from "
+            "MimoModule(frozen=...), or keep requires_grad=True for some parameter."
         )
     infos = {name: _info(name, model, infra, config, specs, ddp[name]) for name in infra.module_to_grid_map}
     mimo = SingleSyncMimoOptimizer(
@@ -185,15 +189,15 @@ def build_optimizer(
     )
     model.config.grad_scale_func = mimo.scale_loss
     for group in mimo.param_groups:
-        # torch's Adam has a fused kernel for CPUs too, but takes it only when told to. Apex's and Transformer Engine's
-        # optimizers, which megatron-core prefers where they are installed, have no such key.
+        # torch's Adam also has a fused kernel for CPUs, but uses it only on request. The optimizers of Apex and
+        # Transformer Engine, which megatron-core prefers if they are installed, have no such key.
         if "fused" in group:
             group["fused"] = True
     return MimoTorchOptimizer(mimo, model, groups_for_schedulers(config, specs), spans=infra.spans)
 
 
 def _clipping(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> list[tuple[float, list[str]]]:
-    """(largest norm, names of the groups that are clipped by their common norm)."""
+    """Return (maximum norm, names of the groups that are clipped by their common norm)."""
     together: dict[str | None, list[ParamGroupSpec]] = {}
     for spec in specs:
         together.setdefault(spec.clipped_with, []).append(spec)
@@ -211,13 +215,13 @@ def _info(
     specs: Sequence[ParamGroupSpec],
     ddp: DistributedDataParallelConfig,
 ) -> ModuleOptimizerInfo:
-    """megatron-core's optimizer of one module, or what stands for it on other ranks."""
+    """Build megatron-core's optimizer of one module, or an inactive entry on ranks without the module."""
     grid = infra.module_to_grid_map[name]
     if name not in infra.participating_modules:
         return ModuleOptimizerInfo(optimizer=None, grid=grid, pg_collection=None, is_active=False)
     module, _ = module_and_name(model, name)
     own = copy.copy(config)
-    # Two switches for one thing in megatron-core; how the module was wrapped decides.
+    # megatron-core has these settings twice; those that the module was wrapped with apply.
     own.use_distributed_optimizer = ddp.use_distributed_optimizer
     own.overlap_param_gather = ddp.overlap_param_gather
     optimizer = get_megatron_optimizer(

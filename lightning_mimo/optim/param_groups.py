@@ -1,4 +1,4 @@
-"""Parameter groups: a module or what is overridden inside of one, with its learning rate, weight decay and clipping."""
+"""Parameter groups: modules and overridden submodules, each with a learning rate, weight decay and clipping."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOverride:
-    """What is different for one module, or for a submodule of one, from the OptimizerConfig of all.
+    """Optimizer settings of one module or submodule that differ from the common OptimizerConfig.
 
-    What is ``None`` is as for the enclosing submodule that has an override, if there is one, or else as for all.
+    A field that is ``None`` is inherited from the override of the nearest enclosing submodule or module, or otherwise
+    from the OptimizerConfig.
 
     Args:
         lr: learning rate.
-        min_lr: where Megatron's scheduler stops to decay.
-        weight_decay: on matrices only, as for all.
-        clip_grad: largest norm of these gradients alone, which then do not count in the norm by which the rest is
-            clipped. 0 does not clip.
+        min_lr: learning rate at which the decay of Megatron's scheduler ends.
+        weight_decay: weight decay, for matrices only, as in the OptimizerConfig.
+        clip_grad: maximum norm of these gradients alone, which are then not part of the norm that clips all other
+            gradients. 0 disables clipping.
     """
 
     lr: float | None = None
@@ -51,14 +52,14 @@ class OptimizerOverride:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupSpec:
-    """One of the disjoint groups into which all trained parameters fall, known on every rank.
+    """One of the disjoint groups of all trained parameters, known on every rank.
 
     Attributes:
-        name: a module's name, or that of an override inside of one.
-        override: what is different for it, enclosing overrides included.
-        clipped_with: the override by whose norm and limit it is clipped; ``None`` for what is clipped with all the
-            rest.
-        parameters: those of this rank; empty where the group lies on other ranks.
+        name: name of a module, or of an override inside a module.
+        override: settings that differ, including those of enclosing overrides.
+        clipped_with: name of the override whose norm and limit clip the group; ``None`` if the group is clipped with
+            all other parameters.
+        parameters: parameters on this rank; empty if the group is on other ranks.
     """
 
     name: str
@@ -70,13 +71,14 @@ class ParamGroupSpec:
 def divide_into_groups(
     model: RaggedMimoModel, infra: MimoModelInfra, overrides: Mapping[str, OptimizerOverride]
 ) -> list[ParamGroupSpec]:
-    """Modules and what is overridden inside of them, those without a trained parameter left out.
+    """Divide the parameters into groups, one per module and per override inside it. Collective over the world.
 
-    Collective over the world; the same groups in the same order on every rank and in every layout: modules as in the
-    layout, each followed by the overrides inside of it. A parameter belongs to the longest name that it lies under.
+    Groups without a trained parameter are omitted. The groups and their order are the same on every rank and in every
+    layout: modules as in the layout, each followed by the overrides inside it. A parameter belongs to the group with
+    the longest matching name.
 
     Raises:
-        ConfigError: for an override of something that is not there.
+        ConfigError: if an override matches no module or submodule.
     """
     inside = [name for name in overrides if name not in infra.layout.modules]
     found = parameters_under(model, infra, list(overrides), argument="overrides")
@@ -111,9 +113,9 @@ def _spec(
 
 
 def megatron_overrides(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> dict[ParamKey, ParamGroupOverride]:
-    """Megatron's standard overrides, and one more for each group, so that none of megatron-core's spans two of them.
+    """Return Megatron's standard overrides and one more per group, so that no group of megatron-core spans two of ours.
 
-    The groups of megatron-core's optimizers then say under ``"group_name"`` which one they belong to.
+    The ``"group_name"`` of each group in megatron-core's optimizers is then the name of the spec that it belongs to.
     """
     name_of = {id(parameter): spec.name for spec in specs for parameter in spec.parameters}
     overrides = dict(get_standard_config_overrides(config))
@@ -128,10 +130,10 @@ def megatron_overrides(config: OptimizerConfig, specs: Sequence[ParamGroupSpec])
 
 
 def groups_for_schedulers(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> list[dict[str, Any]]:
-    """One parameter group for each spec, the same on every rank and in every layout but for ``params``.
+    """Return one parameter group per spec, the same on every rank and in every layout except for ``params``.
 
-    Learning-rate schedulers work on these; :func:`pass_on` brings what they wrote to megatron-core's groups, of which
-    there are more: those for vectors do not decay, those for experts are reduced elsewhere.
+    Learning-rate schedulers update these groups, and :func:`pass_on` copies their values to megatron-core's groups.
+    megatron-core has more groups: vectors have no weight decay, and experts are reduced over other ranks.
     """
     momentum = (
         {"momentum": config.sgd_momentum}
@@ -155,17 +157,17 @@ def groups_for_schedulers(config: OptimizerConfig, specs: Sequence[ParamGroupSpe
 
 
 def pass_on(groups: Sequence[Mapping[str, Any]], inner: Sequence[dict[str, Any]], config: OptimizerConfig) -> None:
-    """Write learning rates, weight decay and momentum of the groups for schedulers into megatron-core's.
+    """Copy learning rates, weight decay and momentum from the groups for schedulers to megatron-core's groups.
 
     Args:
-        groups: what :func:`groups_for_schedulers` returned.
+        groups: the groups from :func:`groups_for_schedulers`.
         inner: the groups of megatron-core's optimizers on this rank.
-        config: what those were built with. A group whose learning rate differs from it (Megatron's ``decoupled_lr``)
-            keeps the proportion.
+        config: the config that those were built with. A group whose learning rate differs from it (Megatron's
+            ``decoupled_lr``) keeps the ratio.
     """
     by_name = {group["name"]: group for group in groups}
     for group in inner:
-        # A group without a name, or with another module's, is empty: megatron-core aligns the groups of all ranks.
+        # A group without a name, or with the name of another module, is empty: megatron-core aligns groups over ranks.
         if (source := by_name.get(group.get("group_name"))) is not None:
             proportion = group["max_lr"] / config.lr if config.lr else 1.0
             group["lr"] = source["lr"] * proportion * group["lr_mult"]

@@ -1,4 +1,4 @@
-"""The figures of a step that all ranks add up in one all-reduce, and that the host reads once."""
+"""Figures of a step that are summed over all ranks in a single all-reduce and read by the host once."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ def _nothing() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[float])]:
-    """What a global batch, and the optimizer step on it, come to.
+    """Figures of a global batch and of its optimizer step.
 
-    On the device all fields are float64 tensors: first what this rank adds, after the all-reduce the sums, the same on
-    every rank. Shapes are the same on every rank, too. :meth:`read` gives the same as Python numbers.
+    On the device, all fields are float64 tensors. Before the all-reduce they hold this rank's contribution, and after
+    it the sums, which are the same on every rank. Shapes are the same on every rank. :meth:`read` converts the fields
+    to Python numbers.
 
-    A metric of the loss needs no change here: ``MimoModule.loss`` returns it. Any other figure touches two places: a
-    field here, whose default adds nothing, and ``lightning_mimo/strategy/batch_runner.py``, where
-    ``BatchRunner._figures_of_this_rank`` fills it in and ``BatchRunner._show`` logs it.
+    A new metric of the loss needs no change here: ``MimoModule.loss`` returns it. Any other new figure needs a field
+    here, whose default contributes nothing, and code in ``lightning_mimo/strategy/batch_runner.py``:
+    ``BatchRunner._figures_of_this_rank`` sets it and ``BatchRunner._show`` logs it.
 
     Attributes:
         loss: scalar, sum of the token losses of the batch.
         tokens: scalar, loss tokens of the batch.
         metrics: metric name -> ``[2]``, its sum and its count over the batch.
         accumulated_loss: scalar, ``loss`` of all batches since the last optimizer step.
-        accumulated_tokens: scalar, ``tokens`` of the same.
-        stops: scalar, how many ranks want the run to end.
-        group_squares: ``[parameter groups]``, squared gradient norms; empty where no optimizer step follows.
-        samples: ``[n]``, see :meth:`lightning_mimo.data.sample_check.SampleChecksums.figures`; empty where no optimizer
+        accumulated_tokens: scalar, ``tokens`` of the same batches.
+        stops: scalar, number of ranks that request the end of the run.
+        group_squares: ``[parameter groups]``, squared gradient norms; empty if no optimizer step follows.
+        samples: ``[n]``, see :meth:`lightning_mimo.data.sample_check.SampleChecksums.figures`; empty if no optimizer
             step follows.
-        next_samples: ``[n]``, the same of the batch that follows, as far as it has been loaded.
+        next_samples: ``[n]``, the same for the next batch, as far as it has been loaded.
         telemetry: ``[n]``, see :meth:`lightning_mimo.observe.telemetry.Telemetry.figures`; empty in most steps.
     """
 
@@ -58,20 +59,20 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
     telemetry: Vector = field(default_factory=_nothing)
 
     def pack(self) -> torch.Tensor:
-        """All fields in one float64 tensor of one dimension."""
+        """Concatenate all fields to one float64 tensor with one dimension."""
         return torch.cat([tensor.reshape(-1) for tensor in self._tensors()])
 
     def unpack(self, packed: torch.Tensor) -> DeviceReduction:
-        """Fields with the shapes of these and other values.
+        """Split a packed tensor into fields with the shapes of this instance.
 
         Args:
-            packed: what :meth:`pack` returned, or the sum of that over all ranks.
+            packed: the tensor from :meth:`pack`, or its sum over all ranks.
         """
         pieces = iter(packed.split([tensor.numel() for tensor in self._tensors()]))
         return self._filled(lambda like: next(pieces).view(like.shape))
 
     def read(self) -> HostReduction:
-        """The same as Python numbers, in one read from the device."""
+        """Convert the fields to Python numbers with a single read from the device."""
         numbers = iter(self.pack().tolist())
         return self._filled(lambda like: list(islice(numbers, len(like))) if like.ndim else next(numbers))
 
@@ -82,7 +83,7 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
 
     @property
     def metric_means(self) -> dict[str, Scalar]:
-        """Metric name -> sum / count; NaN where nothing was counted."""
+        """Metric name -> sum / count; NaN if the count is 0."""
         pairs: Mapping[str, Any] = self.metrics
         return {name: _mean(total, count) for name, (total, count) in pairs.items()}
 
@@ -106,5 +107,5 @@ type HostReduction = StepReduction[float, list[float]]
 
 def _mean[Number: (torch.Tensor, float)](total: Number, count: Number) -> Number:
     if isinstance(count, torch.Tensor):
-        return total / count  # 0 / 0 is NaN, and nobody waits for the device
+        return total / count  # 0 / 0 is NaN, without a synchronization with the device
     return total / count if count else math.nan

@@ -1,4 +1,4 @@
-"""Spans around what a rank computes: forward and backward of each microbatch, by module."""
+"""Spans of a rank's computation: forward and backward of each microbatch, by module."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 class ComputeSpans:
-    """Opens and closes them from inside of Megatron's schedule, which knows when it runs what, but does not tell.
+    """Records the forward and backward passes that Megatron's schedule runs, which has no hooks for them itself.
 
-    A backward pass begins when the gradient of a module's output arrives, and ends with autograd's pass.
+    The span of a backward pass begins when the gradient of a module's output arrives, and ends with autograd's pass.
     """
 
     def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         """
         Args:
-            model: its encoders are watched for the rest of its life where they share ranks with the language module.
-            infra: has the recorder.
+            model: the model. Encoders that share ranks with the language module get permanent hooks.
+            infra: grids and process groups, with this rank's recorder.
         """
         self._spans = infra.spans
         names = infra.participating_modules
@@ -36,37 +36,37 @@ class ComputeSpans:
             for kind in (FORWARD, BACKWARD)
         }
         self._loss = SpanInfo(kind=FORWARD, label="loss", module=LANGUAGE)
-        # Where modules share the ranks, what the language module and the bridges do not compute is theirs.
+        # The module of the outer span; on shared ranks, encoders have inner spans.
         self._main = LANGUAGE if LANGUAGE in names else names[0]
         self._microbatch = -1
         self._backward: Span | None = None
         self._forward: list[Span] = []
         for name in names:
             if name != self._main:
-                # megatron-core calls forward() of what is outermost itself, past its hooks.
+                # megatron-core calls forward() of the outermost wrapper directly, which bypasses its hooks.
                 module = unwrap_model(module_and_name(model, name)[0])
                 module.register_forward_pre_hook(partial(self._before_encoder, name))
                 module.register_forward_hook(partial(self._after_encoder, name))
 
     def begin(self) -> None:
-        """The next microbatch is the first of a pass."""
+        """Begin a pass: the next microbatch is its first."""
         self._microbatch = -1
         self._backward = None
         self._forward.clear()
 
     def forward(self) -> Span:
-        """Around the forward pass of one microbatch, in a ``with`` statement."""
+        """Open the span of the next microbatch's forward pass, for a ``with`` statement."""
         self._microbatch += 1
         return self._spans.span(self._works[FORWARD, self._main], self._microbatch)
 
     def output(self, output: Any) -> Any:
-        """Watch the backward pass through what the forward pass returned, which is handed back."""
+        """Register hooks for the backward pass on the output of a forward pass, and return the output."""
         for name, tensor in output.items() if isinstance(output, dict) else ():
             self._watch(name, tensor)
         return output
 
     def around_loss(self, loss: Callable[..., Any]) -> Callable[..., Any]:
-        """The loss function of the microbatch that was last run forward, recorded."""
+        """Wrap the loss function of the most recent microbatch so that its calls are recorded."""
         microbatch = self._microbatch
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ class ComputeSpans:
 
     def _begin_backward(self, work: SpanInfo, microbatch: int, gradient: torch.Tensor) -> None:
         if self._backward is None:
-            # The loss scale is part of the pass, but comes before; it is a multiplication.
+            # The multiplication by the loss scale, which runs before this hook, is not recorded.
             Variable._execution_engine.queue_callback(self._end_backward)
         else:
             self._spans.end(self._backward)

@@ -1,4 +1,4 @@
-"""One global batch, forward and backward, through Megatron's pipeline schedules; the same loss on every rank."""
+"""Forward and backward of a global batch with Megatron's pipeline schedules; every rank gets the same loss."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.compute_spans import ComputeSpans
 
 Metrics = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Metric name -> (sum, count), both scalars of one microbatch; the metric is sum / count over the global batch."""
+"""Metric name -> (sum, count), scalars of one microbatch; the metric is sum / count over the global batch."""
 ForwardStep = Callable[[Microbatch], Any]
 LossFunction = Callable[[Any, Microbatch], tuple[torch.Tensor, torch.Tensor, Metrics]]
 
 _SUM = SpanInfo(kind="sum", label="add up losses and norms of all ranks")
 _NAMES = SpanInfo(kind="sum", label="receive the names of the metrics")
-_NORMS = SpanInfo(kind="optimizer", label="take the norms of the gradients")
+_NORMS = SpanInfo(kind="optimizer", label="compute the gradient norms")
 
 
 class GlobalBatchSchedule:
@@ -50,8 +50,9 @@ class GlobalBatchSchedule:
     Every method that runs a batch is collective over the world.
 
     Attributes:
-        computes_loss: whether this rank is on the last stage of the language module.
-        counts_loss: whether this rank's loss counts: the first tensor-parallel rank of each replica's last stage.
+        computes_loss: whether this rank is on the last pipeline stage of the language module.
+        counts_loss: whether this rank's loss is summed: true for the first tensor-parallel rank of each replica's last
+            stage.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class GlobalBatchSchedule:
         """Collective over the world: builds the bridges between disjoint modules.
 
         Args:
-            model: the model, its modules wrapped in DDP (or bare, for forward passes only). The hooks of its
-                ``config`` are set here. What is to be frozen must be so already.
+            model: the model, with its modules wrapped in DDP (or unwrapped, for forward passes only). The schedule sets
+                the hooks of its ``config``. Parameters must be frozen before.
             infra: grids and process groups.
             encoder_run_ahead: as for MimoStrategy.
             on_first_wait: as for :class:`lightning_mimo.comm.pipeline.MimoPipelineCommunicator`.
@@ -95,7 +96,7 @@ class GlobalBatchSchedule:
             model=model,
             pg_collection=groups,
             p2p_communicator=self._communicator,
-            # Both are read off the tensors, since variable_seq_lengths is set.
+            # Both are taken from the tensors, because variable_seq_lengths is set.
             seq_length=0,
             micro_batch_size=0,
         )
@@ -105,7 +106,7 @@ class GlobalBatchSchedule:
         self.counts_loss = infra.layout.counts_loss(dist.get_rank())
 
     def zero_grad(self) -> None:
-        """Begin a new accumulation: zero all gradient buffers, and the sums of its batches."""
+        """Begin a new accumulation: zero all gradient buffers and the accumulated losses."""
         zero_grad_buffer_for_multimodule(self._modules)
         self._accumulated = None
 
@@ -118,25 +119,25 @@ class GlobalBatchSchedule:
         optimizer: SingleSyncMimoOptimizer | None,
         figures: Callable[[], DeviceReduction] = StepReduction,
     ) -> DeviceReduction:
-        """Forward and backward of all microbatches.
+        """Run forward and backward of all microbatches.
 
         Args:
             microbatches: this rank's share of the global batch.
             forward: runs the model on one microbatch and returns its output.
-            loss: ``(output, microbatch) -> (sum of token losses, number of loss tokens, metrics)``; called where the
-                loss is computed only.
-            optimizer: what steps on the gradients once this batch, the last one of its accumulation, is done. They are
-                then reduced and divided by the loss tokens of all batches of the accumulation. ``None`` keeps them
+            loss: ``(output, microbatch) -> (sum of token losses, number of loss tokens, metrics)``; called only on
+                ranks that compute the loss.
+            optimizer: the optimizer that steps after this batch, if it is the last batch of its accumulation. Gradients
+                are then reduced and divided by the loss tokens of all batches of the accumulation. ``None`` keeps them
                 unreduced, because more batches of the same accumulation follow.
-            figures: called when all passes are done: what this rank adds beside loss, metrics and gradient norms,
-                which are filled in here.
+            figures: called after all passes; returns this rank's contribution except for loss, metrics and gradient
+                norms, which are filled in here.
 
         Returns:
-            Sums over all ranks, for the optimizer's step where there is one.
+            Sums over all ranks, as the optimizer's step requires them.
         """
         self._is_accumulating = optimizer is None
-        # While accumulating, not even the last microbatch may start a reduction, so one context is held open around
-        # all of them and the schedule gets none of its own (Megatron's no_sync does not nest).
+        # During accumulation, not even the last microbatch may start a reduction. One context therefore encloses all
+        # microbatches, and the schedule gets none, because Megatron's no_sync does not nest.
         self._model.config.no_sync_func = contextlib.nullcontext if self._is_accumulating else self._no_sync
         with self._no_sync() if self._is_accumulating else contextlib.nullcontext():
             results = self._run(microbatches, forward, loss, forward_only=False)
@@ -160,7 +161,10 @@ class GlobalBatchSchedule:
         *,
         figures: DeviceReduction | None = None,
     ) -> DeviceReduction:
-        """Forward of all microbatches; result and arguments as for :meth:`train`, but ``figures`` is what is added."""
+        """Run forward of all microbatches; arguments and result as for :meth:`train`.
+
+        ``figures`` is this rank's contribution itself, not a function.
+        """
         results = self._run(microbatches, forward, loss, forward_only=True)
         return self._all_reduce(self._add_losses(figures or StepReduction(), results, training=False))
 
@@ -168,10 +172,10 @@ class GlobalBatchSchedule:
     def predict(
         self, microbatches: Sequence[Microbatch], forward: ForwardStep, reduce: Callable[[Any, Microbatch], Any]
     ) -> list[Any]:
-        """Forward of all microbatches, then ``reduce(output, microbatch)`` on the last language stage.
+        """Run forward of all microbatches and ``reduce(output, microbatch)`` on the last language stage.
 
         Returns:
-            One result per microbatch where the loss is computed, nothing on other ranks.
+            One result per microbatch on ranks that compute the loss; empty on other ranks.
         """
         return self._run(
             microbatches,
@@ -215,22 +219,22 @@ class GlobalBatchSchedule:
         return results
 
     def _groups_and_pass(self) -> tuple[Any, Callable[..., list[Any]]]:
-        """Process groups in the form that a schedule of Megatron's takes, and the schedule."""
+        """Return the process groups in the form that Megatron's schedule requires, and the schedule."""
         if self._communicator is None:
             return self._infra.pg_collections[LANGUAGE], get_forward_backward_func(pp_size=1, vp_size=None)
         groups = build_pg_collection_for_schedule(self._infra)
         return groups, get_forward_backward_func(schedule_pg_collection=groups)
 
     def _needs_gradient_here(self, name: str) -> bool:
-        """Whether what this rank receives of a module needs a gradient."""
+        """Whether the activations that this rank receives from a module need a gradient."""
         sizes = self._infra.layout.modules[name]
         is_own = name in self._infra.participating_modules
         return self._flow.leaves(name, (sizes.coordinates(dist.get_rank())["pp"] if is_own else sizes.pp) - 1)
 
     def _cut_frozen_inputs(self) -> None:
-        """Begin no graph at an activation that needs no gradient: the stage behind it may be frozen as well.
+        """Detach received activations that need no gradient, because the stage that uses them may be frozen as well.
 
-        megatron-core receives all of them as if they needed one.
+        megatron-core receives all activations with ``requires_grad`` set.
         """
         inputs = getattr(self._model, "input_tensors", None)
         if not isinstance(inputs, dict):
@@ -242,7 +246,7 @@ class GlobalBatchSchedule:
     def _finalize(
         self, model: Any, num_tokens: torch.Tensor, pg_collection: Any = None, force_all_reduce: bool | None = None
     ) -> None:
-        """What the schedule calls when all backward passes are done. Scaling comes after it, in :meth:`train`."""
+        """Reduce the gradients; the schedule calls this after all backward passes. :meth:`train` scales them later."""
         if not self._is_accumulating:
             assert all(get_model_config(module).calculate_per_token_loss for module, _ in self._modules)
             reduce_gradients(self._infra, self._modules, force_all_reduce=bool(force_all_reduce))
@@ -251,9 +255,9 @@ class GlobalBatchSchedule:
         """Fill in this rank's loss, tokens and metrics.
 
         Args:
-            figures: what else this rank adds.
-            results: what :func:`_apply_loss` returned for each microbatch.
-            training: which metrics there are.
+            figures: this rank's other contributions.
+            results: the third entry of the result of :func:`_apply_loss`, for each microbatch.
+            training: whether the metrics are those of training or of evaluation.
         """
         names = self._names_of_metrics(results, training=training)
         sums = figures.loss.new_zeros(2 + 2 * len(names))
@@ -261,8 +265,8 @@ class GlobalBatchSchedule:
             for loss, tokens, metrics in results:
                 if sorted(metrics) != names:
                     raise DataError(
-                        f"loss() returned the metrics {sorted(metrics)}, but {names} before. Every microbatch must "
-                        f"return the same metrics; a metric that does not apply has a count of 0."
+                        f"loss() returned the metrics {sorted(metrics)}, but {names} before. It must return the same "
+                        f"metrics for every microbatch; return a count of 0 for a metric that does not apply."
                     )
                 flat = [loss, tokens, *(value for name in names for value in metrics[name])]
                 sums += torch.stack([_scalar(value, sums.device) for value in flat])
@@ -279,14 +283,14 @@ class GlobalBatchSchedule:
         return replace(own, accumulated_loss=loss, accumulated_tokens=tokens)
 
     def _all_reduce(self, own: DeviceReduction) -> DeviceReduction:
-        """Add up what all ranks have: the one collective of a step over the world."""
+        """Sum the figures of all ranks, in the only collective of a step over the world."""
         packed = own.pack()
         with self._infra.spans.span(_SUM):
             dist.all_reduce(packed)
         return own.unpack(packed)
 
     def _names_of_metrics(self, results: list[Any], *, training: bool) -> list[str]:
-        """Metric names; known where the loss is computed, told to the other ranks once."""
+        """Return the metric names, broadcast once from a rank that computes the loss."""
         if training not in self._metric_names:
             box: list[Any] = [sorted(results[0][2]) if self.computes_loss else None]
             source = next(filter(self._infra.layout.counts_loss, range(dist.get_world_size())))
@@ -299,17 +303,17 @@ class GlobalBatchSchedule:
 def _apply_loss(
     loss: LossFunction, microbatch: Microbatch, output: Any, non_loss_data: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor, Metrics]] | Any:
-    """Call the loss in the form of Megatron's per-token loss: (sum, tokens, what to report)."""
+    """Call the loss function in the form of Megatron's per-token loss: (sum, tokens, values to report)."""
     if non_loss_data:
         return loss(output, microbatch)
     total, tokens, metrics = loss(output, microbatch)
     tokens = torch.as_tensor(tokens, device=total.device).detach()
-    # The schedule counts in whole numbers; what is divided by is the third entry's count.
+    # The schedule counts tokens as integers; the count in the third entry is the divisor.
     return total, tokens.to(torch.int), (total.detach(), tokens, metrics)
 
 
 def _scalar(value: torch.Tensor | float, device: torch.device | int) -> torch.Tensor:
-    """float64, without dimensions and without a graph."""
+    """Convert a value to a detached float64 tensor without dimensions."""
     if not isinstance(value, torch.Tensor):
         value = torch.tensor(value, dtype=torch.float64)
     value = value.detach().to(device, torch.float64)

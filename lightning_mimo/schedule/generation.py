@@ -1,4 +1,4 @@
-"""Greedy decoding through the schedule: the answer of every sample of a global batch, on every rank."""
+"""Greedy decoding with the pipeline schedule: every rank gets the answers for all samples of a global batch."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSch
 
 
 def prompt_lengths(microbatch: Microbatch) -> torch.Tensor:
-    """Tokens that are given of each sample: all up to the first one whose label counts, or all of them.
+    """Return the prompt length of each sample.
+
+    The prompt ends with the first position that counts in the loss; without one, it is the whole sample.
 
     Args:
-        microbatch: with ``lengths`` int64 ``[b]`` and, where there are labels, ``loss_mask`` ``[b, s]``.
+        microbatch: with ``lengths`` int64 ``[b]`` and, if there are labels, ``loss_mask`` ``[b, s]``.
 
     Returns:
         int64 ``[b]``.
@@ -41,25 +43,26 @@ def greedy_decode(
     placeholders: Mapping[str, int],
     group: dist.ProcessGroup | None,
 ) -> torch.Tensor:
-    """Write ``max_new_tokens`` tokens for every sample. Collective over the world.
+    """Generate ``max_new_tokens`` tokens for every sample. Collective over the world.
 
-    Without a cache: the prompts grow in place and every token costs one forward pass of the whole batch.
+    There is no KV cache: the tokens are appended to the prompts, and every token needs a forward pass of the whole
+    batch.
 
     Args:
-        schedule: of the model.
-        microbatches: this rank's share; ``input_ids`` are not changed.
+        schedule: schedule of the model.
+        microbatches: this rank's share; ``input_ids`` are not modified.
         forward: runs the model on one microbatch.
-        global_batch_size: samples over all ranks.
-        max_new_tokens: tokens to write.
-        pad_token_id: stands where nothing is written yet; any text token does.
-        placeholders: encoder name -> the token that stands for its embeddings in a prompt. It is never written.
+        global_batch_size: number of samples over all ranks.
+        max_new_tokens: number of tokens to generate.
+        pad_token_id: fills positions that are not generated yet; any text token is valid.
+        placeholders: encoder name -> placeholder token of its embeddings in a prompt. It is never generated.
         group: the language module's tensor-parallel group; ``None`` on ranks without it.
 
     Returns:
         int64 ``[global_batch_size, max_new_tokens]`` by position in the global batch, on every rank.
 
     Raises:
-        DataError: if a placeholder comes after the prompt.
+        DataError: if a placeholder follows the prompt.
     """
     for microbatch in microbatches:
         _check_prompts(microbatch, placeholders)
@@ -91,12 +94,12 @@ def greedy_decode(
 
 
 def gather_indices(microbatches: Sequence[Microbatch], *, global_batch_size: int, device: torch.device) -> list[int]:
-    """Dataset index at every position of a global batch, -1 for padding. Collective over the world.
+    """Return the dataset index at every position of a global batch, -1 for padding. Collective over the world.
 
     Args:
         microbatches: this rank's share.
-        global_batch_size: samples over all ranks.
-        device: where collectives take place.
+        global_batch_size: number of samples over all ranks.
+        device: device for collectives.
     """
     indices = torch.full((global_batch_size,), -1, device=device)
     for microbatch in microbatches:
@@ -115,28 +118,28 @@ def _check_prompts(microbatch: Microbatch, placeholders: Mapping[str, int]) -> N
         rows = ((text == token) & after).any(dim=1).nonzero().flatten().tolist()
         if rows:
             raise DataError(
-                f"Sample {microbatch['sample_indices'][rows[0]]}: a placeholder of {name!r} (token {token}) comes "
-                f"after the first token whose loss_mask is not 0. An answer is written after the tokens before that "
-                f"one, so they must hold all placeholders."
+                f"Sample {microbatch['sample_indices'][rows[0]]}: a placeholder of {name!r} (token {token}) follows "
+                f"the first position whose loss_mask is not 0. The answer is generated after the prompt, which ends at "
+                f"that position, so all placeholders must be in the prompt."
             )
 
 
 def _with_room(microbatch: Microbatch, columns: int, pad_token_id: int, placeholders: Mapping[str, int]) -> Microbatch:
-    """A copy whose sequences are longer by ``columns``; what stands there comes after all that is read."""
+    """Return a copy with sequences extended by ``columns`` of padding, which follows all tokens that are used."""
     input_ids = torch.nn.functional.pad(microbatch["input_ids"], (0, columns), value=pad_token_id)
     positions = _continued(microbatch["position_ids"], prompt_lengths(microbatch), columns)
-    # Only text is written, and no placeholder comes behind the prompt: the order stays.
+    # Only text is generated, and no placeholder follows the prompt, so the order stays valid.
     order = TokenOrder(*(each.to(input_ids.device) for each in token_order(input_ids.cpu(), placeholders)))
     return {**microbatch, "input_ids": input_ids, "position_ids": positions, "token_order": order}
 
 
 def _continued(positions: torch.Tensor, lengths: torch.Tensor, columns: int) -> torch.Tensor:
-    """Positions of the prompts, ``[..., b, s]``, then of what is written: one above the largest, and so on."""
+    """Extend the positions ``[..., b, s]`` of the prompts; generated tokens continue after the largest position."""
     padded = torch.nn.functional.pad(positions, (0, columns))
     places = torch.arange(padded.size(-1), device=padded.device)
     is_prompt = places < lengths.unsqueeze(1)
     largest = padded.where(is_prompt, -1).amax(dim=-1)
-    if largest.ndim > 1:  # multimodal: text has the same in all three rows
+    if largest.ndim > 1:  # multimodal: text has the same position in all three rows
         largest = largest.amax(dim=0)
     written = (largest + 1 - lengths).unsqueeze(1) + places
     return padded.where(is_prompt, written)

@@ -1,7 +1,7 @@
-"""Finds where a loss or a gradient became NaN or infinite: afterwards, so that watching for it costs nothing.
+"""Locates the origin of a NaN or infinite loss or gradient after the step, without cost in normal training.
 
-The optimizer's one read to the host tells that a step was not finite, and no rank has updated then. The batch is run
-once more, one microbatch at a time, and everything is looked at in the order in which it is computed.
+The optimizer's single device-to-host read shows that a loss or gradient norm was not finite; no rank has then updated
+its weights. The batch is run again, one microbatch at a time, and all values are checked in the order of computation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHOWN = 16
 
 
 class Phase(IntEnum):
-    """What is computed of a microbatch, in that order."""
+    """Phase of a microbatch's computation, in the order of execution."""
 
     WEIGHTS = 0
     INPUTS = 1
@@ -39,22 +39,22 @@ class Phase(IntEnum):
 
     @property
     def is_backward(self) -> bool:
-        """Whether it goes from the last pipeline stage to the first."""
+        """Whether the phase runs from the last pipeline stage to the first."""
         return self >= Phase.LANGUAGE_GRADIENTS
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Finding:
-    """A weight, input, output, loss or gradient with NaN or infinity in it. Ordered as they are computed.
+    """A weight, input, output, loss or gradient that contains NaN or infinity. Sorts in the order of computation.
 
     Attributes:
-        microbatch: which one; -1 for what was there before.
-        phase: of its computation.
-        stage: pipeline stage; negative in backward phases, so that the last one comes first.
+        microbatch: index of the microbatch; -1 for weights, which precede the batch.
+        phase: phase of the computation.
+        stage: pipeline stage; negative in backward phases, so that the last stage sorts first.
         module: name of the module.
         rank: global rank.
-        what: what is not finite, in words.
-        samples: dataset indices of the samples that went into it.
+        what: description of the tensor.
+        samples: dataset indices of the samples that it depends on.
     """
 
     microbatch: int
@@ -67,7 +67,7 @@ class Finding:
 
 
 class _Watch:
-    """Notes what is NaN or infinite on this rank."""
+    """Collects the tensors of this rank that contain NaN or infinity."""
 
     def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         self.found: list[Finding] = []
@@ -81,7 +81,7 @@ class _Watch:
             self._first_parameter(module, "weight", phase=Phase.WEIGHTS)
 
     def begin(self, index: int, batch: Microbatch) -> None:
-        """From now on it is this microbatch."""
+        """Begin a microbatch and check its inputs."""
         self._microbatch, self._batch = index, batch
         for module, inputs in batch["modality_inputs"].items():
             if self._stage(module) == 0:
@@ -98,10 +98,10 @@ class _Watch:
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[None]:
-        """Look at what modules return while this is open."""
+        """Check the outputs of modules within the context."""
         with contextlib.ExitStack() as stack:
             for name in self._infra.participating_modules:
-                # megatron-core calls forward() of what is outermost itself, past its hooks.
+                # megatron-core calls forward() of the outermost wrapper directly, which bypasses its hooks.
                 module = unwrap_model(module_and_name(self._model, name)[0])
                 stack.callback(module.register_forward_hook(self._output_hook(name)).remove)
             yield
@@ -171,13 +171,13 @@ def find_nonfinite(
     forward: ForwardStep,
     loss: LossFunction,
 ) -> list[Finding]:
-    """Run a batch again, forward and backward without an update, and look for what is not finite.
+    """Run a batch again, forward and backward without an update, and locate the first NaN or infinite tensor.
 
     Collective over the world. Gradient buffers are overwritten.
 
     Returns:
-        The first thing that is not finite, more than once where several ranks have it; the same on every rank. Empty if
-        all is finite this time.
+        The first tensor that is not finite, with one entry for each rank that has it; the same list on every rank.
+        Empty if all tensors are finite this time.
     """
     watch = _Watch(model, infra)
     watch.weights()
@@ -200,11 +200,11 @@ def find_nonfinite(
 
 
 def describe(found: Sequence[Finding]) -> str:
-    """A sentence for what :func:`find_nonfinite` returned."""
+    """Format the result of :func:`find_nonfinite` as a sentence."""
     if not found:
         return (
-            "When the batch was run again, everything was finite. Dropout may have been the difference, or an earlier "
-            "batch of the accumulation window, or a device that computes wrongly."
+            "When the batch was run again, everything was finite. Possible causes are dropout, an earlier batch of the "
+            "accumulation window, or a faulty device."
         )
     first = found[0]
     ranks = sorted({finding.rank for finding in found})
@@ -212,11 +212,11 @@ def describe(found: Sequence[Finding]) -> str:
         f"{first.what} of module {first.module!r} on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
     )
     if first.microbatch < 0:
-        return f"{where} is not finite already before the batch."
+        return f"{where} was not finite before the batch."
     samples = sorted({index for finding in found for index in finding.samples})
     shown = ", ".join(map(str, samples[:_SHOWN]))
     more = f" and {len(samples) - _SHOWN} more" if len(samples) > _SHOWN else ""
-    return f"The first that is not finite: {where}, in microbatch {first.microbatch}, samples {shown}{more}."
+    return f"The first tensor that is not finite: {where}, in microbatch {first.microbatch}, samples {shown}{more}."
 
 
 def _place(finding: Finding) -> tuple[int, Phase, int]:

@@ -21,7 +21,7 @@ FORWARD = {
 }
 REDUCTION = {
     0: r"s to reduce the gradients of images, with rank 1.",
-    1: r"rank 1 (images, stage 0) has not gone on for",
+    1: r"rank 1 (images, stage 0) has made no progress for",
     2: r"rank 2 (language, stage 0) has waited",
     3: r"rank 3 (language, stage 0) has waited",
 }

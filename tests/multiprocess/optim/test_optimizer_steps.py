@@ -212,7 +212,8 @@ def test_output_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout)
 
 def test_loss_that_is_not_finite_is_named(rank_pool: RankPool) -> None:
     message = (
-        r"The loss is not finite in step 1 \(batch 1\); the weights were not updated\. The first that is not finite: "
+        r"The loss is not finite in step 1 \(batch 1\); the weights were not updated\. "
+        r"The first tensor that is not finite: "
         r"the loss of module 'language' on ranks 2, 3, in microbatch 1, samples 18, 19, 20, 21, 22, 23\."
     )
     with pytest.raises(RankFailure, match=message):

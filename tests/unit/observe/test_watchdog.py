@@ -59,7 +59,7 @@ def test_host_that_is_ahead_of_a_gpu_in_a_tensor_parallel_pass_waits_for_others(
         pass
     report = watchdog(spans, Cut(tp=2))._look()
     assert report.waits
-    assert "for its GPU, which has others to wait for inside of forward of language, microbatch 1" in report.label
+    assert "for its GPU, which communicates with other ranks in forward of language, microbatch 1" in report.label
 
 
 def test_gpu_that_computes_alone_waits_for_nobody() -> None:

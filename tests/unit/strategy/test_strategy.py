@@ -94,7 +94,7 @@ def test_batch_that_does_not_divide_names_the_module_and_what_fits() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overlap_param_gather": True}, "Set use_distributed_optimizer=True too"),
+        ({"overlap_param_gather": True}, "Set use_distributed_optimizer=True as well"),
         ({"overlap_param_gather": True, "use_distributed_optimizer": True}, "needs overlap_grad_reduce=True"),
         ({"average_in_collective": True}, "gradients are summed"),
         ({"num_distributed_optimizer_instances": 2}, "num_distributed_optimizer_instances=2 is not supported"),
@@ -109,7 +109,7 @@ def test_ddp_options_that_cannot_be_name_the_module_and_the_remedy(options: dict
 
 
 @pytest.mark.parametrize(
-    ("precision", "instead"), [("64-true", "Leave one of them out"), ("bf16-true", "Take precision='bf16-mixed'")]
+    ("precision", "instead"), [("64-true", "Omit one of them"), ("bf16-true", "Use precision='bf16-mixed'")]
 )
 def test_distributed_optimizer_is_refused_where_it_would_keep_float32(precision: str, instead: str) -> None:
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True)
