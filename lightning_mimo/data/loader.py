@@ -201,7 +201,7 @@ def shard_dataloader(
     """
     _check_loader(loader, plan.global_batch_size)
     sampler = cast(BatchSampler, _batch_sampler_of(loader))
-    order = SeededSampler(sampler.sampler, seed=seed)
+    order = SeededSampler(cast(Sampler[int], sampler.sampler), seed=seed)
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
         batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
