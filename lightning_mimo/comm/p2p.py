@@ -192,7 +192,9 @@ class SendChannel:
         return posted
 
     def _post(self, tensor: torch.Tensor, peer: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
-        return dist.isend(tensor, dst=peer, group=self._group, tag=tag), tensor
+        work = dist.isend(tensor, dst=peer, group=self._group, tag=tag)
+        assert work is not None, "this rank is in the group"
+        return work, tensor
 
 
 class ReceiveChannel:
@@ -245,11 +247,13 @@ class ReceiveChannel:
             parts, tag = [torch.empty(size, dtype=torch.int64, device=device)], _ANNOUNCEMENT
         else:
             parts, tag = [torch.empty(shape, dtype=self._link.dtype, device=device) for shape in shapes], _DATA
-        return parts, [
-            dist.irecv(part, src=peer, group=self._group, tag=tag)
-            for part, peer in zip(parts, self._link.routes.receives, strict=True)
-            if part.numel()
-        ]
+        peers = zip(parts, self._link.routes.receives, strict=True)
+        return parts, [self._irecv(part, peer, tag) for part, peer in peers if part.numel()]
+
+    def _irecv(self, part: torch.Tensor, peer: int, tag: int) -> dist.Work:
+        work = dist.irecv(part, src=peer, group=self._group, tag=tag)
+        assert work is not None, "this rank is in the group"
+        return work
 
     def _receive_announced(self, announcement: torch.Tensor) -> torch.Tensor:
         told = announcement.tolist()
@@ -258,7 +262,7 @@ class ReceiveChannel:
         more = torch.empty(size, dtype=torch.int64, device=announcement.device)
         for each in (part, more):
             if each.numel():
-                dist.irecv(each, src=self._info.peers[0], group=self._group, tag=_DATA).wait()
+                self._irecv(each, self._info.peers[0], _DATA).wait()
         self.more_numbers = tuple(more.tolist()) if size else ()
         return part
 

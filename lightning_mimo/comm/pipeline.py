@@ -33,26 +33,36 @@ class StageLink:
         self._previous, self._following = previous, following
 
     def recv_forward(self, tensor_shapes: Any, is_first_stage: bool) -> torch.Tensor:
-        return self._previous.recv_forward()
+        return self._receiver.recv_forward()
 
     def send_forward(self, output_tensors: torch.Tensor, is_last_stage: bool) -> None:
-        self._following.send_forward(output_tensors)
+        self._sender.send_forward(output_tensors)
 
     def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> torch.Tensor | None:
-        return self._following.recv_backward()
+        return self._sender.recv_backward()
 
     def send_backward(self, input_tensor_grads: torch.Tensor, is_first_stage: bool) -> None:
-        self._previous.send_backward(input_tensor_grads)
+        self._receiver.send_backward(input_tensor_grads)
 
     def send_forward_recv_backward(
         self, output_tensors: torch.Tensor, tensor_shapes: Any, is_last_stage: bool
     ) -> torch.Tensor | None:
-        return self._following.send_forward_recv_backward(output_tensors)
+        return self._sender.send_forward_recv_backward(output_tensors)
 
     def send_backward_recv_forward(
         self, input_tensor_grads: torch.Tensor, tensor_shapes: Any, is_first_stage: bool
     ) -> torch.Tensor:
-        return self._previous.send_backward_recv_forward(input_tensor_grads)
+        return self._receiver.send_backward_recv_forward(input_tensor_grads)
+
+    @property
+    def _receiver(self) -> Receiver:
+        assert self._previous is not None, "the first stage receives no activations"
+        return self._previous
+
+    @property
+    def _sender(self) -> Sender:
+        assert self._following is not None, "the last stage sends no activations"
+        return self._following
 
 
 class MimoPipelineCommunicator(MultiModulePipelineCommunicator):

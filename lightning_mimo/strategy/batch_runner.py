@@ -202,7 +202,9 @@ class BatchRunner:
             losses: index and loss of every batch in the accumulation window.
         """
         if earlier := [index for index, loss in losses[:-1] if not loss.isfinite()]:
-            return f"The first tensor that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+            return (
+                f"The first tensor that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+            )
         module = self._module
         with module.microbatches():
             step = self._training_step(batch_idx)

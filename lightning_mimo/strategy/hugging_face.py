@@ -130,11 +130,12 @@ class HuggingFaceModule(MimoModule):
         """Build this rank's modules, with room for weights that are not there yet."""
         if self.model is None:
             infra = self.infra
+            strategy: Any = self.trainer.strategy
             self.model = build_mimo_model(
                 self.configure_mimo(infra),
                 infra,
-                seed=self.trainer.strategy.seed,
-                dtype_policy=self.trainer.precision_plugin.dtype_policy,
+                seed=strategy.seed,
+                dtype_policy=strategy.precision_plugin.dtype_policy,
                 initialize=False,
             )
             freeze(self.model, infra, self.frozen)
@@ -162,7 +163,7 @@ class HuggingFaceModule(MimoModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         """Puts the callback that reads the weights before all others, which may look at them."""
-        callbacks = self.trainer.callbacks
+        callbacks: list[pl.Callback] = vars(self.trainer)["callbacks"]  # the Trainer's connector sets it
         if not any(isinstance(callback, _LoadPretrained) for callback in callbacks):
             callbacks.insert(0, _LoadPretrained())
         return []
@@ -182,12 +183,12 @@ class HuggingFaceModule(MimoModule):
         """
         if self._has_weights:
             return
-        strategy = self.trainer.strategy
+        strategy: Any = self.trainer.strategy
         optimizer = strategy.optimizers[0].mimo if strategy.optimizers else None
-        complete_gathering(self.model)
+        complete_gathering(self.mimo_model)
         with SafetensorsFolder(self.pretrained) as folder:
             reader = PretrainedReader(folder, self._table(folder, self.infra.layout))
-            load_shards(self.model, self.infra, reader, optimizer)
+            load_shards(self.mimo_model, self.infra, reader, optimizer)
         self._has_weights = True
 
     def _table(self, folder: SafetensorsFolder, layout: MimoLayout) -> RuleTable:

@@ -49,7 +49,7 @@ class WorldCollectives:
         if isinstance(reduce_op, str):
             reduce_op = getattr(ReduceOp, {"MEAN": "AVG"}.get(reduce_op.upper(), reduce_op.upper()))
         mean = reduce_op == ReduceOp.AVG  # not supported by every backend
-        op = ReduceOp.SUM if mean or reduce_op is None else reduce_op
+        op: Any = ReduceOp.SUM if mean or reduce_op is None else reduce_op
         with self._spans.span(_REDUCE):
             dist.all_reduce(tensor, op=op, group=group)
         return tensor / dist.get_world_size(group) if mean else tensor
