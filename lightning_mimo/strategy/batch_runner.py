@@ -198,7 +198,9 @@ class BatchRunner:
             losses: number and loss of all batches of the accumulation.
         """
         if earlier := [index for index, loss in losses[:-1] if not loss.isfinite()]:
-            return f"The first tensor that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+            return (
+                f"The first tensor that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+            )
         module = self._module
         with module.microbatches():
             step = self._training_step(batch_idx)
