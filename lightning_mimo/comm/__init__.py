@@ -1,4 +1,4 @@
-"""Activations and gradients on their way between modules and pipeline stages.
+"""Transfer of activations and gradients between modules and between pipeline stages.
 
 Imports ``parallel`` and below, and megatron-core.
 """

@@ -1,9 +1,9 @@
-"""Bridges between modules on the same ranks that keep every sample's rows together, and the numbers of those rows.
+"""Bridges between modules on the same ranks that split activations at sample boundaries.
 
-An encoder's output is flat, ``[rows, hidden]``: the embeddings of all samples of a microbatch, one after the other,
-and samples may have different numbers of rows (images), 0 included. megatron-core's bridges cut such a tensor into
-equal parts, or refuse, where the two sides have different data-parallel sizes. Those here, and in ``pipeline.py`` those
-between ranks of their own, cut it at sample borders.
+An encoder's output is flat, ``[rows, hidden]``: the concatenated embeddings of all samples of a microbatch. Samples may
+have different numbers of rows (images), including 0. If the two sides have different data-parallel sizes,
+megatron-core's bridges split such a tensor into equal parts or raise an error. The bridges here, and those between
+disjoint ranks in ``pipeline.py``, split it at sample boundaries.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 
 class RaggedColocatedBridge(ColocatedBridgeCommunicator):
-    """A bridge between modules on the same ranks, for different numbers of rows per sample."""
+    """Bridge between modules on the same ranks that supports different numbers of rows per sample."""
 
     def __init__(self, infra: MimoModelInfra, module: str) -> None:
-        """Collective over the world: creates a group where the data-parallel sizes differ."""
+        """Collective over the world: creates process groups if the data-parallel sizes differ."""
         super().__init__(
             src_grid=infra.module_to_grid_map[module],
             dest_grid=infra.module_to_grid_map[LANGUAGE],
@@ -45,11 +45,11 @@ class RaggedColocatedBridge(ColocatedBridgeCommunicator):
         }
 
     def communicate(self, tensor: torch.Tensor, rows_per_sample: Sequence[int] | None = None) -> torch.Tensor:
-        """Bring an encoder's rows to the ranks whose language replica holds their samples.
+        """Transfer an encoder's rows to the ranks whose language replica has their samples.
 
         Args:
             tensor: ``[rows, hidden]``, the encoder replica's output, the same on all its tensor-parallel ranks.
-            rows_per_sample: rows of every sample that the larger of the two shards of this rank holds.
+            rows_per_sample: number of rows of each sample in the larger of this rank's two data-parallel shards.
 
         Returns:
             ``[rows, hidden]`` for the samples of this rank's language replica.
@@ -74,7 +74,7 @@ Gather = Callable[[torch.Tensor, list[int], str], torch.Tensor]
 
 
 class _GatherRows(torch.autograd.Function):
-    """Rows of all members of a group, in group order; backward keeps this member's."""
+    """Gather the rows of all group members, in group order; backward keeps the gradient of this member's rows."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, gather: Gather) -> torch.Tensor:
@@ -87,7 +87,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _TakeRows(torch.autograd.Function):
-    """This member's rows; backward collects the gradients of the rows that the other members took."""
+    """Keep this member's rows; backward gathers the gradients of the rows of all members."""
 
     @staticmethod
     def forward(ctx, tensor: torch.Tensor, sizes: list[int], slot: int, gather: Gather) -> torch.Tensor:
@@ -100,8 +100,10 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _all_gather_rows(tensor: torch.Tensor, sizes: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """Concatenate differently long tensors of a group. Padded to the longest, because neither gloo nor NCCL gathers
-    uneven parts in one call."""
+    """Concatenate the tensors of all group members, which may have different lengths.
+
+    They are padded to the longest, because neither gloo nor NCCL gathers uneven parts in a single call.
+    """
     longest = max(sizes)
     if longest == 0:
         return tensor.new_empty((0, tensor.size(1)))

@@ -1,9 +1,9 @@
-"""What goes over the edges between modules and between pipeline stages: nobody waits for a send.
+"""Asynchronous point-to-point transfers between modules and between pipeline stages.
 
-megatron-core's communicators tell the other side a shape, wait until it is there, send, wait until that is received,
-and let one rank pass it on to its tensor-parallel peers. Here shapes are known from the batch on both sides wherever
-they can be, a sender goes on at once, every rank gets what it needs directly, and on CPUs the next receive is posted
-while the rank still computes, so that data move in the meantime.
+megatron-core's communicators send a shape, wait for it, send the data, wait until the data are received, and let one
+rank broadcast them to its tensor-parallel peers. Here, both sides derive shapes from the batch where possible, sends do
+not block, and every rank receives its data directly. On CPUs, the next receive is posted while the rank computes, so
+that transfer and computation overlap.
 """
 
 from __future__ import annotations
@@ -21,41 +21,45 @@ from lightning_mimo.observe.spans import BACKWARD, FORWARD, SpanInfo, Spans
 
 Shape = tuple[int, ...]
 Shapes = Sequence[Shape]
-"""Of the parts of one microbatch; what is empty is not sent."""
+"""Shapes of the parts of one microbatch; empty parts are not sent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicShape:
-    """Stands for the shape of a microbatch that the other side cannot know: it is told.
+    """Marks a shape that the receiver cannot know in advance; the sender announces it before the data.
 
     Attributes:
-        numbers: how many numbers it is told with the shape.
+        numbers: how many additional integers are announced with the shape.
     """
 
     numbers: int = 0
 
 
-_DATA, _ANNOUNCEMENT = 1, 2  # tags: a receive of the latter may be posted ahead of one of the former
-_DIMENSIONS = 3  # of what is announced
+_DATA, _ANNOUNCEMENT = 1, 2  # separate tags, because the next announcement may be posted before the current data
+_DIMENSIONS = 3  # of an announced tensor
 
 
 class OnFirstWait:
-    """What a rank does once in a training pass, before it waits for what it receives first."""
+    """Runs an action once per training pass, before the rank waits for its first receive."""
 
     def __init__(self, action: Callable[[], None] | None = None) -> None:
         """
         Args:
-            action: must not raise, and must not wait for other ranks; ``None`` does nothing.
+            action: the action; must not raise and must not wait for other ranks. ``None`` does nothing.
         """
         self._action = action
         self._is_due = False
 
     def begin(self, *, is_due: bool) -> None:
-        """A pass begins, in which it is to be done or not."""
+        """Begin a pass.
+
+        Args:
+            is_due: whether the action runs in this pass.
+        """
         self._is_due = is_due
 
     def do(self) -> None:
-        """Do it, if that is due and has not been done."""
+        """Run the action if it is due and has not run in this pass."""
         if self._is_due and self._action is not None:
             self._is_due = False
             self._action()
@@ -63,20 +67,20 @@ class OnFirstWait:
 
 @dataclass(frozen=True, kw_only=True)
 class P2PLink:
-    """Two sides that exchange activations and gradients, seen from one rank.
+    """Connection over which one rank exchanges activations and gradients with another module or stage.
 
     Attributes:
         kind: ``bridge`` or ``pipeline``.
-        label: from where to where activations go.
-        module: of this rank.
-        routes: to the other side.
-        dtype: on the wire.
-        in_flight: microbatches that may have been sent and not received; a sender that would exceed it waits.
-        forward_group: has all ranks; only activations go over it.
-        backward_group: has all ranks; only gradients go over it. With groups of their own, the two directions keep
-            their own order in NCCL, and none waits behind the other.
-        spans: where transfers are recorded.
-        on_first_wait: done after a receive has been posted, where the rank would wait for it; shared by all links.
+        label: source and destination of the activations.
+        module: module of this rank.
+        routes: routes to the other side.
+        dtype: dtype of the transferred tensors.
+        in_flight: maximum number of microbatches that are sent but not received; a further send waits.
+        forward_group: process group of all ranks, for activations only.
+        backward_group: process group of all ranks, for gradients only. With separate groups, NCCL orders each direction
+            independently, and neither waits for the other.
+        spans: recorder of the transfers.
+        on_first_wait: runs after a receive is posted and before the rank waits for it; shared by all links.
     """
 
     kind: str
@@ -106,11 +110,11 @@ class P2PLink:
 
 
 class SendChannel:
-    """Sends one microbatch after the other, and keeps what is on its way.
+    """Sends microbatches in order, and keeps their tensors until they are received.
 
     Attributes:
-        numbers: that are told with the next shape that is announced.
-        more_numbers: any number of them that follow it.
+        numbers: integers to announce with the next dynamic shape.
+        more_numbers: a variable number of further integers, sent after the data.
     """
 
     def __init__(self, link: P2PLink, direction: str) -> None:
@@ -128,19 +132,19 @@ class SendChannel:
         """Begin a pass.
 
         Args:
-            shapes: of every microbatch.
+            shapes: shapes of each microbatch.
         """
         assert not self._flying, "the pass before was not finished"
         self._shapes, self._number = shapes, 0
 
     def send(self, tensor: torch.Tensor) -> None:
-        """Send the next microbatch, and do not wait for it.
+        """Send the next microbatch asynchronously.
 
         Args:
-            tensor: its parts one after the other, cut in the first dimension.
+            tensor: its parts, concatenated along the first dimension.
 
         Raises:
-            DataError: if it does not have the shape that the other side expects.
+            DataError: if the tensor does not have the shape that the other side expects.
         """
         if not self._info.peers:
             return
@@ -149,7 +153,7 @@ class SendChannel:
         with self._link.spans.span(self._info, self._number):
             shapes = self._shapes[self._number]
             if isinstance(shapes, DynamicShape):
-                assert len(self.numbers) == shapes.numbers, "the other side waits for another number of them"
+                assert len(self.numbers) == shapes.numbers, "the other side expects a different number of integers"
                 self._flying.append(self._announced(tensor))
             else:
                 self._flying.append(self._parts(tensor, shapes))
@@ -169,9 +173,9 @@ class SendChannel:
         whole = (sum(shape[0] for shape in shapes), *shapes[0][1:])
         if tuple(tensor.shape) != whole:
             raise DataError(
-                f"{self._link.label}: what module {self._link.module!r} passes on has the shape {tuple(tensor.shape)}, "
-                f"but the other side expects {whole} of this microbatch. Pass on one row of the hidden size for each "
-                f"placeholder token, and between pipeline stages of the language module (sequence, batch, hidden)."
+                f"{self._link.label}: the tensor sent by module {self._link.module!r} has shape {tuple(tensor.shape)}, "
+                f"but the other side expects {whole} for this microbatch. Return one row of hidden_size values for "
+                f"each placeholder token; between pipeline stages of the language module, (sequence, batch, hidden)."
             )
         parts = tensor.detach().split([shape[0] for shape in shapes])
         return [
@@ -198,18 +202,18 @@ class SendChannel:
 
 
 class ReceiveChannel:
-    """Receives one microbatch after the other.
+    """Receives microbatches in order.
 
     Attributes:
-        numbers: that were told with the last shape that was announced.
-        more_numbers: that followed it.
+        numbers: integers that were announced with the last dynamic shape.
+        more_numbers: further integers that followed the data.
     """
 
     def __init__(self, link: P2PLink, direction: str) -> None:
         self._link = link
         self._info = link.span_info("receive", direction, link.routes.receives)
         self._group = link.group(direction)
-        # NCCL's receives occupy the device until the data come.
+        # NCCL's receives occupy the device until the data arrive.
         self._ahead = 1 if dist.get_backend(self._group) == "gloo" else 0
         self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
         self._shapes: Sequence[Shapes | DynamicShape] = ()
@@ -218,13 +222,13 @@ class ReceiveChannel:
         self.more_numbers: tuple[int, ...] = ()
 
     def expect(self, shapes: Sequence[Shapes | DynamicShape]) -> None:
-        """Begin a pass, in which every one of these microbatches is received; arguments as for :class:`SendChannel`."""
+        """Begin a pass that receives all of these microbatches; arguments as for :meth:`SendChannel.expect`."""
         assert not self._posted, "the pass before was not finished"
         self._shapes, self._number = shapes, 0
         self._post_up_to(self._ahead)
 
     def receive(self) -> torch.Tensor:
-        """The next microbatch, its parts one after the other in the first dimension."""
+        """Return the next microbatch, with its parts concatenated along the first dimension. Waits for the data."""
         with self._link.spans.span(self._info, self._number):
             self._post_up_to(self._number + 1 + self._ahead)
             parts, works = self._posted.popleft()
@@ -268,22 +272,23 @@ class ReceiveChannel:
 
 
 def _backward_shapes(shapes: Sequence[Shapes | DynamicShape]) -> list[Shapes | DynamicShape]:
-    """Gradients have the shapes of activations; no numbers go with them."""
+    """Return the shapes of the gradients: those of the activations, without additional integers."""
     return [DynamicShape() if isinstance(each, DynamicShape) else each for each in shapes]
 
 
 class Sender:
-    """Where activations leave a module or a pipeline stage, and gradients come back if anybody needs them.
+    """Sending end of a link: sends activations, and receives their gradients if they are needed.
 
-    Has the methods of megatron-core's BridgeCommunicator that its MultiModulePipelineCommunicator calls on this side.
+    Implements the methods of megatron-core's BridgeCommunicator that its MultiModulePipelineCommunicator calls on the
+    sending side.
     """
 
     def __init__(self, link: P2PLink, *, source: str, gradients: bool) -> None:
         """
         Args:
-            link: to where.
-            source: the module, under whose name megatron-core keeps the tensors.
-            gradients: whether they come back; the other side must know as well.
+            link: link to the other side.
+            source: module of the activations, which megatron-core uses as the key of the tensors.
+            gradients: whether gradients are sent back; must be the same on both sides.
         """
         self.src_module_name = source
         self._forward = SendChannel(link, FORWARD)
@@ -300,11 +305,11 @@ class Sender:
         self._forward.finish()
 
     def tell(self, numbers: tuple[int, ...], more: tuple[int, ...] = ()) -> None:
-        """Numbers that go with the next activations, where their shape is announced.
+        """Set the integers to send with the next activations, if their shape is announced.
 
         Args:
-            numbers: as many as the other side expects.
-            more: any number of them.
+            numbers: as many integers as the other side expects.
+            more: any number of further integers.
         """
         self._forward.numbers, self._forward.more_numbers = numbers, more
 
@@ -320,10 +325,10 @@ class Sender:
 
 
 class Receiver:
-    """Where activations enter a module or a pipeline stage; the other side of an :class:`Sender`."""
+    """Receiving end of a link: receives activations, and sends back their gradients if they are needed."""
 
     def __init__(self, link: P2PLink, *, source: str, gradients: bool) -> None:
-        """Arguments as for :class:`Sender`; ``source`` is where activations come from."""
+        """Arguments as for :class:`Sender`; ``source`` is the module that sends the activations."""
         self.src_module_name = source
         self._forward = ReceiveChannel(link, FORWARD)
         self._backward = SendChannel(link, BACKWARD) if gradients else None
@@ -341,16 +346,16 @@ class Receiver:
 
     @property
     def told(self) -> tuple[int, ...]:
-        """Numbers that came with the last activations, where their shape was announced."""
+        """Integers that were received with the last activations, if their shape was announced."""
         return self._forward.numbers
 
     @property
     def told_more(self) -> tuple[int, ...]:
-        """Further ones that came with them, however many there were."""
+        """Further integers that were received with the last activations."""
         return self._forward.more_numbers
 
     def recv_forward(self) -> torch.Tensor:
-        # The graph of this rank begins here.
+        # The autograd graph of this rank begins here.
         return self._forward.receive().requires_grad_()
 
     def send_backward(self, gradients: torch.Tensor) -> None:

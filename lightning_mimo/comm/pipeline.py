@@ -1,5 +1,7 @@
-"""The pipeline through all modules of a layout with ranks of their own: bridges that keep every sample's rows together,
-and hops between the stages of one module."""
+"""Pipeline communication for modules on disjoint ranks.
+
+Bridges between modules split activations at sample boundaries; hops connect the pipeline stages of one module.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,14 @@ from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 ShapesOf = Callable[[Microbatch], Shapes | DynamicShape]
-"""Microbatch -> shapes of its parts."""
+"""Function that returns the shapes of a microbatch's parts."""
 
 
 class StageLink:
-    """The neighbours of one pipeline stage of a module.
+    """Links from one pipeline stage of a module to the previous and the next stage.
 
-    Has the methods of megatron-core's P2PCommunicator that its MultiModulePipelineCommunicator calls. Shapes and
-    places are known here, so the arguments that tell them are not looked at.
+    Implements the methods of megatron-core's P2PCommunicator that its MultiModulePipelineCommunicator calls. The links
+    already know the shapes and the position of the stage, so the corresponding arguments are ignored.
     """
 
     def __init__(self, previous: Receiver | None, following: Sender | None) -> None:
@@ -66,7 +68,7 @@ class StageLink:
 
 
 class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
-    """What Megatron's 1F1B schedule calls to move activations and gradients."""
+    """Communicator through which Megatron's 1F1B schedule transfers activations and gradients."""
 
     def __init__(
         self,
@@ -77,16 +79,16 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         encoder_run_ahead: int,
         on_first_wait: Callable[[], None] | None = None,
     ) -> None:
-        """Collective over the world the first time for an infra: it creates a process group for each direction.
+        """Collective over the world on the first call for an infra: creates a process group for each direction.
 
         Args:
-            infra: layout, grids and topology; none of its modules share ranks.
-            config: the language module's; ``pipeline_dtype`` is the dtype on the wire.
-            needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; the same
-                on every rank. Nothing is sent back where it does not.
-            encoder_run_ahead: microbatches that encoders compute before it is their turn.
-            on_first_wait: what this rank does once in every training pass, before it waits for others first; it must
-                not raise. A rank that receives nothing never calls it.
+            infra: layout, grids and topology; its modules must be on disjoint ranks.
+            config: config of the language module; ``pipeline_dtype`` is the dtype of the transferred tensors.
+            needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; must be
+                the same on every rank. If not, no gradient is sent back.
+            encoder_run_ahead: number of additional microbatches that encoders compute ahead of the schedule.
+            on_first_wait: called once in every training pass, before this rank first waits for another; must not raise.
+                A rank that receives nothing never calls it.
         """
         self._infra = infra
         self._run_ahead = encoder_run_ahead
@@ -94,18 +96,18 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         self._on_first_wait = OnFirstWait(on_first_wait)
         self._ends: list[tuple[Receiver | Sender, ShapesOf]] = []
         self._encoder_hops: dict[str, tuple[Receiver | None, Sender | None]] = {}
-        # Here, where every rank comes by, whatever edges it has.
+        # Created here because it is collective, and every rank runs this whichever links it has.
         self._forward_group = infra.group_of_all("activations sent")
         self._backward_group = infra.group_of_all("gradients sent")
         super().__init__(infra.module_to_grid_map, infra.topology, config)
 
     @property
     def current_stage(self) -> int:
-        """This rank's stage, counted from the end of the pipeline, where all modules meet.
+        """Index of this rank's pipeline stage, computed from the end of the pipeline, which all modules share.
 
-        Upstream counts from the beginning, so that an encoder with fewer stages than another would run ahead of it by
-        the difference and keep that many more microbatches. The schedule begins with as many forward passes as there
-        are stages behind this one, so an encoder runs ahead of its turn by standing further from the end.
+        Upstream counts from the beginning. An encoder with fewer stages than another would then run ahead of it by the
+        difference and keep that many more microbatches in memory. The number of warm-up forward passes in the schedule
+        is the number of later stages, so a larger distance from the end lets encoders run ahead.
         """
         modules = self._infra.layout.modules
         name, place = next(iter(self.rank_module_map.items()))
@@ -115,21 +117,21 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         return self.total_stages - 1 - behind
 
     def begin(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> None:
-        """Call it before every pass.
+        """Prepare a pass. Call it before every pass.
 
         Args:
-            microbatches: that go through the schedule.
-            forward_only: whether no gradient comes back.
+            microbatches: microbatches of the pass.
+            forward_only: whether the pass has no backward.
         """
         self._on_first_wait.begin(is_due=not forward_only)
         for end, shapes_of in self._ends:
             end.expect([shapes_of(microbatch) for microbatch in microbatches], forward_only=forward_only)
 
     def complete(self, microbatch: Microbatch) -> None:
-        """Call it before every forward pass: fill in what only the first stage of an encoder has loaded.
+        """Fill in the counts that only the first stage of an encoder has loaded. Call it before every forward pass.
 
         Args:
-            microbatch: the next one; its numbers of items are changed.
+            microbatch: the next microbatch; its ``modality_counts`` are updated in place.
         """
         for name, (previous, following) in self._encoder_hops.items():
             counts = microbatch["modality_counts"]
@@ -139,12 +141,12 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
                 following.tell(*counts[name].to_tell())
 
     def finish(self) -> None:
-        """Call it after every pass. Waits for what is still on its way."""
+        """Wait for all pending sends. Call it after every pass."""
         for end, _ in self._ends:
             end.finish()
 
     def _build_bridge_comms(self) -> None:
-        """Nothing: they belong to the modules of this rank, below."""
+        """Do nothing: :meth:`_build_rank_module_info_map` builds the bridges."""
 
     def _build_rank_module_info_map(self) -> None:
         modules, rank = self._infra.layout.modules, dist.get_rank()
@@ -165,7 +167,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             )
 
     def _bridge[End: (Receiver, Sender)](self, kind: type[End], encoder: str, mine: str) -> End:
-        """This rank's end of the bridge from an encoder to the language module."""
+        """Build this rank's end of the bridge from an encoder to the language module."""
         modules = self._infra.layout.modules
         theirs, stage = (encoder, modules[encoder].pp - 1) if mine == LANGUAGE else (LANGUAGE, 0)
         link = self._link("bridge", f"{encoder} -> {LANGUAGE}", mine, theirs, stage)
@@ -180,7 +182,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         return self._keep(kind(link, source=encoder, gradients=gradients), shapes_of)
 
     def _hop[End: (Receiver, Sender)](self, kind: type[End], name: str, stage: int, *, other: int) -> End:
-        """This rank's end of what lies between two pipeline stages of a module."""
+        """Build this rank's end of the link between two adjacent pipeline stages of a module."""
         first = min(stage, other)
         link = self._link("pipeline", f"{name} stage {first} -> {first + 1}", name, name, other)
         shapes_of = self._language_stage if name == LANGUAGE else partial(_announced_by, name)
@@ -199,7 +201,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             module=mine,
             routes=routes_between(modules[mine], modules[theirs], rank=dist.get_rank(), stage=stage),
             dtype=self.config.pipeline_dtype,
-            # By itself 1F1B has no more under way in either direction; where no gradient comes back, this holds it.
+            # 1F1B itself never exceeds this limit in either direction; it takes effect if no gradient is sent back.
             in_flight=self.total_stages + self._run_ahead,
             forward_group=self._forward_group,
             backward_group=self._backward_group,
@@ -213,5 +215,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
 
 def _announced_by(encoder: str, microbatch: Microbatch) -> DynamicShape:
-    """What an encoder passes on between its stages only its own code knows; what later stages check goes with it."""
+    """Return the shape of activations between an encoder's stages, which only the encoder's own code knows.
+
+    The counts that later stages check are announced with it.
+    """
     return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].to_tell()[0]))

@@ -109,7 +109,7 @@ def wrong_shape() -> str:
 
 def test_what_the_other_side_does_not_expect_is_refused(rank_pool: RankPool) -> None:
     (message,) = rank_pool.run(call_on_cpu, "wrong_shape", world_size=1)
-    assert "what module 'images' passes on has the shape (4, 3), but the other side expects (2, 3)" in message
+    assert "the tensor sent by module 'images' has shape (4, 3), but the other side expects (2, 3)" in message
 
 
 def call_on_cpu(name: str) -> object:
