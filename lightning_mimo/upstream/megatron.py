@@ -37,6 +37,11 @@ ATTRIBUTES = (
         "_get_model_param_range_map",
         "which part of a parameter this rank's optimizer holds",
     ),
+    Attribute(
+        "megatron.core.models.common.embeddings.rotary_pos_embedding.RotaryEmbedding",
+        "_apply_scaling",
+        "rope scaling of Llama 3 with other numbers than those of Llama 3.1",
+    ),
     Attribute(_PARALLEL_STATE, "_GLOBAL_MEMORY_BUFFER", "whether there is scratch space for tensor-parallel layers"),
     Attribute(_PARALLEL_STATE, "_set_global_memory_buffer", "makes it, as initialize_model_parallel would have"),
 )

@@ -19,6 +19,7 @@ from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.layout import picture_of
 from lightning_mimo.commands.run import DryRunCLI
 from tests.benchmarks.__main__ import BENCHMARKS
+from tests.gpu.parts import parts as gpu_parts
 from tests.support.pages import PAGES, blocks_of, commands_in, commands_of
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())
@@ -106,7 +107,9 @@ def _lightning_mimo(words: list[str]) -> None:
 def _python(words: list[str]) -> None:
     assert words[0] == "-m", words
     _expect(importlib.util.find_spec(words[1]) is not None, words)
-    if words[1] == "tests.benchmarks":
+    if words[1] == "tests.gpu":
+        _expect(set(words[2:]) <= {"--out", "results", "--rehearse", *gpu_parts(Path("results"))}, words)
+    elif words[1] == "tests.benchmarks":
         _expect(set(words[2:]) <= {*BENCHMARKS, "--help"}, words)
     else:
         _expect(words[1].startswith("examples.") and not words[2:], words)

@@ -77,9 +77,9 @@ import ctypes, time
 from datetime import timedelta
 import torch.distributed as dist
 from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.layout import MimoLayout
+from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.observe import watchdog
-from lightning_mimo.spans import Spans
+from lightning_mimo.observe.spans import Spans
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 layout = MimoLayout.resolve({"language": Cut()}, world_size=1)

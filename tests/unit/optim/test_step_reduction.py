@@ -62,6 +62,8 @@ def test_what_is_left_out_adds_nothing() -> None:
         stops=0.0,
         group_squares=[],
         telemetry=[],
+        samples=[],
+        next_samples=[],
     )
 
 
