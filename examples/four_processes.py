@@ -1,10 +1,10 @@
-"""Four processes, every module on its own: the encoder as two replicas, the GPT cut in two by tensor parallelism.
+"""Four processes, modules on separate ranks: two replicas of the encoder, and a GPT with tensor parallelism.
 
     uv run python -m examples.four_processes
 
-What is trained is that of `examples.single_process`; only the layout is another, and the numbers are the same. You see
-which module is on which rank, the table of modules, and the loss of the first and the last of 20 steps. Change the
-sizes: what cannot run says why, before any process starts.
+It trains the model of `examples.single_process` in another layout, with the same results. The output is a diagram of
+the layout, the table of modules, and the loss of the first and the last of 20 steps. Try other sizes: an invalid layout
+raises an error that gives a remedy, before any process starts.
 """
 
 from examples.single_process import train
@@ -15,5 +15,5 @@ from lightning_mimo.layout.layout import MimoLayout
 if __name__ == "__main__":
     modules = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
     print(draw_layout(MimoLayout.resolve(modules, world_size=4), global_batch_size=64, num_microbatches=2))
-    # Two microbatches, so that the encoder reads the second one's images while the GPT reads the first one's text.
+    # With two microbatches the encoder computes the second one while the GPT computes the first one.
     train(MimoStrategy(modules, global_batch_size=64, num_microbatches=2), devices=4)

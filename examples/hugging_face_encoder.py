@@ -1,11 +1,11 @@
-"""An encoder of Hugging Face: transformers' ViT on two ranks, a GPT cut in two by tensor parallelism on two others.
+"""An encoder from Hugging Face: transformers' ViT on two ranks, and a GPT with tensor parallelism on two others.
 
     uv run python -m examples.hugging_face_encoder
 
 Needs `transformers` (pip install transformers). The ViT is small and starts from random weights, so nothing is
-downloaded; `ViTModel.from_pretrained(...)` in the same place would start from trained ones. Which row of the image is
-bright? You see the table of modules and their ranks, and at the end "loss: 0.0…". The encoder has no tensor parallelism
-(tp=1); it may have as many replicas as divide the batch, and the numbers stay the same.
+downloaded. The task: which row of the image is bright? The output is a table of modules and their ranks, and at the end
+"loss: 0.0…". The encoder has no tensor parallelism (tp=1). It may have any number of replicas that divides the batch;
+the results are the same.
 """
 
 import lightning as L
@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTModel
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.encoder import encoder_spec
-from lightning_mimo.models.gpt import TransformerSize, gpt_spec
+from lightning_mimo.models import TransformerSize, encoder_spec, gpt_spec
 
 IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hidden size of the GPT
 TOKENS_PER_IMAGE = 4  # an image of 8 x 8 pixels has four patches of 4 x 4

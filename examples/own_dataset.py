@@ -1,10 +1,10 @@
-"""Your own dataset: images in files, and ranks that open only what their modules need.
+"""Your own dataset: images in files, and ranks that open only the files that their modules need.
 
     uv run python -m examples.own_dataset
 
-A dataset with `load(index, modules)` is told which modules the sample is for. Here 64 images lie in files under
-logs/own_dataset; each of two encoder ranks opens its half of every batch, and the two ranks of the language module open
-none. You see how many each rank opened in one epoch, at the end: 32, 32, 0, 0.
+A dataset with `load(index, modules)` is told for which modules the sample is. Here 64 images are in files under
+logs/own_dataset. Each of two encoder ranks opens its half of every batch, and the two ranks of the language module open
+none. At the end the example prints how many files each rank opened in one epoch: 32, 32, 0, 0.
 """
 
 from pathlib import Path
@@ -16,8 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.vision import ImagePatches
-from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.models import ImagePatches, TransformerSize, vision_language_config
 
 IMAGE, QUESTION, SAMPLES = 8, 9, 64
 FOLDER = Path("logs/own_dataset")
@@ -33,7 +32,7 @@ class FilesAndText(Dataset):
         return SAMPLES
 
     def load(self, index: int, modules: frozenset[str]) -> dict:
-        """One sample, as far as these modules need it. Text is small, and every rank needs its length."""
+        """Return the part of a sample that these modules need. Text is always included: every rank needs its length."""
         sample = {
             "input_ids": torch.tensor([IMAGE, QUESTION]),
             "labels": torch.tensor([QUESTION, index % 8]),
@@ -47,10 +46,10 @@ class FilesAndText(Dataset):
 
 
 class FileData(L.LightningDataModule):
-    """Written as for one process; MimoStrategy divides the samples."""
+    """Written as for one process; MimoStrategy distributes the samples."""
 
     def prepare_data(self) -> None:
-        """Make the files. Lightning calls this on one rank of a machine, before any other goes on."""
+        """Write the files. Lightning calls this on one rank per node, and all others wait for it."""
         FOLDER.mkdir(parents=True, exist_ok=True)
         for index in range(SAMPLES):
             pixels = np.random.default_rng(index).random((1, 1, 8, 8), dtype=np.float32)  # images, channels, 8 x 8

@@ -1,9 +1,9 @@
-"""One process: all modules on it (`colocate`), to begin with, to debug, or to have something to compare with.
+"""All modules in one process (`colocate`): a start, a way to debug, and a reference for other layouts.
 
     uv run python -m examples.single_process
 
-Questions about real handwritten digits, the model and the data of configs/digits_vlm.yaml, in Python in place of YAML.
-You see the loss of the first and the last of 20 steps. `examples.four_processes` prints the same numbers.
+Questions about real handwritten digits: the model and data of configs/digits_vlm.yaml in Python instead of YAML. The
+output is the loss of the first and the last of 20 steps. `examples.four_processes` prints the same numbers.
 """
 
 import lightning as L
@@ -11,11 +11,11 @@ import lightning as L
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.models.sizes import TransformerSize
+from lightning_mimo.models import TransformerSize
 
 
 class FirstAndLast(L.Callback):
-    """Prints the loss; every rank gets the same one, wherever it was computed."""
+    """Prints the loss, which is the same on every rank."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step in (1, trainer.max_steps):
@@ -23,7 +23,7 @@ class FirstAndLast(L.Callback):
 
 
 def train(strategy: MimoStrategy, *, devices: int, num_nodes: int = 1) -> None:
-    """Twenty steps in any layout."""
+    """Train for 20 steps in any layout."""
     L.seed_everything(1)
     size = TransformerSize(num_layers=2, hidden_size=32, num_attention_heads=4)
     trainer = L.Trainer(

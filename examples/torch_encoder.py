@@ -1,10 +1,10 @@
-"""Bring your own encoder: plain torch layers on one rank, a GPT cut in two by tensor parallelism on two others.
+"""Your own encoder: plain torch layers on one rank, and a GPT with tensor parallelism on two others.
 
     uv run python -m examples.torch_encoder
 
-Which row of the image is bright? Images and questions are made in this file. You see a table of the modules and their
-ranks, a progress bar with the loss, and after a few seconds "loss: 0.0…": the GPT has learned to read what the encoder
-says.
+The task: which row of the image is bright? Images and questions are generated in this file. The output is a table of
+modules and their ranks, a progress bar with the loss, and after a few seconds "loss: 0.0…": the GPT has learned to use
+the embeddings of the encoder.
 """
 
 import lightning as L
@@ -13,8 +13,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo import MimoModule, MimoStrategy, ModuleParallelism
-from lightning_mimo.models.encoder import encoder_spec
-from lightning_mimo.models.gpt import TransformerSize, gpt_spec
+from lightning_mimo.models import TransformerSize, encoder_spec, gpt_spec
 
 IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hidden size of the GPT
 

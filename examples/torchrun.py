@@ -1,10 +1,10 @@
-"""Two nodes of two processes each, started by torchrun: the layout and the numbers of `examples.four_processes`.
+"""Two nodes with two processes each, started by torchrun: the layout and the results of `examples.four_processes`.
 
     uv run torchrun --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d --rdzv-endpoint=NODE:29500 -m examples.torchrun
 
-Start it on both nodes, with the name of one of them for NODE; to try it, in two terminals of one machine, with NODE
-127.0.0.1 and `--local-addr=127.0.0.1`. torchrun's numbers and the Trainer's must agree; where they do not, one line
-says which to change.
+Run the command on both nodes, with the name of one of them as NODE. To try it on one machine, run it in two terminals
+with NODE 127.0.0.1 and `--local-addr=127.0.0.1`. The numbers of nodes and ranks of torchrun and of the Trainer must
+agree; otherwise a one-line error says which to change.
 """
 
 from examples.single_process import train

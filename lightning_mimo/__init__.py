@@ -11,6 +11,8 @@ import sys
 
 import lazy_loader
 
+__version__ = "0.1.0"
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 if "lightning.pytorch.strategies" in sys.modules:

@@ -20,6 +20,9 @@ from .errors import (
 from .errors import (
     NonFiniteError as NonFiniteError,
 )
+from .errors import (
+    ReplicaError as ReplicaError,
+)
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
 from .mimo.initialization import fan_in_normal_ as fan_in_normal_
@@ -54,5 +57,10 @@ from .optim.lr_schedulers import PerModuleLR as PerModuleLR
 from .optim.param_groups import OptimizerOverride as OptimizerOverride
 from .parallel.infra import MimoModelInfra as MimoModelInfra
 from .strategy.module import MimoModule as MimoModule
+from .strategy.options import Checks as Checks
+from .strategy.options import Monitoring as Monitoring
+from .strategy.options import Saving as Saving
 from .strategy.precision import MimoPrecision as MimoPrecision
 from .strategy.strategy import MimoStrategy as MimoStrategy
+
+__version__: str

@@ -1,10 +1,10 @@
-"""megatron-core on a machine without CUDA: the only place in this package that patches upstream.
+"""Runs megatron-core without CUDA. This is the only module of this package that patches dependencies.
 
-megatron-core writes ``device="cuda"`` and ``backend="nccl"`` in many places and reads and writes the CUDA random
-generator. :func:`megatron_on_cpu` makes those mean the CPU and gloo while it is open, and puts everything back when
-it closes. What is replaced, and why, is one table (:data:`REPLACEMENTS`). Of torch it has everything that takes a
-device, so no list of call sites has to be kept. A ``TorchFunctionMode`` would be shorter, but every call of torch would
-pay for it, and it is not there in autograd's backward passes and in other threads.
+megatron-core uses ``device="cuda"`` and ``backend="nccl"`` in many places, and reads and writes the state of the CUDA
+random generator. Inside :func:`megatron_on_cpu` these mean the CPU and gloo; on exit everything is restored. All
+replacements and their reasons are in one table (:data:`REPLACEMENTS`). It contains every torch function that takes a
+device, so no list of call sites is needed. A ``TorchFunctionMode`` would be shorter, but it would slow down every torch
+call, and it is not active in autograd's backward pass and in other threads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
-# torch's own list of functions that take a device, of those that are called as torch.NAME; its cached answer must be
-# there before any of them is replaced.
-_FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) is each)
+# torch's own list of functions that take a device, restricted to those that are called as torch.NAME. torch caches the
+# list, so it must be requested before any of them is replaced.
+_FACTORIES = sorted(each.__name__ for each in _device_constructors() if vars(torch).get(each.__name__) == each)
 _FACTORIES += [
     "empty_like",
     "full_like",
@@ -46,7 +46,7 @@ _CUDA_TYPE_NAMES = {
 
 
 class _CpuStream:
-    """Stands for a CUDA stream or event: on a CPU everything is already in order."""
+    """Replaces a CUDA stream or event by one that does nothing, because work on a CPU is already in order."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -127,7 +127,7 @@ def _type_as_on_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with ``backend="nccl"`` read as gloo, or as fake where all groups are."""
+    """Wrap ``function`` so that ``backend="nccl"`` means gloo, or fake if the default group is fake."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -139,7 +139,7 @@ def _with_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _always_as_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``maybe_move_tensor_to_cpu`` that hands out numpy for tensors which are on the CPU already, too."""
+    """Wrap ``maybe_move_tensor_to_cpu`` so that it also converts tensors that are already on the CPU to numpy."""
 
     @functools.wraps(function)
     def call(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -150,7 +150,7 @@ def _always_as_numpy(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _all_gather_of_any_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``all_gather`` of tensors that differ in their first dimension: padded to the longest on the wire."""
+    """Wrap ``all_gather`` so that tensors may differ in their first dimension. They are padded to the longest one."""
 
     @functools.wraps(function)
     def call(tensor_list: list[torch.Tensor], tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +169,10 @@ def _all_gather_of_any_sizes(function: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``reduce_scatter`` of parts that differ in their first dimension: all are reduced, and one's own is kept."""
+    """Wrap ``reduce_scatter`` so that parts may differ in their first dimension.
+
+    All parts are all-reduced, and each rank keeps its own.
+    """
 
     @functools.wraps(function)
     def call(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, group: Any = None, **kwargs: Any) -> Any:
@@ -183,15 +186,15 @@ def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., 
     return call
 
 
-def _with_one_device(process_group: type) -> type:
-    """``ProcessGroupGloo`` whose groups have one device together, that of the first of them."""
+def _with_one_device(process_group: Any) -> type:
+    """Subclass ``ProcessGroupGloo`` so that all groups share the gloo device of the first one."""
 
     class SharingProcessGroupGloo(process_group):
         _first: Any = None
 
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta, enable_reconfigure: bool = False):
             cls = type(self)
-            if enable_reconfigure:  # older torch does not know of it, nor ask for it
+            if enable_reconfigure:  # older torch versions neither accept nor request it
                 super().__init__(store, rank, size, timeout=timeout, enable_reconfigure=True)
             elif cls._first is None:
                 super().__init__(store, rank, size, timeout=timeout)
@@ -207,12 +210,12 @@ def _with_one_device(process_group: type) -> type:
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """One attribute to replace while the adapter is open.
+    """An attribute that is replaced inside :func:`megatron_on_cpu`.
 
     Attributes:
-        module: module that holds the attribute.
-        name: attribute, dotted where it sits on a class.
-        make: takes the original, returns what replaces it.
+        module: module that contains the attribute.
+        name: name of the attribute, dotted if it belongs to a class.
+        make: takes the original and returns its replacement.
         reason: why megatron-core needs it on a CPU.
     """
 
@@ -236,7 +239,12 @@ REPLACEMENTS = (
         for name in _FACTORIES
     ),
     *(
-        Replacement(module="torch", name=f"Tensor.{name}", make=_factory_on_cpu, reason="as for those of torch")
+        Replacement(
+            module="torch",
+            name=f"Tensor.{name}",
+            make=_factory_on_cpu,
+            reason="tensors are made on device 'cuda' by name",
+        )
         for name in _NEW
     ),
     Replacement(module="torch", name="Tensor.to", make=_to_cpu, reason="tensors are moved to 'cuda' by name"),
@@ -286,7 +294,7 @@ REPLACEMENTS = (
         module="torch.distributed",
         name="reduce_scatter",
         make=_reduce_scatter_of_any_sizes,
-        reason="the way back: ranks that share experts get different numbers of tokens",
+        reason="in the backward pass, ranks that share experts receive different numbers of tokens",
     ),
     Replacement(
         module="torch.distributed",
@@ -298,14 +306,14 @@ REPLACEMENTS = (
         module="torch.distributed.distributed_c10d",
         name="ProcessGroupGloo",
         make=_with_one_device,
-        reason="every group would have a thread of its own that wakes up a hundred times a second",
+        reason="otherwise every group has a thread that wakes up a hundred times a second",
     ),
 )
 
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """Run megatron-core on the CPU with gloo while this is open. May be nested; the outermost one restores."""
+    """Context in which megatron-core runs on the CPU with gloo. May be nested; the outermost one restores."""
     with contextlib.ExitStack() as stack:
         for replacement in REPLACEMENTS:
             stack.enter_context(_replaced(replacement))
@@ -313,6 +321,11 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS")
         yield
+
+
+def megatron_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """What megatron-core needs on a device: :func:`megatron_on_cpu` on the CPU, and nothing on a GPU. May be nested."""
+    return megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -332,7 +345,7 @@ def _replaced(replacement: Replacement) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_rng_warning() -> Iterator[None]:
-    """Mute 'CPU RNG state changed within GPU RNG context': here the two are the same generator."""
+    """Suppress 'CPU RNG state changed within GPU RNG context': here both are the same generator."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "CPU RNG state changed" not in record.getMessage()

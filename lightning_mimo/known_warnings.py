@@ -1,27 +1,27 @@
-"""Warnings of the libraries below that a user of this package can do nothing about, by message and with the reason."""
+"""Warnings of dependencies that users of this package cannot act on, by message and with the reason."""
 
 from __future__ import annotations
 
 import warnings
 
 KNOWN_WARNINGS = {
-    # megatron-core, on import: optional companions that CPUs do not have and GPUs do not need
+    # megatron-core, on import: optional packages that do not exist for CPUs and are not required on GPUs
     r"(Transformer Engine and )?Apex (is|are) not installed": UserWarning,
     r"absl.logging is not installed": UserWarning,
-    # megatron-core: the API that this package is built on; its version is pinned
+    # megatron-core: the API that this package uses; its version is pinned
     r".*is experimental and still under active development": UserWarning,
-    # megatron-core: experts that are not cut, in a module whose sequence is
+    # megatron-core: experts with expt_tp=1 in a module that uses sequence parallelism
     r"`sequence_parallel` is set to `True`, but tensor model parallel size is 1": UserWarning,
-    # megatron-core: its own layer specs leave out what its own MLP wants to be given
+    # megatron-core: its layer specs omit an argument that its MLP expects
     r"MLP requires ffn_hidden_size, but it was not provided": DeprecationWarning,
-    # megatron-core: a default of its own TransformerConfig, and a note to its own developers
+    # megatron-core: a default of its TransformerConfig, and a note to its developers
     r"full scope is deprecated": UserWarning,
     r"The following imports from `dynamic_context.py` will be removed": DeprecationWarning,
-    # Lightning: what the strategy logs is the same on every rank already
+    # Lightning: values that the strategy logs are already equal on every rank
     r"It is recommended to use `self.log\(.*sync_dist=True": UserWarning,
-    # Lightning: MimoModule has all steps, so that users need not write them
+    # Lightning: MimoModule defines all steps so that users do not have to
     r"You defined a `validation_step` but have no `val_dataloader`": UserWarning,
-    # Lightning, behind torch and jsonargparse
+    # Lightning, which uses deprecated functions of torch and jsonargparse
     r"\s*By default only one JsonargparseDeprecationWarning": DeprecationWarning,
     r"`isinstance\(treespec, LeafSpec\)` is deprecated": Warning,
     r"\s*.+ was deprecated in v4[\d.]+ and will be removed in v5": DeprecationWarning,
@@ -29,6 +29,6 @@ KNOWN_WARNINGS = {
 
 
 def hush_known_warnings() -> None:
-    """Have these messages, and no others, ignored in this process."""
+    """Ignore these messages, and no others, in this process."""
     for message, category in KNOWN_WARNINGS.items():
         warnings.filterwarnings("ignore", message=message, category=category)

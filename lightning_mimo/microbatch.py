@@ -37,6 +37,7 @@ class Microbatch(TypedDict, total=False):
             ``None`` where no sample has any.
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
         sample_fingerprints: module -> int64 ``[n, 3]``, position, index and text checksum of this rank's samples.
+        prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
     """
 
     input_ids: torch.Tensor
@@ -52,6 +53,7 @@ class Microbatch(TypedDict, total=False):
     modality_inputs: dict[str, dict[str, dict[str, torch.Tensor]] | None]
     modality_counts: dict[str, ModalityCounts]
     sample_fingerprints: dict[str, torch.Tensor]
+    prompt_lengths: torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

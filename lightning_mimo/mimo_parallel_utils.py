@@ -1,12 +1,13 @@
-"""Process groups and gradients of several modules on grids of their own: the nine functions of the strategy.
+"""The nine functions for process groups and gradients of modules that each have their own HyperCommGrid.
 
-They follow, name for name, the reference page of ``mimo_parallel_utils`` for MIMO heterogeneous parallel training,
-with :class:`lightning_mimo.parallel.infra.MimoModelInfra` in the place of ``infra``.
+They have the names and signatures of the reference page of ``mimo_parallel_utils`` for MIMO heterogeneous parallel
+training. Their ``infra`` is a :class:`lightning_mimo.parallel.infra.MimoModelInfra`.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -28,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
-    """Take ``Float16Module`` and ``DistributedDataParallel`` wrappers off a MimoModel.
+    """Return the MimoModel inside ``Float16Module`` and ``DistributedDataParallel`` wrappers.
 
     Args:
-        model: a MimoModel, or one inside any number of wrappers that hold it as ``module``.
+        model: a MimoModel, or a MimoModel inside any number of wrappers with an attribute ``module``.
 
     Raises:
         RuntimeError: if there is no MimoModel inside.
@@ -48,22 +49,22 @@ def unwrap_mimo_model(model: torch.nn.Module) -> MimoModel:
 
 
 def is_current_rank_in_grid(grid: HyperCommGrid) -> bool:
-    """Whether this rank is one of the ranks of a grid. torch.distributed must be initialized."""
+    """Whether a grid contains this rank. torch.distributed must be initialized."""
     return grid.rank_offset <= dist.get_rank() < grid.rank_offset + grid.size
 
 
 def get_module_to_grid_tuple(
     mimo_model: MimoModel, infra: MimoModelInfra
 ) -> list[tuple[torch.nn.Module, HyperCommGrid]]:
-    """Pair every module that this rank holds with its grid, the language module last.
+    """Pair every module of this rank with its grid, the language module last.
 
     Args:
-        mimo_model: the model, wrapped or not; its modules may be wrapped each on its own.
+        mimo_model: the model, wrapped or not; its modules may be wrapped individually.
         infra: grids by module name.
 
     Returns:
-        ``(module, grid)`` for each module this rank participates in, in the order of ``infra.module_to_grid_map``
-        with ``language`` last.
+        ``(module, grid)`` for each module of this rank, in the order of ``infra.module_to_grid_map`` with ``language``
+        last.
     """
     model = unwrap_mimo_model(mimo_model)
     pairs = []
@@ -78,11 +79,11 @@ def get_module_to_grid_tuple(
 
 
 def build_pg_collection_for_schedule(infra: MimoModelInfra) -> MultiModuleProcessGroupCollection:
-    """The process groups of this rank's modules in the form that Megatron's schedules take.
+    """Collect the process groups of this rank's modules in the form that Megatron's schedules expect.
 
-    Uses ``infra.pg_collections`` as they are and creates no groups. On ranks without the language module its name is
-    left out, which megatron-core 0.17 and later allow (its ``MultiModuleProcessGroupCollection`` needs no language
-    model on encoder-only ranks), so the page's fallback, a list of collections, is never needed.
+    It uses the groups in ``infra.pg_collections`` and creates none. On ranks without the language module,
+    ``language_model_module_name`` is ``None``. megatron-core 0.17 and later allow this, so the list of collections that
+    the reference page has as a fallback is not needed.
     """
     return MultiModuleProcessGroupCollection(
         module_pgs=dict(infra.pg_collections),
@@ -92,10 +93,10 @@ def build_pg_collection_for_schedule(infra: MimoModelInfra) -> MultiModuleProces
 
 @contextmanager
 def multimodule_no_sync(*, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> Iterator[None]:
-    """Hold back gradient reduction of every DDP-wrapped module while this is open.
+    """Context in which gradients of DDP-wrapped modules are accumulated but not reduced.
 
-    The schedule enters it, without arguments, around all microbatches but the last: bind the list with
-    ``functools.partial`` and hand the result over as ``config.no_sync_func``.
+    The schedule enters it without arguments around all microbatches except the last. Bind the list with
+    ``functools.partial`` and set the result as ``config.no_sync_func``.
     """
     with ExitStack() as stack:
         for module, _ in module_to_grid_tuple:
@@ -113,31 +114,37 @@ def finalize_model_grads_multimodule(
     infra: MimoModelInfra,
     module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]],
 ) -> None:
-    """Reduce and scale the gradients of every module over that module's own process groups.
+    """Reduce the gradients of every module over the module's own process groups, and scale them.
 
-    Has the signature with which the schedule calls ``config.finalize_model_grads_func``; ``infra`` and
-    ``module_to_grid_tuple`` are bound beforehand with ``functools.partial``. Collective over the world.
+    The signature is that of ``config.finalize_model_grads_func``, which the schedule calls. Bind ``infra`` and
+    ``module_to_grid_tuple`` with ``functools.partial``. Collective over the world.
 
-    All modules end with the gradient of one and the same loss. With ``num_tokens`` that is (sum of token losses) /
-    (tokens of the global batch); the count is known on the last language stage only and is brought to all ranks
-    here, for encoders too. Without, it is the mean over the language replicas of the losses that the schedule
-    computed. In both cases an encoder's gradients arrive as a sum over its replicas, whatever the number of language
-    replicas, so what its DDP wrapper divided by on the way is put right.
+    Afterwards all modules have the gradient of the same loss:
+
+    - With ``num_tokens`` it is (sum of token losses) / (loss tokens of the global batch). Only the last language stage
+      knows the count, so it is summed over all ranks here, which also gives it to the encoders.
+    - Without ``num_tokens`` it is the mean over language replicas of the losses that the schedule computed.
+
+    The gradient of an encoder is the sum over its replicas, whatever the number of language replicas. If its DDP
+    wrapper averages, the average is converted to a sum.
+
+    ``MimoStrategy`` uses the same :func:`reduce_gradients`, :func:`gradient_scale` and :func:`scale_gradients`. It sums
+    the token count in one collective together with the other sums of a step.
 
     Args:
         model: ignored; the modules come from ``module_to_grid_tuple``.
-        num_tokens: integer tensor, loss tokens of this rank's microbatches; zero or anything on ranks that do not
-            compute the loss. ``None`` where the loss is not per token.
+        num_tokens: scalar tensor, the number of loss tokens of this rank's microbatches; ignored on ranks that do not
+            compute the loss. If the sum is 0, gradients are not divided. ``None`` if the loss is not per token.
+            Megatron's schedules count integers; with a floating-point dtype the count may be a fraction.
         pg_collection: ignored; each module has its own in ``infra.pg_collections``.
-        force_all_reduce: passed on to each module: all-reduce even where the distributed optimizer would
-            reduce-scatter.
+        force_all_reduce: passed to each module: all-reduce even if the distributed optimizer would reduce-scatter.
         infra: process groups by module name.
-        module_to_grid_tuple: what :func:`get_module_to_grid_tuple` returned.
+        module_to_grid_tuple: result of :func:`get_module_to_grid_tuple`.
     """
-    total = None if num_tokens is None else _count_tokens_once(num_tokens, infra)
+    total = None if num_tokens is None else _sum_over_ranks(num_tokens, infra)
     reduce_gradients(infra, module_to_grid_tuple, force_all_reduce=bool(force_all_reduce))
-    for name, module in _by_name(infra, module_to_grid_tuple):
-        module.scale_gradients(_gradient_scale(name, module, infra, total))
+    scale = 1 / infra.layout.modules[LANGUAGE].dp if total is None else gradient_scale(total)
+    scale_gradients(infra, module_to_grid_tuple, scale)
 
 
 def reduce_gradients(
@@ -146,13 +153,61 @@ def reduce_gradients(
     *,
     force_all_reduce: bool = False,
 ) -> None:
-    """The first half of :func:`finalize_model_grads_multimodule`: reduce over each module's own groups, unscaled."""
+    """Reduce the gradients of every module over the module's own process groups, without scaling.
+
+    Collective over the groups of each module.
+    """
     for name, module in _by_name(infra, module_to_grid_tuple):
         groups = infra.pg_collections[name]
         replicas = tuple(rank for rank in dist.get_process_group_ranks(groups.dp_cp) if rank != dist.get_rank())
         info = SpanInfo(kind="reduce", label=f"reduce the gradients of {name}", module=name, peers=replicas)
         with infra.spans.span(info):
             finalize_model_grads([module], None, pg_collection=groups, force_all_reduce=force_all_reduce)
+
+
+def loss_divisor[Number: (torch.Tensor, float)](tokens: Number) -> Number:
+    """Divisor of a sum of token losses: the number of loss tokens, or 1 if there are none.
+
+    Args:
+        tokens: number of loss tokens over all ranks, as a number or a floating-point tensor of any shape. It may be a
+            fraction.
+    """
+    return tokens + (tokens == 0)
+
+
+def gradient_scale(tokens: torch.Tensor, loss_scale: torch.Tensor | None = None) -> torch.Tensor:
+    """Factor that converts the gradients of a sum of token losses to gradients of the mean loss.
+
+    Args:
+        tokens: float64 scalar, the number of loss tokens of all accumulated batches, over all ranks.
+        loss_scale: scalar by which the loss was multiplied before the backward pass; ``None`` means 1.
+
+    Returns:
+        float64 scalar tensor. NaN for a negative number of tokens, which would reverse the sign of the gradients. As it
+        has no dimensions, multiplying gradients by it keeps their dtype.
+    """
+    scale = loss_divisor(tokens).reciprocal().masked_fill(tokens < 0, math.nan)
+    return scale if loss_scale is None else scale / loss_scale.to(scale.dtype).reshape(())
+
+
+def scale_gradients(
+    infra: MimoModelInfra,
+    module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]],
+    scale: torch.Tensor | float,
+) -> None:
+    """Multiply the reduced gradients of every module by a factor.
+
+    Megatron's DDP sums over replicas if the loss is per token, and averages otherwise. An average is converted to a sum
+    first.
+
+    Args:
+        infra: layout and grids.
+        module_to_grid_tuple: result of :func:`get_module_to_grid_tuple`.
+        scale: factor for the sum over a module's replicas.
+    """
+    for name, module in _by_name(infra, module_to_grid_tuple):
+        is_sum = get_model_config(module).calculate_per_token_loss
+        module.scale_gradients(scale if is_sum else scale * infra.layout.modules[name].dp)
 
 
 def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]) -> None:
@@ -163,7 +218,7 @@ def zero_grad_buffer_for_multimodule(module_to_grid_tuple: list[tuple[torch.nn.M
 
 
 def validate_no_stub_ranks(module_to_grid_map: dict[str, HyperCommGrid], world_size: int) -> None:
-    """Check that every rank takes part in a module.
+    """Check that every rank belongs to a module.
 
     Raises:
         ValueError: naming the ranks that do not.
@@ -178,8 +233,8 @@ def validate_no_stub_ranks(module_to_grid_map: dict[str, HyperCommGrid], world_s
             for name, grid in module_to_grid_map.items()
         )
         raise ValueError(
-            f"Ranks {stubs} of {world_size} take part in no module ({spans}). Run {world_size - len(stubs)} "
-            f"processes, or give a module more ranks."
+            f"Ranks {stubs} of {world_size} belong to no module ({spans}). Run {world_size - len(stubs)} processes, or "
+            f"give a module more ranks."
         )
 
 
@@ -189,13 +244,15 @@ def validate_data_loader_contract(
     micro_batch_size: int | Mapping[str, int],
     num_microbatches: int,
 ) -> None:
-    """Check that the batch sizes agree with every module's data parallelism.
+    """Check that the batch sizes agree with the data parallelism of every module.
+
+    Example: with ``global_batch_size=8`` and ``num_microbatches=2``, a module with dp=2 needs ``micro_batch_size=2``.
 
     Args:
         infra: grids by module name.
         global_batch_size: samples per step over all data-parallel ranks.
-        micro_batch_size: samples per microbatch and data-parallel rank; one number means the same for every module, a
-            mapping from module name gives each its own.
+        micro_batch_size: samples per microbatch and data-parallel rank: one number for all modules, or a mapping from
+            module name to number.
         num_microbatches: microbatches per step.
 
     Raises:
@@ -221,7 +278,8 @@ def validate_data_loader_contract(
 
 def _by_name(
     infra: MimoModelInfra, module_to_grid_tuple: list[tuple[torch.nn.Module, HyperCommGrid]]
-) -> list[tuple[str, torch.nn.Module]]:
+) -> list[tuple[str, DistributedDataParallel]]:
+    """Name and module of each pair. All modules whose gradients are reduced or scaled are wrapped in DDP."""
     names = {id(grid): name for name, grid in infra.module_to_grid_map.items()}
     return [(names[id(grid)], module) for module, grid in module_to_grid_tuple]
 
@@ -236,30 +294,10 @@ def _micro_batch_size_of(name: str, micro_batch_size: int | Mapping[str, int]) -
     return micro_batch_size[name]
 
 
-def _count_tokens_once(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch.Tensor:
-    """Sum the token counts of all language replicas and give every rank of the world the result.
-
-    The count of one replica stands on every tensor-parallel rank of its last stage; only the first of them counts.
-    """
-    language = infra.layout.modules[LANGUAGE]
-    # A scalar without dimensions takes on the gradients' dtype where it multiplies them; none of theirs is lost.
+def _sum_over_ranks(num_tokens: torch.Tensor, infra: MimoModelInfra) -> torch.Tensor:
+    """Sum of the token counts of all language replicas, float64 scalar. Collective over the world."""
     total = torch.zeros((), dtype=torch.float64, device=num_tokens.device)
-    rank = dist.get_rank()
-    if rank in language.ranks:
-        place = language.coordinates(rank)
-        if place["pp"] == language.pp - 1 and place["tp"] == 0:
-            total += num_tokens.to(torch.float64).reshape(())
+    if infra.layout.counts_loss(dist.get_rank()):
+        total += num_tokens.to(torch.float64).reshape(())
     dist.all_reduce(total)
-    return total.clamp_(min=1.0)
-
-
-def _gradient_scale(
-    name: str, module: torch.nn.Module, infra: MimoModelInfra, total_tokens: torch.Tensor | None
-) -> torch.Tensor | float:
-    """What a module's reduced gradients still have to be multiplied by."""
-    layout = infra.layout
-    # Megatron's DDP sums over the replicas for per-token loss and averages over them otherwise.
-    averaged = 1 if get_model_config(module).calculate_per_token_loss else layout.modules[name].dp
-    if total_tokens is None:
-        return averaged / layout.modules[LANGUAGE].dp
-    return averaged / total_tokens
+    return total

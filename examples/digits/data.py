@@ -1,16 +1,15 @@
 """Questions about handwritten digits: the data of the digits demo.
 
-A sample shows a few real 8x8 scans (scikit-learn's `load_digits`) and asks one question about them::
+A sample has a few real 8x8 scans (scikit-learn's `load_digits`) and one question about them::
 
     [BOS] <IMAGE> x k [READ | SUM | MAX] answer digits [EOS]
 
-READ wants the digits in order, SUM the decimal digits of their sum, MAX the largest. Only READ needs every
-image in its place, so READ is what proves that the images reach the language model. The number of images k
-differs per sample on purpose: variable image counts are what a multimodal loader most easily gets wrong.
+The answer to READ is the digits in order, to SUM the decimal digits of their sum, to MAX the largest digit. Only READ
+needs every image at its position, so READ shows that each image reaches the language model. The number of images k
+differs between samples on purpose, because multimodal loaders often handle that incorrectly.
 
-Nothing is stored per sample. Sample `index` is computed from `(seed, index)` when asked for, so every
-process, worker and epoch sees the same one, and the ranks of different modules agree on it without talking to
-each other.
+Samples are not stored. Sample `index` is computed from `(seed, index)` on request, so it is the same in every process,
+worker and epoch, and the ranks of different modules agree on it without communication.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 VOCAB_SIZE = 32
-"""Rows of the embedding table: more than the ids in use, so that tensor-parallel ranks share them evenly."""
+"""Rows of the embedding table: more than the ids in use, so that tensor-parallel sizes divide it."""
 
 TRAIN_SHARE = 0.8
 
 
 class Token(IntEnum):
-    """Token ids above the ten digits; ids 0 to 9 stand for themselves."""
+    """Token ids above the ten digits, which are the ids 0 to 9."""
 
     PAD = 10
     BOS = 11
     EOS = 12
     IMAGE = 13
-    """The placeholder that the language model replaces by the features of one image."""
+    """Placeholder that the language model replaces by the embedding of an image."""
     READ = 14
     SUM = 15
     MAX = 16
@@ -53,11 +52,11 @@ class Sample(TypedDict):
     input_ids: Tensor
     """int64 [S]"""
     labels: Tensor
-    """int64 [S]: the token to predict at each position, that is, the next one."""
+    """int64 [S]: the token to predict at each position, which is the next token."""
     loss_mask: Tensor
     """float32 [S]: 1 where the label is an answer digit or EOS."""
     modality_inputs: dict[str, dict[str, dict[str, Tensor]]]
-    """{"images": {"vit": {"pixel_values": float32 [k, 1, 8, 8]}}}, or {} where images were not asked for."""
+    """{"images": {"vit": {"pixel_values": float32 [k, 1, 8, 8]}}}, or {} if images were not requested."""
 
 
 def answer_tokens(question: Token, digits: Sequence[int]) -> list[int]:
@@ -70,9 +69,9 @@ def answer_tokens(question: Token, digits: Sequence[int]) -> list[int]:
 
 
 def decode_answer(tokens: Sequence[int] | Tensor) -> str:
-    """Spell out predicted answer tokens up to EOS, for people: `[1, 2, EOS]` is "12".
+    """Convert predicted answer tokens up to EOS to text: `[1, 2, EOS]` is "12".
 
-    A token that has no place in an answer is shown by name or number, such as `<IMAGE>`, rather than hidden.
+    A token that cannot be part of an answer is shown by name or number, such as `<IMAGE>`.
     """
     text = ""
     for token in map(int, tokens):
@@ -86,13 +85,13 @@ def decode_answer(tokens: Sequence[int] | Tensor) -> str:
 
 
 def sequence_length(max_images: int) -> int:
-    """Return S: BOS, the images, the question and the longest answer. EOS is only ever a label."""
+    """Return S: BOS, the images, the question and the longest answer. EOS occurs only as a label."""
     longest_answer = max(max_images, len(str(9 * max_images)))
     return 1 + max_images + 1 + longest_answer
 
 
 def normalise(scans: np.ndarray) -> np.ndarray:
-    """Bring pixel values from 0..16 to about zero mean and unit variance."""
+    """Scale pixel values from 0..16 to about zero mean and unit variance."""
     return (scans / 16 - 0.3) / 0.38
 
 
@@ -100,9 +99,9 @@ _PIXEL_DISTANCE = (np.arange(8)[:, None] - np.arange(8)).astype(np.float32)
 
 
 def shift_images(scans: np.ndarray, shifts: np.ndarray) -> np.ndarray:
-    """Move each image by a fraction of a pixel, with bilinear interpolation and zeros from outside.
+    """Shift each image by a fraction of a pixel, with bilinear interpolation and zero padding.
 
-    Whole-pixel shifts would be too much for 8x8 images: they cost most of the accuracy.
+    Shifts by entire pixels are too large for 8x8 images: they cost most of the accuracy.
 
     Args:
         scans: float32 [k, 8, 8], background 0.
@@ -111,7 +110,7 @@ def shift_images(scans: np.ndarray, shifts: np.ndarray) -> np.ndarray:
     Returns:
         float32 [k, 8, 8].
     """
-    # Bilinear interpolation is a tent function along each axis, so a shift is two 8x8 matrices per image.
+    # Bilinear interpolation is a product of tent functions, so a shift is two 8x8 matrices per image.
     distance = np.abs(_PIXEL_DISTANCE - shifts[:, :, None, None].astype(np.float32))
     tents = np.maximum(0, 1 - distance)
     down, right = tents[:, 0], tents[:, 1]
@@ -119,7 +118,7 @@ def shift_images(scans: np.ndarray, shifts: np.ndarray) -> np.ndarray:
 
 
 class _Draw(NamedTuple):
-    """What chance decided about one sample; of the picks and shifts only the first `count` are used."""
+    """Random choices for one sample. Only the first `count` picks and shifts are used."""
 
     count: int
     question: Token
@@ -131,15 +130,14 @@ class DigitsDataset(Dataset[Sample]):
     """Questions about a pool of digit images, computed on demand from `(seed, index)`.
 
     Args:
-        images: float32 [n, 8, 8] with values 0..16, the pool to draw from. Indexed only when images are
-            needed.
+        images: float32 [n, 8, 8] with values 0..16, the pool to draw from. Accessed only if images are requested.
         targets: int64 [n], the digit in each image.
         length: number of samples.
-        seed: samples of different seeds are unrelated.
-        max_images: largest number of images in a sample; the smallest is 1.
+        seed: seed of all samples; other seeds give unrelated samples.
+        max_images: maximum number of images in a sample; the minimum is 1.
         augment: shift each image by up to half a pixel in each direction.
-        swap_images: show the images of the sample before instead of the sample's own, under an unchanged
-            text. A model that reads the images must then fail; one that does not will not notice.
+        swap_images: use the images of the previous sample with an unchanged text. A model that uses the images then
+            gives wrong answers.
     """
 
     def __init__(
@@ -167,21 +165,21 @@ class DigitsDataset(Dataset[Sample]):
         self.augment = augment
         self.swap_images = swap_images
         self.sequence_length = sequence_length(max_images)
-        # Row by row, so that a sample does not depend on the length; at once, because making a generator for each
-        # sample would cost more than all the rest of it.
+        # One row per sample, so that samples do not depend on the length. Drawn in advance, because creating a
+        # generator for each sample would take longer than everything else.
         self._chances = np.random.default_rng(seed).random((length, 2 + 3 * max_images))
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the whole sample."""
+        """Return the sample with the inputs of all modules."""
         return self.load(index, ("images", "language"))
 
     def load(self, index: int, modules: Collection[str]) -> Sample:
-        """Return sample `index` with only what `modules` need: without "images", no image is touched.
+        """Return sample `index` with the inputs of `modules` only: without "images", no image is accessed.
 
-        The text is always there: it costs next to nothing, and every rank can count the loss tokens from it.
+        The text is always included: it is cheap, and every rank can count the loss tokens from it.
         """
         if not 0 <= index < self.length:
             raise IndexError(f"sample {index} of a DigitsDataset of {self.length}")
@@ -193,7 +191,7 @@ class DigitsDataset(Dataset[Sample]):
         return Sample(input_ids=input_ids, labels=labels, loss_mask=loss_mask, modality_inputs=modality_inputs)
 
     def describe(self, index: int) -> tuple[np.ndarray, str, str]:
-        """Return sample `index` for people.
+        """Return sample `index` in readable form.
 
         Returns:
             The images shown, as float32 [k, 8, 8] with values 0..16 and not augmented; the name of the
@@ -215,7 +213,7 @@ class DigitsDataset(Dataset[Sample]):
         )
 
     def _shown(self, index: int, draw: _Draw) -> _Draw:
-        """Return the draw whose images are shown: `draw` itself, or that of the sample before."""
+        """Return the draw whose images are used: `draw` itself, or that of the previous sample."""
         return self._draw((index - 1) % self.length) if self.swap_images else draw
 
     def _digits(self, draw: _Draw) -> list[int]:
@@ -227,7 +225,7 @@ class DigitsDataset(Dataset[Sample]):
         tokens = prompt + target
         spare = self.sequence_length + 1 - len(tokens)
         padding = [Token.PAD] * spare
-        # By way of NumPy, which is several times faster than torch.tensor on lists this short.
+        # NumPy is several times faster than torch.tensor for lists this short.
         input_ids = np.array(tokens[:-1] + padding, dtype=np.int64)
         labels = np.array(tokens[1:] + padding, dtype=np.int64)
         loss_mask = np.array([0] * (len(prompt) - 1) + [1] * len(target) + [0] * spare, dtype=np.float32)
@@ -245,7 +243,7 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
     """Return scikit-learn's digits: float32 [1797, 8, 8] with values 0..16, and int64 [1797] labels.
 
     Raises:
-        ImportError: if scikit-learn is missing. It is imported here so that the rest works without it.
+        ImportError: if scikit-learn is missing. It is imported here so that everything else works without it.
     """
     try:
         from sklearn.datasets import load_digits
@@ -259,21 +257,21 @@ def load_scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 def split_scans(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of the training images and of the held-out images, 80 to 20, at random by `seed`."""
+    """Return the indices of the training images (80 %) and of the held-out images, chosen at random by `seed`."""
     order = np.random.default_rng(seed).permutation(count)
     train_count = round(TRAIN_SHARE * count)
     return order[:train_count], order[train_count:]
 
 
 class ScansData(pl.LightningDataModule):
-    """Loaders of a `train_set` and a `held_out_set`, which a subclass builds in `setup` out of the scans.
+    """Loaders of a `train_set` and a `held_out_set`, which a subclass builds from the scans in `setup`.
 
-    They are those of a one-process script; `MimoStrategy` rebuilds them for each rank. Because samples differ in their
-    number of images, batches need its collation: torch's own cannot stack them.
+    The loaders are those of a one-process script; `MimoStrategy` rebuilds them for each rank. Samples differ in their
+    number of images, which the collation of `MimoStrategy` supports and torch's default collation does not.
 
     Args:
-        global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
-        num_workers: loader worker processes. The samples are so cheap that 0 is usually fastest.
+        global_batch_size: samples per global batch over all ranks. Must be equal to that of the strategy.
+        num_workers: number of loader worker processes. Samples are so cheap that 0 is usually fastest.
     """
 
     train_set: Dataset[Sample]
@@ -285,7 +283,7 @@ class ScansData(pl.LightningDataModule):
         self.num_workers = num_workers
 
     def prepare_data(self) -> None:
-        """Check that the images can be had; they come with scikit-learn, so there is nothing to download."""
+        """Check that the images are available. They are part of scikit-learn, so nothing is downloaded."""
         load_scans()
 
     def train_dataloader(self) -> DataLoader[Sample]:
@@ -309,17 +307,17 @@ class ScansData(pl.LightningDataModule):
 
 
 class DigitsData(ScansData):
-    """Questions about handwritten digits, for training on 80 % of the images and validation on the others.
+    """Questions about handwritten digits: training on 80 % of the images, validation on the others.
 
     Args:
-        global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
+        global_batch_size: samples per global batch over all ranks. Must be equal to that of the strategy.
         train_samples: samples per training epoch.
         val_samples: samples of the validation, test and prediction sets, which are the same.
-        max_images: largest number of images in a sample; the smallest is 1.
-        seed: decides the split of the images and every sample.
-        swap_images: validate, test and predict with the images of the sample before. A model that reads the
-            images then falls to chance. Training is not affected.
-        num_workers: loader worker processes. The samples are so cheap that 0 is usually fastest.
+        max_images: maximum number of images in a sample; the minimum is 1.
+        seed: seed of the split of the images and of all samples.
+        swap_images: validate, test and predict with the images of the previous sample. The accuracy of a model that
+            uses the images then falls to chance. Training is not affected.
+        num_workers: number of loader worker processes. Samples are so cheap that 0 is usually fastest.
     """
 
     def __init__(
@@ -342,7 +340,7 @@ class DigitsData(ScansData):
 
     @property
     def swapped(self) -> str:
-        """What does not belong to its text, for people."""
+        """Names of the inputs that are swapped between samples, for messages."""
         return "images" if self.swap_images else ""
 
     def setup(self, stage: str) -> None:

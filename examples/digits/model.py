@@ -1,4 +1,4 @@
-"""The digits model: a small ViT that reads an image, and a small GPT that answers the question about it."""
+"""The digits model: a small ViT that encodes images, and a small GPT that answers a question about them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from megatron.core.optimizer import OptimizerConfig
 from examples.digits.data import VOCAB_SIZE, Token, sequence_length
 from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
-from lightning_mimo.models.vision import ImagePatches
-from lightning_mimo.models.vision_language import TransformerSize, vision_language_config
+from lightning_mimo.models import ImagePatches, TransformerSize, vision_language_config
 
 
 class DigitsModule(MimoModule):
@@ -35,13 +34,13 @@ class DigitsModule(MimoModule):
         Args:
             vision: size of the ViT.
             language: size of the GPT.
-            max_images: most images in one sample; the data must agree.
-            lr: peak learning rate, reached after the warm-up; falls to 0 along a cosine.
-            weight_decay: on matrices only.
+            max_images: maximum number of images in a sample; must be equal to that of the data.
+            lr: peak learning rate after the warm-up; decays to 0 along a cosine.
+            weight_decay: weight decay, applied to matrices only.
             warmup_steps: optimizer steps of linear warm-up.
-            clip_grad: largest norm of the gradient over all modules.
-            frozen: modules or parts of them that are not trained, such as ``images.encoders``.
-            overrides: learning rate, weight decay and clipping where they are different: by module, or by part of one.
+            clip_grad: maximum gradient norm over all modules.
+            frozen: modules or parts of modules that are not trained, such as ``images.encoders``.
+            overrides: other learning rate, weight decay or clipping by module or part of a module.
         """
         super().__init__(pad_token_id=int(Token.PAD), max_new_tokens=max_images + 1, frozen=frozen)
         self.vision = vision

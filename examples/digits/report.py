@@ -1,4 +1,4 @@
-"""What a person sees at the end: how many answers are right, and a few samples with the model's own answers."""
+"""Prints the accuracy at the end of a run, and a few samples with the model's answers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from examples.digits.terminal import show_sample
 class DigitsReport(pl.Callback):
     """Prints the held-out accuracy and draws samples after training, validation and prediction.
 
-    The datamodule has a ``held_out_set`` with ``describe(index)``, and says in ``swapped`` what was swapped.
+    The datamodule needs a ``held_out_set`` with ``describe(index)``, and an attribute ``swapped`` that names swapped
+    inputs.
     """
 
     def __init__(self, *, samples: int = 3) -> None:
         """
         Args:
-            samples: how many held-out samples to draw.
+            samples: number of held-out samples to draw.
         """
         self._samples = samples
         self._started = 0.0
@@ -34,7 +35,7 @@ class DigitsReport(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if batch_idx == 0 and self._is_last_validation(trainer):
-            # All ranks write the answers together; rank 0 prints them at the end.
+            # All ranks generate the answers together; rank 0 prints them at the end.
             tokens = trainer.strategy.generate(batch, max_new_tokens=pl_module.max_new_tokens)
             self._answers = [decode_answer(row) for row in tokens.tolist()]
 

@@ -8,12 +8,12 @@ import torch
 
 
 def warmup_then_cosine(optimizer: torch.optim.Optimizer, *, warmup_steps: int, steps: int) -> dict[str, Any]:
-    """Linear warm-up, then a cosine to 0, as ``configure_optimizers`` returns it.
+    """Linear warm-up followed by a cosine decay to 0, in the form that ``configure_optimizers`` returns.
 
     Args:
-        optimizer: whose learning rates are the peak.
+        optimizer: optimizer whose learning rates are the peak values.
         warmup_steps: optimizer steps of warm-up.
-        steps: optimizer steps of the whole run.
+        steps: optimizer steps of the entire run.
     """
     schedule: Any = torch.optim.lr_scheduler.SequentialLR(
         optimizer,

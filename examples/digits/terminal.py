@@ -1,10 +1,10 @@
-"""Digit images and answers as plain text, for a terminal or a log file."""
+"""Draws digit images and answers as plain text, for a terminal or a log file."""
 
 from __future__ import annotations
 
 import numpy as np
 
-# Two columns a pixel, because terminal cells are about twice as high as wide; shades need no colour.
+# Two columns per pixel, because terminal cells are about twice as high as wide; shades need no colour.
 _SHADES = " ░▒▓█"
 _COLUMNS_PER_PIXEL = 2
 _GAP = "   "
@@ -34,7 +34,7 @@ def show_sample(images: np.ndarray, question: str, answer: str, expected: str) -
     Args:
         images: [k, 8, 8] with values 0..16.
         question: name of the question, such as "SUM".
-        answer: what the model said; may be empty.
+        answer: answer of the model; may be empty.
         expected: the right answer.
 
     Returns:

@@ -1,11 +1,11 @@
 """Questions about handwritten digits and keypad tones: the data of the digits demo with sound.
 
-A sample shows one or two digits, sounds one or two keys, and asks one question about them::
+A sample has one or two images of digits, one or two keypad tones, and one question about them::
 
     [BOS] <IMAGE> x k <CLIP> x m [READ | HEAR | BOTH | MAX] answer digits [EOS]
 
-READ wants the digits seen in order, HEAR the keys heard in order, BOTH all of them, MAX the largest of all. As in
-`examples.digits`, sample `index` is computed from `(seed, index)` when asked for.
+The answer to READ is the digits of the images in order, to HEAR the keys of the tones in order, to BOTH all of them,
+and to MAX the largest of all. As in `examples.digits`, sample `index` is computed from `(seed, index)` on request.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from examples.digits.data import Sample, ScansData, load_scans, normalise, shift
 from examples.digits_avlm.tones import picture, spectrum, tone
 
 VOCAB_SIZE = 32
-"""Rows of the embedding table: more than the ids in use, so that tensor-parallel ranks share them evenly."""
+"""Rows of the embedding table: more than the ids in use, so that tensor-parallel sizes divide it."""
 
 MOST = 2
-"""Most images, and most tones, in one sample."""
+"""Maximum number of images, and of tones, in one sample."""
 
 SEQUENCE_LENGTH = 1 + 2 * MOST + 1 + 2 * MOST
-"""BOS, images and tones, the question, the longest answer. EOS is only ever a label."""
+"""BOS, images and tones, the question, the longest answer. EOS occurs only as a label."""
 
 
 class Token(IntEnum):
-    """Token ids above the ten digits; ids 0 to 9 stand for themselves, and 10 to 13 are those of `examples.digits`."""
+    """Token ids above the ten digits, which are the ids 0 to 9. Ids 10 to 13 are those of `examples.digits`."""
 
     PAD = 10
     BOS = 11
     EOS = 12
     IMAGE = 13
-    """The placeholder that the language model replaces by the features of one image."""
+    """Placeholder that the language model replaces by the embedding of an image."""
     CLIP = 14
-    """The same for one tone."""
+    """Placeholder that the language model replaces by the embedding of a tone."""
     READ = 15
     HEAR = 16
     BOTH = 17
@@ -65,7 +65,7 @@ def answer_tokens(question: Token, seen: Sequence[int], heard: Sequence[int]) ->
 
 
 class _Draw(NamedTuple):
-    """What chance decided about one sample."""
+    """Random choices for one sample."""
 
     question: Token
     picks: np.ndarray  # int64 [k], rows of the image pool
@@ -76,13 +76,13 @@ class TonesDataset(Dataset[Sample]):
     """Questions about a pool of digit images and about tones, computed on demand from `(seed, index)`.
 
     Args:
-        images: float32 [n, 8, 8] with values 0..16, the pool to draw from. Indexed only when images are needed.
+        images: float32 [n, 8, 8] with values 0..16, the pool to draw from. Accessed only if images are requested.
         targets: int64 [n], the digit in each image.
         length: number of samples.
-        seed: samples of different seeds are unrelated, their tones too.
+        seed: seed of all samples, including tones; other seeds give unrelated samples.
         augment: shift each image by up to half a pixel in each direction.
-        swap_images: show the images of another sample under an unchanged text.
-        swap_sounds: sound the keys of another sample under an unchanged text.
+        swap_images: use the images of another sample with an unchanged text.
+        swap_sounds: use the tones of another sample with an unchanged text.
     """
 
     def __init__(
@@ -111,11 +111,11 @@ class TonesDataset(Dataset[Sample]):
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        """Return the whole sample."""
+        """Return the sample with the inputs of all modules."""
         return self.load(index, ("images", "audio", "language"))
 
     def load(self, index: int, modules: Collection[str]) -> Sample:
-        """Return sample `index` with only what `modules` need: without "audio", no tone is made.
+        """Return sample `index` with the inputs of `modules` only: without "audio", no tone is generated.
 
         Its `modality_inputs` are {"images": {"vit": {"pixel_values": float32 [k, 1, 8, 8]}}, "audio": {"clips":
         {"features": float32 [m, FRAMES, BINS]}}}.
@@ -131,11 +131,11 @@ class TonesDataset(Dataset[Sample]):
         return Sample(input_ids=input_ids, labels=labels, loss_mask=loss_mask, modality_inputs=inputs)
 
     def describe(self, index: int) -> tuple[np.ndarray, str, str]:
-        """Return sample `index` for people.
+        """Return sample `index` in readable form.
 
         Returns:
-            The images shown, not augmented, and after them the spectra of the tones, as float32 [k + m, 8, 8] with
-            values 0..16; the name of the question; and the expected answer, such as "12".
+            The images without augmentation, followed by the spectra of the tones, as float32 [k + m, 8, 8] with values
+            0..16; the name of the question; and the expected answer, such as "12".
         """
         draw = self._draw(index)
         shown = self.images[self._shown(index).picks]
@@ -152,7 +152,7 @@ class TonesDataset(Dataset[Sample]):
         )
 
     def _partner(self, index: int) -> int:
-        """The sample before that has as many images and as many tones."""
+        """Index of the closest previous sample with the same numbers of images and tones."""
         draw = self._draw(index)
         for step in range(1, self.length):
             other = self._draw((index - step) % self.length)
@@ -178,7 +178,7 @@ class TonesDataset(Dataset[Sample]):
         return torch.from_numpy(input_ids), torch.from_numpy(labels), torch.tensor(mask)
 
     def _chance(self, index: int, what: int) -> np.random.Generator:
-        """A generator for one part of one sample: the same on every rank, whatever else the rank loads."""
+        """Random generator for one part of one sample, the same on every rank, whatever else the rank loads."""
         return np.random.default_rng((self.seed, index, what))
 
     def _pixels(self, index: int) -> np.ndarray:
@@ -195,16 +195,16 @@ class TonesDataset(Dataset[Sample]):
 
 
 class TonesData(ScansData):
-    """Questions about handwritten digits and tones; validated on images never seen and tones never heard.
+    """Questions about handwritten digits and tones, validated on images and tones that are not in the training data.
 
     Args:
-        global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
+        global_batch_size: samples per global batch over all ranks. Must be equal to that of the strategy.
         train_samples: samples per training epoch.
         val_samples: samples of the validation, test and prediction sets, which are the same.
-        seed: decides the split of the images and every sample.
+        seed: seed of the split of the images and of all samples.
         swap_images: validate, test and predict with the images of other samples. Training is not affected.
-        swap_sounds: the same with the tones.
-        num_workers: loader worker processes.
+        swap_sounds: validate, test and predict with the tones of other samples. Training is not affected.
+        num_workers: number of loader worker processes.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class TonesData(ScansData):
 
     @property
     def swapped(self) -> str:
-        """What does not belong to its text, for people."""
+        """Names of the inputs that are swapped between samples, for messages."""
         return " and ".join(["images"] * self.swap_images + ["sounds"] * self.swap_sounds)
 
     def setup(self, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""The digits model with a second encoder: a small transformer that hears keypad tones."""
+"""The digits model with a second encoder: a small transformer over the spectra of keypad tones."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from examples.digits.model import DigitsModule
 from examples.digits_avlm.data import MOST, SEQUENCE_LENGTH, VOCAB_SIZE, Token
 from examples.digits_avlm.tones import BINS, FRAMES
 from lightning_mimo import MimoModelInfra, OptimizerOverride
-from lightning_mimo.models.audio import ClipPatches
-from lightning_mimo.models.multimodal import Encoder, multimodal_config
-from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.models import ClipPatches, Encoder, ImagePatches, TransformerSize, multimodal_config
 
 
 class DigitsAvlmModule(DigitsModule):
@@ -37,12 +34,12 @@ class DigitsAvlmModule(DigitsModule):
             vision: size of the ViT.
             audio: size of the audio encoder.
             language: size of the GPT.
-            lr: peak learning rate, reached after the warm-up; falls to 0 along a cosine.
-            weight_decay: on matrices only.
+            lr: peak learning rate after the warm-up; decays to 0 along a cosine.
+            weight_decay: weight decay, applied to matrices only.
             warmup_steps: optimizer steps of linear warm-up.
-            clip_grad: largest norm of the gradient over all modules.
-            frozen: modules or parts of them that are not trained, such as ``audio.encoders``.
-            overrides: learning rate, weight decay and clipping where they are different: by module, or by part of one.
+            clip_grad: maximum gradient norm over all modules.
+            frozen: modules or parts of modules that are not trained, such as ``audio.encoders``.
+            overrides: other learning rate, weight decay or clipping by module or part of a module.
         """
         super().__init__(
             vision=vision,

@@ -1,7 +1,7 @@
-"""Telephone keypad tones (DTMF) and their spectra, made with NumPy.
+"""Generates telephone keypad tones (DTMF) and their spectra with NumPy.
 
-Each key sounds two sine waves at once, one for its row and one for its column. What a clip holds beside the key is
-left to chance: when the tone begins, how long it lasts, how loud each wave is, their phases, a little detuning, noise.
+The tone of a key is the sum of two sine waves, one for its row and one for its column. Start, duration, volume of each
+wave, phases, a small detuning and noise are random.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import numpy as np
 
 SAMPLE_RATE = 8000  # Hz, that of telephones
-FRAME = 256  # samples: 32 ms, which tells 697 Hz from 770 Hz
+FRAME = 256  # samples, or 32 ms, which resolves 697 Hz and 770 Hz
 FRAMES = 8
 _ROWS = (697.0, 770.0, 852.0, 941.0)
 _COLUMNS = (1209.0, 1336.0, 1477.0)
 _KEYS = "123456789*0#"
 FREQUENCIES = {int(key): (_ROWS[place // 3], _COLUMNS[place % 3]) for place, key in enumerate(_KEYS) if key.isdecimal()}
-"""Digit -> the frequencies of its two waves, in Hz."""
+"""Digit -> the frequencies of its two waves in Hz."""
 
-_BAND = slice(20, 52)  # of the spectrum's bins of 31.25 Hz: 625 to 1594 Hz
+_BAND = slice(20, 52)  # bins of 31.25 Hz of the spectrum: 625 to 1594 Hz
 BINS = _BAND.stop - _BAND.start
 _WINDOW = np.hanning(FRAME)
 _TIME = np.arange(FRAME * FRAMES) / SAMPLE_RATE
 
 
 def tone(key: int, chance: np.random.Generator) -> np.ndarray:
-    """One clip of 0.256 s: a key of 80 to 200 ms somewhere in it, and noise.
+    """Generate a clip of 0.256 s with a tone of 80 to 200 ms and noise.
 
     Args:
-        key: a digit.
-        chance: where all that differs between two clips of a key is drawn from.
+        key: digit of the key.
+        chance: random generator for everything that differs between two clips of the same key.
 
     Returns:
         float64 [FRAMES * FRAME], amplitude about 1.
@@ -44,7 +44,7 @@ def tone(key: int, chance: np.random.Generator) -> np.ndarray:
 
 
 def spectrum(waves: np.ndarray) -> np.ndarray:
-    """What the encoder is given: how much of each frequency is in each frame, as logarithms.
+    """Compute the input of the encoder: the logarithm of the power of each frequency in each frame.
 
     Args:
         waves: float [n, FRAMES * FRAME].
@@ -58,7 +58,7 @@ def spectrum(waves: np.ndarray) -> np.ndarray:
 
 
 def picture(features: np.ndarray) -> np.ndarray:
-    """Spectra as small pictures for people, high frequencies above.
+    """Draw spectra as small images with high frequencies at the top.
 
     Args:
         features: float32 [n, FRAMES, BINS].

@@ -1,12 +1,11 @@
-"""Conversations about images, tokenized and cut to size beforehand, from a folder.
+"""Conversations about images from a folder. Text is tokenized and images are resized beforehand.
 
-The folder holds `train.jsonl` and `val.jsonl`, one sample a line, and the images as arrays beside them::
+The folder contains `train.jsonl` and `val.jsonl` with one sample per line, and the images as NumPy arrays::
 
     {"tokens": [1, 32000, 502, 88, 2], "answer_from": 3, "images": ["000/17.npy"]}
 
-`tokens` has one image token for each image, in order; the tokens from `answer_from` on are what the model is to say.
-An image is uint8 [channels, height, width], in a file of `numpy.save`. Which tokenizer and which crop: those of the
-weights you start from.
+`tokens` has one image token for each image, in order. The model is trained on the tokens from index `answer_from` on.
+An image is a file of `numpy.save` with uint8 [channels, height, width].
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class Conversations(Dataset[dict[str, Any]]):
-    """The samples of one file. A rank without images opens none.
+    """The samples of one file. Ranks that do not run the encoder open no images.
 
     Args:
-        file: such as `train.jsonl`; the paths of images are relative to its folder.
-        image_token_id: stands in `tokens` once for each image, and in `input_ids` once for each of its tokens.
-        tokens_per_image: language tokens that one image becomes.
-        max_sequence_length: longest `input_ids`.
+        file: path of a file such as `train.jsonl`; the paths of images are relative to its folder.
+        image_token_id: placeholder of images: one per image in `tokens`, `tokens_per_image` per image in `input_ids`.
+        tokens_per_image: number of language tokens per image.
+        max_sequence_length: maximum length of `input_ids`.
     """
 
     def __init__(self, file: Path, *, image_token_id: int, tokens_per_image: int, max_sequence_length: int) -> None:
@@ -37,7 +36,7 @@ class Conversations(Dataset[dict[str, Any]]):
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
         self.max_sequence_length = max_sequence_length
-        # Where each line begins: the file itself is read sample by sample.
+        # Byte offset of each line, so that single samples can be read.
         with file.open("rb") as lines:
             lengths = [len(line) for line in lines]
         self._begins = np.cumsum([0, *lengths[:-1]]) if lengths else np.zeros(0, dtype=np.int64)
@@ -46,11 +45,11 @@ class Conversations(Dataset[dict[str, Any]]):
         return len(self._begins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the whole sample."""
+        """Return the sample with the inputs of all modules."""
         return self.load(index, ("images", "language"))
 
     def load(self, index: int, modules: Collection[str]) -> dict[str, Any]:
-        """Return sample `index` with only what `modules` need."""
+        """Return sample `index` with the inputs of `modules` only."""
         with self.file.open("rb") as lines:
             lines.seek(int(self._begins[index]))
             record = json.loads(lines.readline())
@@ -63,7 +62,7 @@ class Conversations(Dataset[dict[str, Any]]):
         if len(tokens) - 1 > self.max_sequence_length:
             raise ValueError(
                 f"{self.file}, sample {index}: {len(tokens) - 1} tokens, images included, are more than "
-                f"max_sequence_length={self.max_sequence_length}. Leave it out of the file, or cut it."
+                f"max_sequence_length={self.max_sequence_length}. Remove it from the file, or shorten it."
             )
         answer = len(tokens) - (len(record["tokens"]) - record["answer_from"])
         labels = tokens[1:]
@@ -81,22 +80,22 @@ class Conversations(Dataset[dict[str, Any]]):
         return sample
 
     def _spread(self, tokens: list[int]) -> tuple[torch.Tensor, int]:
-        """Tokens with as many placeholders for an image as it has tokens, and the number of images."""
+        """Repeat each image token `tokens_per_image` times; also return the number of images."""
         whole = torch.tensor(tokens)
         is_image = whole == self.image_token_id
         return whole.repeat_interleave(torch.where(is_image, self.tokens_per_image, 1)), int(is_image.sum())
 
 
 class ConversationData(pl.LightningDataModule):
-    """Training and validation conversations of a folder.
+    """Training and validation conversations from a folder.
 
     Args:
-        folder: with `train.jsonl` and `val.jsonl`.
-        global_batch_size: samples per optimizer step, over all ranks. Must be that of the strategy.
-        image_token_id: as for `Conversations`; the model must agree.
-        tokens_per_image: the same.
-        max_sequence_length: the same.
-        num_workers: loader worker processes of each rank.
+        folder: folder with `train.jsonl` and `val.jsonl`.
+        global_batch_size: samples per global batch over all ranks. Must be equal to that of the strategy.
+        image_token_id: placeholder of images. Must be equal to that of the model.
+        tokens_per_image: number of language tokens per image. Must be equal to that of the model.
+        max_sequence_length: maximum length of `input_ids`. Must not be larger than that of the model.
+        num_workers: number of loader worker processes on each rank.
     """
 
     def __init__(

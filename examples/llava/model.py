@@ -1,4 +1,4 @@
-"""A ViT, a projector and a language model of any size; pretrained weights come with a checkpoint."""
+"""A ViT, a projector and a language model of any size."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from examples.digits.schedule import warmup_then_cosine
 from lightning_mimo import MimoModelInfra, MimoModule, OptimizerOverride
-from lightning_mimo.models.multimodal import Encoder, multimodal_config
-from lightning_mimo.models.sizes import TransformerSize
-from lightning_mimo.models.vision import ImagePatches
+from lightning_mimo.models import Encoder, ImagePatches, TransformerSize, multimodal_config
 
 
 class LlavaModule(MimoModule):
@@ -44,19 +42,19 @@ class LlavaModule(MimoModule):
             language: size of the language model.
             image_size: height and width of an image in pixels.
             patch_size: height and width of a patch in pixels.
-            tokens_per_image: language tokens that one image becomes.
-            vocab_size: token ids, the image token included; the language module's tp must divide it.
-            max_sequence_length: longest sequence in tokens, those of images included.
-            image_token_id: stands in ``input_ids`` once for every token of an image.
-            pad_token_id: fills up ``input_ids`` where samples of a microbatch differ in length.
-            sequence_parallel: divide the sequence over the language module's tensor-parallel ranks between attention
+            tokens_per_image: number of language tokens per image.
+            vocab_size: number of token ids, including the image token; the language module's tp must divide it.
+            max_sequence_length: maximum sequence length in tokens, including those of images.
+            image_token_id: placeholder in ``input_ids``, one for each language token of an image.
+            pad_token_id: pads ``input_ids`` if samples of a microbatch differ in length.
+            sequence_parallel: split the sequence over the language module's tensor-parallel ranks outside attention
                 and MLP.
-            lr: peak learning rate, reached after the warm-up; falls to 0 along a cosine.
-            weight_decay: on matrices only.
+            lr: peak learning rate after the warm-up; decays to 0 along a cosine.
+            weight_decay: weight decay, applied to matrices only.
             warmup_steps: optimizer steps of linear warm-up.
-            clip_grad: largest norm of the gradient over all modules.
-            frozen: modules or parts of them that are not trained, such as ``images.encoders``.
-            overrides: learning rate, weight decay and clipping where they are different: by module, or by part of one.
+            clip_grad: maximum gradient norm over all modules.
+            frozen: modules or parts of modules that are not trained, such as ``images.encoders``.
+            overrides: other learning rate, weight decay or clipping by module or part of a module.
         """
         super().__init__(pad_token_id=pad_token_id, frozen=frozen)
         self.vision = vision

@@ -1,4 +1,4 @@
-"""Lightning callbacks: the model summary over all ranks and the trace of one step.
+"""Lightning callbacks: a model summary over all ranks, and a trace of one step.
 
 Imports ``observe``, ``planning`` and Lightning.
 """

@@ -1,4 +1,4 @@
-"""The table of the whole model that is printed before training, gathered from the ranks that hold its parts."""
+"""Prints a table of the entire model before training, gathered from all ranks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.model_summary import get_human_readable_count
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from megatron.core.utils import unwrap_model
 
+from lightning_mimo.callbacks.observed import observed_strategy
 from lightning_mimo.mimo.initialization import shard_group
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.mimo.parameter_names import lies_under, named_parameters_of
@@ -23,14 +24,14 @@ _COLUMNS = ("name", "type", "parameters", "trainable", "ranks", "per rank")
 
 @dataclass(frozen=True, kw_only=True)
 class HeldParameter:
-    """One parameter of a rank, or its shard.
+    """One parameter of a rank, or its shard of one.
 
     Attributes:
-        path: its name, which begins with that of the module, the same in every layout.
-        whole: its numbers, all shards together.
-        here: numbers on this rank.
-        size: bytes of one number.
-        trainable: whether it is trained.
+        path: name of the parameter, the same in every layout; it begins with the name of the module.
+        whole: number of elements, all shards together.
+        here: number of elements on this rank.
+        size: bytes per element.
+        trainable: whether the parameter is trained.
     """
 
     path: str
@@ -42,42 +43,42 @@ class HeldParameter:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldModules:
-    """What one rank holds: its parameters, and the class of every part by name."""
+    """Parameters on one rank, and the class name of every submodule by path."""
 
     parameters: Sequence[HeldParameter]
     types: Mapping[str, str]
 
 
 class MimoModelSummary(ModelSummary):
-    """All modules on all ranks, with their parameters. MimoStrategy puts it in the place of Lightning's."""
+    """Lists all modules with their parameters and ranks. MimoStrategy replaces Lightning's model summary with it."""
 
     def __init__(self, max_depth: int = 1) -> None:
         """
         Args:
-            max_depth: 1 lists the modules, 2 their parts as well, and so on; 0 prints nothing.
+            max_depth: 1 lists the modules, 2 also their submodules, and so on; 0 prints nothing.
         """
         super().__init__(max_depth=max_depth)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Collective over the world."""
+        """Print the table. Collective over the world."""
         if not self._max_depth:
             return
-        infra = trainer.strategy.infra
+        infra = observed_strategy(trainer, self).infra
         held: list[Any] = [None] * trainer.world_size
         dist.all_gather_object(held, held_modules(pl_module.model, infra, max_depth=self._max_depth))
         rank_zero_info("\n" + draw_summary(held, list(infra.layout.modules), max_depth=self._max_depth))
 
 
 def replace_model_summary(callbacks: list[pl.Callback]) -> None:
-    """Put a MimoModelSummary where Lightning's own summaries are, which would show what is on rank 0."""
+    """Replace Lightning's model summaries, which would show only the modules on rank 0, by a MimoModelSummary."""
     for place, callback in enumerate(callbacks):
-        if type(callback) in (ModelSummary, RichModelSummary):
+        if isinstance(callback, ModelSummary) and type(callback) in (ModelSummary, RichModelSummary):
             callbacks[place] = MimoModelSummary(max_depth=callback._max_depth)
 
 
 def held_modules(model: RaggedMimoModel, infra: MimoModelInfra, *, max_depth: int) -> HeldModules:
-    """What this rank holds, down to a depth."""
+    """Return the parameters of this rank and its submodules down to a depth."""
     parameters: list[HeldParameter] = []
     types: dict[str, str] = {}
     for name in infra.participating_modules:
@@ -100,11 +101,11 @@ def held_modules(model: RaggedMimoModel, infra: MimoModelInfra, *, max_depth: in
 
 
 def draw_summary(held: Sequence[HeldModules], modules: Sequence[str], *, max_depth: int) -> str:
-    """The table, one line for each module or part, and a line for all of them.
+    """Draw the table: one line per module or submodule, and a line with the sum.
 
     Args:
-        held: what each rank holds, by rank.
-        modules: names in the order of the layout.
+        held: parameters and submodules of each rank, by rank.
+        modules: names of the modules, in the order of the layout.
         max_depth: 1 lists the modules only.
     """
     rows = [_row(held, path) for module in modules for path in _parts(held, module, max_depth)]
@@ -120,7 +121,7 @@ def draw_summary(held: Sequence[HeldModules], modules: Sequence[str], *, max_dep
 
 
 def _parts(held: Sequence[HeldModules], module: str, max_depth: int) -> list[str]:
-    """Names of a module and of its parts that have parameters, each after what it is a part of."""
+    """Paths of a module and of its submodules with parameters, each after its parent."""
     order: dict[str, int] = {}
     for names in (each.path.split(".") for rank in held for each in rank.parameters if lies_under(each.path, module)):
         for depth in range(1, min(max_depth, len(names) - 1) + 1):
@@ -129,12 +130,12 @@ def _parts(held: Sequence[HeldModules], module: str, max_depth: int) -> list[str
 
 
 def _ends(path: str) -> list[int]:
-    """Where the names end of what a part lies in, and its own."""
+    """Positions at which the path of each parent ends, and the length of the path."""
     return [*(i for i, character in enumerate(path) if character == "."), len(path)]
 
 
 def _row(held: Sequence[HeldModules], path: str) -> tuple[str, ...]:
-    """Cells of what lies under a name; of everything, if it is empty."""
+    """Cells of the line for a path; an empty path means all modules."""
     by_rank = [[each for each in rank.parameters if not path or lies_under(each.path, path)] for rank in held]
     whole = {each.path: each for rank in by_rank for each in rank}.values()
     ranks = [rank for rank, parameters in enumerate(by_rank) if parameters]

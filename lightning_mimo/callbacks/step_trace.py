@@ -1,4 +1,4 @@
-"""A Lightning callback that records one step over all ranks, and writes it as a trace and as a picture."""
+"""A Lightning callback that records one step on all ranks and writes it as a trace and as an image."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_mimo.callbacks.observed import observed_strategy
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.observe.clocks import offset_to_rank_0
 from lightning_mimo.observe.spans import Span
@@ -18,25 +19,26 @@ from lightning_mimo.observe.trace import RankTrace, chrome_trace, describe_share
 
 
 class StepTrace(pl.Callback):
-    """Writes ``step=5.json`` for https://ui.perfetto.dev and ``step=5.png``, and prints how much each module computes.
+    """Records one training step on all ranks, and prints the share of time in which each module computes.
 
-    Times are those of the host on CPUs and of CUDA events on GPUs. Ranks of one machine have one clock; the clocks of
-    several machines are compared before the step (:func:`lightning_mimo.observe.clocks.offset_to_rank_0`). Only the
-    traced step pays for it, with a few collectives before and after.
+    Writes ``step=5.json`` for https://ui.perfetto.dev and ``step=5.png``. Times come from the host clock on CPUs and
+    from CUDA events on GPUs. Ranks of one machine share a clock; the clocks of several machines are compared before
+    the step (:func:`lightning_mimo.observe.clocks.offset_to_rank_0`). Only the traced step has a cost: a few
+    collectives before and after it.
     """
 
     def __init__(self, dirpath: str | Path, *, step: int = 5) -> None:
         """
         Args:
             dirpath: folder to write to.
-            step: optimizer steps of this run that are let pass first. The first ones are slower than the others.
+            step: number of optimizer steps of this run to skip first. The first steps are slower than later ones.
 
         Raises:
             ModuleNotFoundError: if matplotlib is missing.
             ConfigError: if ``step`` is negative.
         """
         if step < 0:
-            raise ConfigError(f"StepTrace(step={step}): write how many optimizer steps to let pass first, 0 or more.")
+            raise ConfigError(f"StepTrace(step={step}): step is the number of optimizer steps to skip, 0 or more.")
         require_matplotlib()
         self._folder = Path(dirpath)
         self._after = step
@@ -46,32 +48,29 @@ class StepTrace(pl.Callback):
         self._is_done = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not hasattr(trainer.strategy, "step_listeners"):
-            raise ConfigError(
-                f"StepTrace records what MimoStrategy does, but the trainer has {type(trainer.strategy).__name__}."
-            )
+        observed_strategy(trainer, self)
         self._step, self._is_done, self._spans = trainer.global_step + self._after, False, None
         if 0 <= trainer.max_steps <= self._step:
             raise ConfigError(
-                f"StepTrace(step={self._after}) lets {self._after} steps pass and records the next, but this run has "
+                f"StepTrace(step={self._after}) skips {self._after} steps and records the next, but this run has "
                 f"{trainer.max_steps - trainer.global_step} (max_steps={trainer.max_steps}). Give a smaller step."
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step != self._step or self._anchor is not None or self._is_done:
             return
-        strategy = trainer.strategy
+        strategy = observed_strategy(trainer, self)
         offset = offset_to_rank_0(strategy.root_device)
         strategy.step_listeners.append(self._receive)
         strategy.barrier()
-        strategy.spans.drain()  # what was done between steps
+        strategy.spans.drain()  # discard what was recorded between steps
         mark, now = strategy.spans.clock.anchor()
         self._anchor = mark, now + offset
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self._spans is None:
+        if self._spans is None or self._anchor is None:
             return
-        strategy = trainer.strategy
+        strategy = observed_strategy(trainer, self)
         strategy.step_listeners.remove(self._receive)
         own = trace_of_rank(trainer.global_rank, strategy.infra.layout, self._spans, strategy.spans.clock, self._anchor)
         self._spans = self._anchor = None

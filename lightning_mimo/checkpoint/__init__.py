@@ -1,4 +1,4 @@
-"""Checkpoint directories that all ranks write and any layout reads.
+"""Checkpoint directories that all ranks write in parallel and that any layout can read.
 
 Imports ``data``, ``optim`` and below.
 """

@@ -1,13 +1,13 @@
-"""The directory of a checkpoint: what is in it, when it counts as whole, and how it replaces another one.
+"""Layout of a checkpoint directory, its integrity checks, and atomic replacement of an older checkpoint.
 
     step=600.ckpt/
-      checkpoint.json                       what this is, and size and checksum of every other file; written last
-      trainer.pt                            what Lightning keeps (loops, callbacks, schedulers); plain types only
-      images-rank00000.safetensors          this rank's shards of its modules' weights and optimizer state
+      checkpoint.json                       manifest: layout, parameters, size and checksum of every other file; last
+      trainer.pt                            state of Lightning (loops, callbacks, schedulers); plain types only
+      images-rank00000.safetensors          shards of weights and optimizer state of one module on one rank
       language-rank00002.safetensors
 
-While it is being written it is in the folder ``unfinished`` beside its final spec, where nobody looks for checkpoints.
-Reading executes no code from any of the files: JSON, safetensors, and ``torch.load(weights_only=True)``.
+While a checkpoint is being written it is in the folder ``unfinished`` beside its final path. A checkpoint is complete
+if it has a manifest. Reading executes no code from any file: JSON, safetensors and ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _AT_FDCWD = -100
 
 
 def unfinished(path: Path) -> Path:
-    """Where a checkpoint is written before it is complete."""
+    """Path at which a checkpoint is written before it is complete."""
     return path.parent / _UNFINISHED / path.name
 
 
@@ -48,7 +48,7 @@ def describe_file(path: Path) -> dict[str, int]:
 
 
 def flush(path: Path) -> None:
-    """Bring a file's or a directory's contents to the disk."""
+    """Flush a file or a directory to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,22 +57,22 @@ def flush(path: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is there whole or not at all, to the eyes of other processes."""
+    """Write a JSON file atomically: other processes see the complete file or none."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(content, indent=1))
     temporary.rename(path)
 
 
 def publish(path: Path) -> None:
-    """Give a directory that is whole its name, in place of an older one if there is one.
+    """Move a complete checkpoint to its final path atomically, replacing an older one.
 
-    A process that is killed in between leaves the old one or the new one under the name.
+    If the process is killed meanwhile, the path holds the complete old or the complete new checkpoint.
     """
     new = unfinished(path)
     flush(new / MANIFEST)
     flush(new)
     if not path.exists():
-        path.unlink(missing_ok=True)  # a link to what is gone
+        path.unlink(missing_ok=True)  # a dangling symbolic link
         new.rename(path)
     elif path.is_symlink() or path.is_file():
         path.unlink()
@@ -85,7 +85,10 @@ def publish(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a checkpoint, or a link to one. Out of sight first: half a checkpoint must not be taken for one."""
+    """Remove a checkpoint, or a symbolic link to one.
+
+    It is moved to ``unfinished`` first, so that a partly deleted checkpoint cannot be mistaken for a complete one.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.is_dir():
@@ -99,11 +102,11 @@ def discard(path: Path) -> None:
 
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        folder.rmdir()  # fails where something else is being written
+        folder.rmdir()  # fails while another checkpoint is being written
 
 
 def _exchange(one: Path, two: Path) -> None:
-    """Swap two directories, in one step where the system can do it (Linux, and most file systems there)."""
+    """Swap two directories, atomically if the system supports it (Linux with most file systems)."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
         done = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0
@@ -118,15 +121,15 @@ def _exchange(one: Path, two: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What is in a checkpoint.
+    """Read the manifest of a checkpoint.
 
     Raises:
-        CheckpointError: if it is none, or unfinished, or of a newer format.
+        CheckpointError: if the path is not a checkpoint, or it is incomplete or has an unsupported format.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a checkpoint of lightning-mimo: there is no such directory.")
     if not (path / MANIFEST).is_file():
-        hint = "its writing was not finished" if path.parent.name == _UNFINISHED else f"it has no {MANIFEST}"
+        hint = "it was not written completely" if path.parent.name == _UNFINISHED else f"it has no {MANIFEST}"
         raise CheckpointError(f"{path} is not a checkpoint of lightning-mimo: {hint}.")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
@@ -141,7 +144,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def damaged_files(path: Path, manifest: Mapping[str, Any], *, rank: int, ranks: int) -> Iterator[str]:
-    """Problems of this rank's share of the files; all ranks together look at each file once."""
+    """Yield the problems of this rank's share of the files. All ranks together check each file once."""
     for name, expected in sorted(manifest["files"].items())[rank::ranks]:
         if not (path / name).is_file():
             yield f"{name} is missing"

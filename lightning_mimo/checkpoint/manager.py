@@ -1,4 +1,4 @@
-"""Checkpoints of a run as Lightning asks for them: when they are written, removed, read, and where a run goes on."""
+"""Saves, removes and loads the checkpoints of a run, as Lightning requests it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """What a checkpoint says of how to go on.
+    """State that a checkpoint holds besides weights and optimizer, for resuming.
 
     Attributes:
-        data_state: in the data.
-        states: of this rank's random generators; ``None`` if it was written in another layout.
-        step: optimizer steps that were done.
+        data_state: position in the training data.
+        states: states of this rank's random generators; ``None`` if the checkpoint has another layout.
+        step: number of optimizer steps done.
     """
 
     data_state: DataState
@@ -38,14 +38,14 @@ class Resumed:
 
 
 class RunCheckpoints:
-    """All methods but :meth:`remove` and :meth:`close` are collective over the world."""
+    """Saves and loads checkpoints. All methods but :meth:`remove` and :meth:`close` are collective over the world."""
 
     def __init__(self, *, async_save: bool, on_save_error: str, timeout: timedelta) -> None:
         """
         Args:
-            async_save: return from :meth:`save` as soon as everything is copied, and write behind the training.
+            async_save: return from :meth:`save` once the state is copied, and write the files asynchronously.
             on_save_error: ``raise`` or ``warn``.
-            timeout: how long rank 0 waits for the files of the others.
+            timeout: time that rank 0 waits for the files of the other ranks.
         """
         self._async = async_save
         self._on_error = on_save_error
@@ -62,19 +62,19 @@ class RunCheckpoints:
         data_state: DataState | None,
         window: Generators | None,
     ) -> None:
-        """Write a checkpoint, after one that is still being written.
+        """Write a checkpoint, after waiting for one that is still being written.
 
         Args:
-            path: the directory; replaced if it exists.
-            model: the model.
+            path: directory to write; an existing checkpoint there is replaced.
+            model: model to save.
             infra: process groups.
-            optimizer: ``None`` for weights only.
-            trainer: what Lightning keeps.
-            data_state: in the training data; ``None`` outside of training.
-            window: states of the generators when the accumulation window began, if one is open.
+            optimizer: optimizer to save; ``None`` saves weights only.
+            trainer: state of Lightning's trainer.
+            data_state: position in the training data; ``None`` outside training.
+            window: states of the random generators at the start of the current accumulation, if one is in progress.
 
         Raises:
-            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+            CheckpointWriteError: on every rank, if writing failed on any rank and ``on_save_error`` is ``raise``.
         """
         self.finish()
         complete_gathering(model)
@@ -99,10 +99,10 @@ class RunCheckpoints:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is being written.
+        """Wait for the checkpoint that is being written, if any.
 
         Raises:
-            CheckpointWriteError: as :meth:`save`.
+            CheckpointWriteError: on every rank, if writing failed on any rank and ``on_save_error`` is ``raise``.
         """
         try:
             self._writer.wait()
@@ -110,7 +110,7 @@ class RunCheckpoints:
             self._complain(error)
 
     def remove(self, path: Path) -> None:
-        """Remove a checkpoint, not before what is being written has replaced it. To be called on rank 0."""
+        """Remove a checkpoint once the checkpoint that is being written is complete. Call it on rank 0 only."""
         self._writer.then(lambda: discard(path))
 
     def load(
@@ -122,17 +122,25 @@ class RunCheckpoints:
         *,
         global_batch_size: int,
     ) -> tuple[dict[str, Any], Resumed | None]:
-        """Fill the model, and the optimizer if training goes on.
+        """Load a checkpoint into the model and, to resume training, into the optimizer.
+
+        Args:
+            path: checkpoint directory.
+            model: model to fill.
+            infra: process groups.
+            optimizer: optimizer to fill; ``None`` loads weights only.
+            global_batch_size: samples of one global batch in this run.
 
         Returns:
-            What Lightning kept; and how to go on, if there is an optimizer.
+            The state of Lightning's trainer, and with an optimizer the state for resuming.
 
         Raises:
-            CheckpointError: if the checkpoint does not fit, or training cannot go on from it. Nothing is changed then.
+            CheckpointError: if the checkpoint does not match the model, or training cannot resume from it. Model and
+                optimizer are unchanged then.
         """
         self.finish()
         complete_gathering(model)
-        # First, because it is the check that ends on all ranks alike, also where one of them cannot read the files.
+        # First, because this check has the same result on all ranks, even if only one of them cannot read the files.
         verify(path, model, infra)
         if optimizer is None:
             return load(path, model, infra, None), None
@@ -144,28 +152,28 @@ class RunCheckpoints:
         return trainer, Resumed(data_state=data_state, states=load_generators(path, infra), step=manifest["step"])
 
     def close(self) -> None:
-        """Let what is being written end, without a word to the other ranks."""
+        """Wait for this rank's asynchronous write without communicating with other ranks."""
         self._writer.close()
 
     def _complain(self, error: CheckpointWriteError) -> None:
         if self._on_error == "raise":
             raise error
         if dist.get_rank() == 0:
-            warnings.warn(f"{error} Training goes on.", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"{error} Training continues.", RuntimeWarning, stacklevel=2)
 
 
 def _check_can_resume_from(path: Path, global_batch_size: int) -> None:
     manifest = read_manifest(path)
     if manifest["weights_only"]:
         raise CheckpointError(
-            f"fit(ckpt_path={str(path)!r}): it holds weights only, so training cannot go on from it. Save with "
-            f"ModelCheckpoint(save_weights_only=False), or use it with validate, test and predict."
+            f"fit(ckpt_path={str(path)!r}): the checkpoint holds weights only, so training cannot resume from it. Save "
+            f"with ModelCheckpoint(save_weights_only=False), or use it with validate, test and predict."
         )
     data_state = DataState(**manifest["position"])
     if data_state.batches and data_state.global_batch_size != global_batch_size:
         raise CheckpointError(
-            f"fit(ckpt_path={str(path)!r}): it was saved after {data_state.batches} batches of "
+            f"fit(ckpt_path={str(path)!r}): the checkpoint was saved after {data_state.batches} batches of "
             f"{data_state.global_batch_size} samples of an epoch, but global_batch_size is {global_batch_size} now, so "
-            f"the next sample cannot be told. Set global_batch_size={data_state.global_batch_size}, or go on from a "
-            f"checkpoint of the end of an epoch."
+            f"the next sample is not defined. Set global_batch_size={data_state.global_batch_size}, or resume from a "
+            f"checkpoint that was saved at the end of an epoch."
         )

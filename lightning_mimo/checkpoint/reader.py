@@ -1,4 +1,4 @@
-"""Pieces of tensors out of the files of a checkpoint: only what is asked for is read."""
+"""Writes and reads the safetensors files of a checkpoint. Only the requested elements of a tensor are read."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SPECS = "places"  # key in the header of each file
 
 
 def file_name(module: str, rank: int) -> str:
-    """Name of the file that a rank writes of a module."""
+    """Name of the file with a rank's shards of a module, such as ``images-rank00000.safetensors``."""
     return f"{module}-rank{rank:05d}.safetensors"
 
 
 def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
-    """Write shards whose tensors are contiguous, on the CPU and share no memory."""
+    """Write shards to a file. Their tensors must be contiguous, on the CPU, and not share memory."""
     keys = [f"{shard.name}/{shard.kind}" for shard in shards]
     assert len(set(keys)) == len(keys), "a rank writes each tensor once"
     specs = {key: shard.spec.to_dict() for key, shard in zip(keys, shards, strict=True)}
@@ -35,13 +35,13 @@ def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
 
 
 class CheckpointReader:
-    """Reads the shards of some modules of a checkpoint. To be used in a ``with`` statement."""
+    """Reads tensors of selected modules from a checkpoint. Use it in a ``with`` statement."""
 
     def __init__(self, path: Path, modules: Collection[str]) -> None:
         """
         Args:
-            path: the checkpoint.
-            modules: whose files are looked into.
+            path: checkpoint directory.
+            modules: names of the modules whose files are opened.
 
         Raises:
             CheckpointError: if a file is damaged.
@@ -76,11 +76,11 @@ class CheckpointReader:
         return set(self._found[name]) if name in self._found else set()
 
     def shape(self, name: str, kind: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the full, unsharded tensor."""
         return self._found[name][kind][0][1].shape
 
     def whole(self, name: str, kind: str) -> torch.Tensor:
-        """A whole tensor, from all its shards.
+        """Read a full tensor from all its shards.
 
         Raises:
             CheckpointError: if a shard is missing.
@@ -92,7 +92,11 @@ class CheckpointReader:
             raise CheckpointError(f"{name}: {error}; a file of the checkpoint is missing.") from error
 
     def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
-        """See :class:`lightning_mimo.checkpoint.state.Reader`. Of a shard that was cut alike, only the run is read."""
+        """Read the elements that a spec describes, flat, on the CPU.
+
+        If the file has the same tensor-parallel shard, only the requested elements are read; otherwise the full tensor
+        is read and cut.
+        """
         runs, position = [], spec.start
         same = [(file, found) for file, found in self._found[name][kind] if found.is_same_shard(spec)]
         for file, found in sorted(same, key=lambda each: each[1].start):
@@ -106,5 +110,5 @@ class CheckpointReader:
 
 
 def parameters_in(shards: Mapping[str, Collection[TensorShard]]) -> dict[str, list[int]]:
-    """Global name -> shape of the whole, of everything in some shards by module."""
+    """Global parameter name -> shape of the full parameter, for the weights among shards by module."""
     return {shard.name: list(shard.spec.shape) for each in shards.values() for shard in each if shard.kind == "weight"}

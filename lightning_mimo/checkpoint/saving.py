@@ -1,11 +1,10 @@
-"""One checkpoint from the training state, and the training state from one checkpoint."""
+"""Converts the training state of a rank to the content of a checkpoint, and restores it."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from lightning_mimo import __version__
 from lightning_mimo.checkpoint.directory import TRAINER, damaged_files, read_manifest
 from lightning_mimo.checkpoint.reader import CheckpointReader
 from lightning_mimo.checkpoint.shards import ShardSpec
@@ -28,17 +28,17 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 _AXES = ("tp", "cp", "pp", "dp", "ep", "expt_tp")
 _GENERATOR = "generator"  # kind of the shards that hold states of random generators
 Generators = Mapping[str, torch.Tensor]
-"""Name -> state of every random generator of a rank, uint8."""
+"""Name -> state of each random generator of a rank, as a uint8 tensor."""
 
 
 def generators() -> Generators:
-    """States of this rank's random generators: what dropout draws from."""
+    """Return the states of this rank's random generators, which dropout uses."""
     states = {"cpu": torch.get_rng_state(), "default": torch.cuda.get_rng_state()}
     return {**states, **get_cuda_rng_tracker().get_states()}
 
 
 def set_generators(states: Generators) -> None:
-    """Put back what :func:`generators` returned."""
+    """Restore states that :func:`generators` returned."""
     states = dict(states)
     torch.set_rng_state(states.pop("cpu"))
     torch.cuda.set_rng_state(states.pop("default"))
@@ -54,21 +54,21 @@ def content_of(
     trainer: Mapping[str, Any],
     about: Mapping[str, Any],
 ) -> Content:
-    """Copy everything that this rank writes to the CPU. Training may go on as soon as this returns.
+    """Copy everything that this rank writes to the CPU. Training may continue as soon as this returns.
 
     Args:
-        model: weights whole.
+        model: model whose parameters are gathered (see ``complete_gathering``).
         infra: process groups.
-        optimizer: ``None`` for weights only.
-        states: of the random generators.
-        trainer: what Lightning keeps; plain types only. Rank 0's is written.
+        optimizer: optimizer to save; ``None`` saves weights only.
+        states: states of the random generators.
+        trainer: state of Lightning's trainer, plain types only. Only rank 0's is written.
         about: further entries of the manifest.
 
     Raises:
         CheckpointError: if ``trainer`` could not be read back without executing code.
     """
     rank = dist.get_rank()
-    # On every rank, although rank 0's is written, because all ranks have to fail then.
+    # Done on every rank although only rank 0's is written, so that all ranks fail together.
     written = _plain_bytes(trainer)
     shards = {
         module: [
@@ -91,20 +91,20 @@ def content_of(
     return Content(
         shards=shards,
         trainer=written if rank == 0 else b"",
-        about={"lightning_mimo": _version(), "layout": _layout_as_dict(infra.layout), **about},
+        about={"lightning_mimo": __version__, "layout": _layout_as_dict(infra.layout), **about},
     )
 
 
 def load(
     path: Path, model: RaggedMimoModel, infra: MimoModelInfra, optimizer: SingleSyncMimoOptimizer | None
 ) -> dict[str, Any]:
-    """Fill the model, and the optimizer if one is given, from a checkpoint of any layout that was verified.
+    """Load the model, and the optimizer if given, from a verified checkpoint of any layout.
 
     Returns:
-        What Lightning kept.
+        The state of Lightning's trainer.
 
     Raises:
-        CheckpointError: if the trainer's file holds what could only be read by executing code.
+        CheckpointError: if the file of the trainer could only be read by executing code from it.
     """
     trainer = _plain_content(path / TRAINER)
     with CheckpointReader(path, infra.participating_modules) as reader:
@@ -113,7 +113,7 @@ def load(
 
 
 def load_generators(path: Path, infra: MimoModelInfra) -> Generators | None:
-    """States of this rank's random generators as they were written, if the layout is the same."""
+    """Read the states of this rank's random generators; ``None`` if the checkpoint has another layout."""
     if read_manifest(path)["layout"] != _layout_as_dict(infra.layout):
         return None
     prefix = f"rank{dist.get_rank()}."
@@ -123,7 +123,7 @@ def load_generators(path: Path, infra: MimoModelInfra) -> Generators | None:
 
 
 def verify(path: Path, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
-    """Check that a checkpoint is whole and holds this very model. Collective over the world.
+    """Check that a checkpoint is complete, undamaged and matches the model. Collective over the world.
 
     Raises:
         CheckpointError: on every rank, naming the file or the parameter.
@@ -145,12 +145,12 @@ def verify(path: Path, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         extra = [name for name in manifest["parameters"] if name not in known]
         said = [f"it holds {name!r}, which this model does not have" for name in extra]
     if said:
-        more = f" (and {len(said) - 1} more like it)" if len(said) > 1 else ""
+        more = f" (and {len(said) - 1} more problems)" if len(said) > 1 else ""
         raise CheckpointError(f"The checkpoint {path} cannot be loaded: {said[0]}{more}. Nothing was changed.")
 
 
 def _shapes(model: RaggedMimoModel, infra: MimoModelInfra) -> dict[str, list[int]]:
-    """Global name -> whole shape of all parameters of this rank."""
+    """Global name -> full shape of all parameters of this rank."""
     return {
         name: list(ShardSpec.of(parameter, infra.pg_collections[module]).shape)
         for module in infra.participating_modules
@@ -168,10 +168,10 @@ def _mismatches(held: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -
 
 
 def _plain_bytes(content: Mapping[str, Any]) -> bytes:
-    """``content`` in a form that can be read without executing code.
+    """Serialize ``content`` so that it can be read without executing code.
 
     Raises:
-        CheckpointError: naming the entry that could not.
+        CheckpointError: naming the entry for which this is impossible.
     """
     written = _saved(dict(content))
     try:
@@ -179,9 +179,9 @@ def _plain_bytes(content: Mapping[str, Any]) -> bytes:
     except Exception as error:
         entry = next((key for key, value in content.items() if not _is_plain(value)), "?")
         raise CheckpointError(
-            f"{entry!r} of the checkpoint holds objects that could only be read by executing code from the file. Keep "
-            f"numbers, strings, tensors, lists and dictionaries in on_save_checkpoint, state_dict() of callbacks and "
-            f"save_hyperparameters(). ({str(error).splitlines()[0]})"
+            f"{entry!r} of the checkpoint holds objects that could only be read by executing code from the file. Use "
+            f"only numbers, strings, tensors, lists and dictionaries in on_save_checkpoint, state_dict() of callbacks "
+            f"and save_hyperparameters(). ({str(error).splitlines()[0]})"
         ) from error
     return written
 
@@ -208,13 +208,6 @@ def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def _version() -> str:
-    try:
-        return version("lightning-mimo")
-    except PackageNotFoundError:
-        return "run from its sources"
 
 
 def _layout_as_dict(layout: MimoLayout) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""A shard and its place in the whole tensor: how tensors are written, and joined again for another layout.
+"""Describes where a shard lies in the full tensor, cuts shards, and joins them for another layout.
 
-A tensor is cut twice: tensor parallelism cuts it along a dimension, and the distributed optimizer cuts what is left
-into runs of consecutive elements. A :class:`ShardSpec` says where a shard lies in both, in numbers that do not refer to
-the layout.
+A tensor is sharded twice: tensor parallelism splits it along one dimension, and the distributed optimizer splits the
+flattened shard into ranges of consecutive elements. A :class:`ShardSpec` describes both without reference to a layout.
 """
 
 from __future__ import annotations
@@ -19,21 +18,25 @@ from lightning_mimo.errors import CheckpointError
 from lightning_mimo.mimo.initialization import cut_evenly, partition_of, shard_group
 
 WEIGHT, MAIN = "weight", "main"
-"""Kinds of shards: a parameter, and the optimizer's float32 copy of it. Others are names of the optimizer's state."""
+"""Kinds of shards: a parameter, and the optimizer's float32 copy of it. All other kinds are names of optimizer state,
+such as ``exp_avg``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSpec:
-    """Where a shard is in the whole tensor.
+    """Position of a shard in the full tensor.
+
+    Example: the second of two tensor-parallel shards of a ``[8, 4]`` weight that is split along its rows, all of its 16
+    elements: ``ShardSpec(shape=(8, 4), dim=0, tp_rank=1, tp_size=2, stop=16)``.
 
     Attributes:
-        shape: of the whole.
-        dim: along which tensor parallelism cuts it.
-        stride: how many matrices lie one after the other along ``dim``, each cut on its own.
-        tp_rank: which of the shards.
-        tp_size: how many there are.
-        start: first element of the flattened shard.
-        stop: one after the last.
+        shape: shape of the full tensor.
+        dim: dimension along which tensor parallelism splits it.
+        stride: number of matrices that are concatenated along ``dim`` and split separately.
+        tp_rank: index of the tensor-parallel shard.
+        tp_size: number of tensor-parallel shards.
+        start: first element, in the flattened tensor-parallel shard.
+        stop: one past the last element.
     """
 
     shape: tuple[int, ...]
@@ -46,7 +49,7 @@ class ShardSpec:
 
     @classmethod
     def of(cls, parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> ShardSpec:
-        """Of a parameter on this rank, all of its shard."""
+        """Spec of a parameter on this rank: its entire tensor-parallel shard."""
         shape = list(parameter.shape)
         group = shard_group(parameter, groups)
         if group is None:
@@ -64,7 +67,7 @@ class ShardSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ShardSpec:
-        """What :meth:`to_dict` gave, from JSON."""
+        """Create a spec from the result of :meth:`to_dict`, also after a round trip through JSON."""
         return cls(**{**fields, "shape": tuple(fields["shape"])})
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,30 +75,30 @@ class ShardSpec:
 
     @property
     def shard_shape(self) -> tuple[int, ...]:
-        """Shape of the tensor-parallel shard that this one lies in."""
+        """Shape of the tensor-parallel shard that contains this one."""
         shape = list(self.shape)
         if shape:
             shape[self.dim] //= self.tp_size
         return tuple(shape)
 
     def is_same_shard(self, other: ShardSpec) -> bool:
-        """Whether both lie in the same tensor-parallel shard, cut in the same way."""
+        """Whether both lie in the same tensor-parallel shard, split in the same way."""
         mine = (self.shape, self.dim, self.stride, self.tp_rank, self.tp_size)
         return mine == (other.shape, other.dim, other.stride, other.tp_rank, other.tp_size)
 
 
 def cut(whole: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
-    """The elements of a whole tensor that a spec describes, flat."""
+    """Return the elements of a full tensor that a spec describes, flat."""
     if spec.tp_size > 1:
         whole = cut_evenly(whole, dim=spec.dim, stride=spec.stride, rank=spec.tp_rank, size=spec.tp_size)
     return whole.reshape(-1)[spec.start : spec.stop]
 
 
 def join(pieces: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
-    """The whole tensor from pieces of its shards that cover it; what is there twice counts once.
+    """Join pieces that cover a tensor to the full tensor. Duplicates of a piece are ignored.
 
     Raises:
-        CheckpointError: if something is missing.
+        CheckpointError: if elements are missing.
     """
     runs: dict[int, dict[int, tuple[ShardSpec, torch.Tensor]]] = {}
     for spec, tensor in pieces:
@@ -112,5 +115,5 @@ def _join_runs(runs: Iterable[tuple[ShardSpec, torch.Tensor]], like: ShardSpec) 
     ordered: Sequence[tuple[ShardSpec, torch.Tensor]] = sorted(runs, key=lambda run: run[0].start)
     flat = torch.cat([tensor.reshape(-1) for _, tensor in ordered]) if ordered else torch.empty(0)
     if flat.numel() != math.prod(like.shard_shape):
-        raise CheckpointError(f"only {flat.numel()} of {math.prod(like.shard_shape)} elements of a shard are there")
+        raise CheckpointError(f"only {flat.numel()} of {math.prod(like.shard_shape)} elements of a shard were found")
     return flat.reshape(like.shard_shape)

@@ -1,4 +1,4 @@
-"""What a rank holds of the training state, as shards, and back: weights, main parameters, optimizer state."""
+"""Converts a rank's weights, main parameters and optimizer state to shards, and loads them from shards."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 @dataclass(frozen=True, kw_only=True)
 class TensorShard:
-    """One entry of a checkpoint file.
+    """A tensor in a checkpoint file.
 
     Attributes:
         name: global name of the parameter.
-        kind: which of its tensors.
-        spec: where in the whole.
-        tensor: flat.
+        kind: which of its tensors: ``weight``, ``main`` or a name of optimizer state, such as ``exp_avg``.
+        spec: position in the full tensor.
+        tensor: the elements, flat.
     """
 
     name: str
@@ -35,26 +35,26 @@ class TensorShard:
 
 
 class Reader(Protocol):
-    """Where shards come from."""
+    """Source of shards."""
 
     def kinds(self, name: str) -> set[str]:
-        """Kinds that there are of a parameter; empty if there is no such parameter."""
+        """Kinds that exist for a parameter; empty if there is no such parameter."""
 
     def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
-        """The elements of a tensor that a spec describes, flat, on the CPU."""
+        """Read the elements of a tensor that a spec describes, flat, on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Updated:
-    """What an optimizer holds of a parameter.
+    """The tensor that an optimizer updates for a parameter.
 
     Attributes:
-        main: the tensor that it updates: the parameter, a float32 copy, or a run of either.
-        optimizer: torch's optimizer, whose state is kept under ``main``.
-        start: first element of the flattened parameter that ``main`` stands for.
-        stop: one after the last.
-        is_copy: whether ``main`` has more digits than the parameter.
-        is_shared_out: whether each replica holds another run of it.
+        main: the updated tensor: the parameter, a float32 copy, or a range of elements of either.
+        optimizer: torch's optimizer, whose state has ``main`` as its key.
+        start: first element of the flattened parameter that ``main`` holds.
+        stop: one past the last element.
+        is_copy: whether ``main`` is a copy of higher precision than the parameter.
+        is_shared_out: whether each replica holds a different range (distributed optimizer).
     """
 
     main: torch.Tensor
@@ -68,13 +68,15 @@ class _Updated:
 def shards_of(
     model: RaggedMimoModel, infra: MimoModelInfra, module: str, optimizer: SingleSyncMimoOptimizer | None
 ) -> Iterator[TensorShard]:
-    """What this rank writes of one of its modules, as views. All replicas together write everything once.
+    """Yield the shards that this rank writes for one of its modules, as views.
+
+    All replicas together write every element once.
 
     Args:
-        model: wrapped or not, weights whole.
+        model: the model, wrapped in DDP or not, with gathered parameters (see ``complete_gathering``).
         infra: process groups.
-        module: one of this rank's.
-        optimizer: leave it out for weights only.
+        module: name of a module of this rank.
+        optimizer: optimizer whose state is saved; ``None`` saves weights only.
     """
     groups = infra.pg_collections[module]
     updated = {} if optimizer is None else _updated(optimizer, module)
@@ -98,7 +100,7 @@ def shards_of(
 def load_shards(
     model: RaggedMimoModel, infra: MimoModelInfra, reader: Reader, optimizer: SingleSyncMimoOptimizer | None
 ) -> None:
-    """Fill this rank's weights, and the optimizer's state if there is one, in whatever layout they were written."""
+    """Load this rank's weights, and optimizer state if an optimizer is given, from shards of any layout."""
     for module in infra.participating_modules:
         groups = infra.pg_collections[module]
         updated = {} if optimizer is None else _updated(optimizer, module)
@@ -127,7 +129,7 @@ def _load_updated(reader: Reader, name: str, spec: ShardSpec, held: _Updated) ->
 
 
 def _most_exact(reader: Reader, name: str, spec: ShardSpec, target: torch.Tensor) -> torch.Tensor:
-    """A parameter's values: the main parameter's for what can hold them."""
+    """Read the values of a parameter: those of its main parameter if the target has sufficient precision."""
     kind = MAIN if MAIN in reader.kinds(name) and target.dtype.itemsize > 2 else WEIGHT
     return reader.read(name, kind, spec)
 

@@ -1,4 +1,4 @@
-"""A checkpoint from outside: what is in it, and all its weights in one safetensors file, out and in."""
+"""Inspects a checkpoint, exports its weights to one safetensors file, and imports weights from one."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from lightning_mimo.errors import CheckpointError
 
 
 def inspect(path: Path) -> str:
-    """What a checkpoint holds, for people: layout, step, version, parameters and shapes; damaged files are named.
+    """Describe a checkpoint as text: layout, step, version, parameters, shapes and damaged files.
 
     Raises:
-        CheckpointError: if it is none.
+        CheckpointError: if the path is not a complete checkpoint.
     """
     manifest = read_manifest(path)
     problems = list(damaged_files(path, manifest, rank=0, ranks=1))
     size = sum(file["bytes"] for file in manifest["files"].values())
     lines = [
-        f"{path}: {'DAMAGED' if problems else 'whole'}, {len(manifest['files'])} files, {size:,} bytes",
+        f"{path}: {'DAMAGED' if problems else 'complete'}, {len(manifest['files'])} files, {size:,} bytes",
         *(f"  {problem}" for problem in problems),
         f"step {manifest['step']}, epoch {manifest['epoch']}, "
         f"{'weights only' if manifest['weights_only'] else 'weights and optimizer state'}, "
         f"lightning-mimo {manifest['lightning_mimo']}",
     ]
     if manifest["layout"] is not None:
-        placed = "sharing all ranks" if manifest["layout"]["colocated"] else "each on ranks of its own"
+        placed = "colocated" if manifest["layout"]["colocated"] else "on separate ranks"
         lines.append(f"written by {manifest['world_size']} ranks, modules {placed}:")
         for name, sizes in manifest["layout"]["modules"].items():
             first, stop = sizes["ranks"]
@@ -55,22 +55,22 @@ def inspect(path: Path) -> str:
             lines.append(f"  {name}: ranks {first}-{stop - 1}, {axes}")
     parameters = manifest["parameters"]
     total = sum(torch.Size(shape).numel() for shape in parameters.values())
-    lines.append(f"{len(parameters)} parameters, {total:,} numbers:")
+    lines.append(f"{len(parameters)} parameters, {total:,} elements:")
     width = max(map(len, parameters), default=0)
     lines += [f"  {name:{width}}  {'x'.join(map(str, shape))}" for name, shape in sorted(parameters.items())]
     return "\n".join(lines)
 
 
 def export(path: Path, out: Path) -> int:
-    """Write all weights into one safetensors file, under their global names.
+    """Write all weights to one safetensors file under their global names.
 
-    Weights of mixed precision come out as the optimizer's float32 copies.
+    In mixed precision the optimizer's float32 copies are written.
 
     Returns:
-        How many parameters.
+        The number of parameters.
 
     Raises:
-        CheckpointError: if the checkpoint is none, or damaged.
+        CheckpointError: if the path is not a complete checkpoint, or a file is damaged.
     """
     manifest = read_manifest(path)
     if problems := list(damaged_files(path, manifest, rank=0, ranks=1)):
@@ -85,16 +85,18 @@ def export(path: Path, out: Path) -> int:
 
 
 def import_weights(source: Path, path: Path) -> int:
-    """Make a checkpoint that holds weights only of a safetensors file that has them under their global names.
+    """Create a weights-only checkpoint from a safetensors file with weights under their global names.
+
+    The checkpoint can be used to validate, test and predict. Training cannot start from it.
 
     Returns:
-        How many parameters.
+        The number of parameters.
 
     Raises:
-        CheckpointError: if the file is none, or the checkpoint exists.
+        CheckpointError: if the file is not a safetensors file, or the checkpoint exists.
     """
     if path.exists():
-        raise CheckpointError(f"{path} exists already; remove it first, or choose another name.")
+        raise CheckpointError(f"{path} already exists; remove it first, or choose another name.")
     directory = unfinished(path)
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -110,7 +112,7 @@ def import_weights(source: Path, path: Path) -> int:
         raise CheckpointError(f"{source} is not a safetensors file: {error}.") from error
     for module, own in shards.items():
         write_shards(directory / file_name(module, 0), own)
-    # As much as Lightning wants to see before it validates.
+    # The entries that Lightning requires before it validates.
     trainer = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": version("lightning"), "state_dict": {}}
     torch.save({**trainer, "loops": None}, directory / TRAINER)
     parameters = {shard.name: list(shard.spec.shape) for own in shards.values() for shard in own}
@@ -132,10 +134,10 @@ def import_weights(source: Path, path: Path) -> int:
 
 
 def modules_in(parameters: Mapping[str, Any]) -> list[str]:
-    """Modules that some global names lie in."""
+    """Names of the modules that contain parameters with these global names, sorted."""
     return sorted({name.partition(".")[0] for name in parameters})
 
 
 def as_json(path: Path) -> str:
-    """The manifest of a checkpoint."""
+    """The manifest of a checkpoint as JSON text."""
     return json.dumps(read_manifest(path), indent=1)

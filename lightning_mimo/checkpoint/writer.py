@@ -1,7 +1,7 @@
-"""Writes a checkpoint on all ranks at once, in the foreground or behind the training, and gives it its name at the end.
+"""Writes a checkpoint on all ranks in parallel, in a thread, and moves it to its final path when it is complete.
 
-Every rank writes its files and a note that they are there; rank 0 waits for all notes, writes the manifest and renames
-the directory. Nothing in that is a collective, so it can go on while ranks train.
+Every rank writes its files and then a status file. Rank 0 waits for the status files of all ranks, writes the manifest
+and renames the directory. No step is a collective, so a checkpoint can be written while the ranks train.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _WRITING, _WRITTEN, _FAILED = "writing", "written", "failed"
 
 @dataclass(frozen=True, kw_only=True)
 class Content:
-    """What one rank writes. Its tensors are copies on the CPU.
+    """Content that one rank writes. Its tensors are copies on the CPU.
 
     Attributes:
-        shards: module -> shards.
-        trainer: bytes of the trainer's file; rank 0's only.
-        about: entries for the manifest; rank 0's only.
+        shards: module name -> shards.
+        trainer: bytes of the file of Lightning's trainer; used on rank 0 only.
+        about: entries of the manifest; used on rank 0 only.
     """
 
     shards: Mapping[str, Collection[TensorShard]]
@@ -51,12 +51,12 @@ class Content:
 
 
 class CheckpointWriter:
-    """One for a run. At most one checkpoint is being written at a time."""
+    """Writes the checkpoints of a run, at most one at a time."""
 
     def __init__(self, *, timeout: timedelta) -> None:
         """
         Args:
-            timeout: how long rank 0 waits for the files of the others.
+            timeout: time that rank 0 waits for the files of the other ranks.
         """
         self._timeout = timeout.total_seconds()
         self._thread: ThreadPoolExecutor | None = None
@@ -65,14 +65,14 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a checkpoint has been begun and not been waited for."""
+        """Whether a checkpoint was started and :meth:`wait` has not been called since."""
         return self._future is not None
 
     def begin(self, path: Path, content: Content) -> None:
-        """Start to write. Collective over the world; what was begun before must have been waited for.
+        """Start to write a checkpoint. Collective over the world. Call :meth:`wait` before starting another one.
 
         Raises:
-            CheckpointWriteError: on every rank, if the directory cannot be made.
+            CheckpointWriteError: on every rank, if the directory cannot be created.
         """
         assert self._future is None
         self._path = path
@@ -83,23 +83,26 @@ class CheckpointWriter:
                 unfinished(path).mkdir(parents=True)
 
         together(make_directory, path)
-        # Already there to be renamed if it fails: on a full disk nothing could be written about it.
+        # Created now, to be renamed on failure: on a full disk no new file could report the failure.
         together(_note(path, dist.get_rank(), _WRITING).touch, path)
         self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._future = self._thread.submit(_write, path, content, dist.get_rank(), dist.get_world_size(), self._timeout)
 
     def wait(self) -> None:
-        """Wait for what was begun. Collective over the world.
+        """Wait for the checkpoint that is being written, if any. Collective over the world.
 
         Raises:
-            CheckpointWriteError: on every rank, if it failed on any.
+            CheckpointWriteError: on every rank, if writing failed on any rank.
         """
         if (future := self._future) is not None:
             self._future = None
             together(future.result, self._path)
 
     def then(self, action: Callable[[], None]) -> None:
-        """Do something on this rank once what was begun is done, unless it fails; at once if there is nothing."""
+        """Run an action on this rank after the checkpoint that is being written, unless that fails.
+
+        If no checkpoint is being written, the action runs immediately.
+        """
         if (future := self._future) is None:
             action()
             return
@@ -108,18 +111,18 @@ class CheckpointWriter:
             future.result()
             action()
 
-        assert self._thread is not None, "what was begun runs in it"
+        assert self._thread is not None, "the checkpoint is written in this thread"
         self._future = self._thread.submit(after)
 
     def close(self) -> None:
-        """End the thread, after what it has begun; no collective. Another checkpoint may be begun nevertheless."""
+        """End the thread after its current write, without a collective. A later :meth:`begin` starts a new thread."""
         if self._thread is not None:
             self._thread.shutdown(wait=True)
             self._thread = None
 
 
 def _note(path: Path, rank: int, state: str) -> Path:
-    """How far a rank has come: empty until it says what was written."""
+    """Path of a rank's status file. It is empty until the rank has written all its files, and then lists them."""
     return unfinished(path) / f"rank{rank:05d}.{state}"
 
 
@@ -131,7 +134,7 @@ def _write(path: Path, content: Content, rank: int, ranks: int, timeout: float) 
     except Exception:
         writing.rename(_note(path, rank, _FAILED))
         raise
-    # The last that this rank does here: rank 0 may rename the directory from now on.
+    # Last access of this rank: rank 0 may rename the directory from now on.
     writing.rename(_note(path, rank, _WRITTEN))
     if rank == 0:
         _finish(path, content, ranks, timeout)
@@ -152,7 +155,7 @@ def _write_files(directory: Path, content: Content, rank: int) -> dict[str, dict
 
 
 def _finish(path: Path, content: Content, ranks: int, timeout: float) -> None:
-    """Rank 0: wait for the notes of all ranks, write the manifest, rename."""
+    """On rank 0: wait for the status files of all ranks, write the manifest, rename the directory."""
     directory = unfinished(path)
     files: dict[str, Any] = {}
     parameters: dict[str, list[int]] = {}
@@ -175,7 +178,7 @@ def _finish(path: Path, content: Content, ranks: int, timeout: float) -> None:
 
 
 def together(step: Callable[[], Any], path: Path) -> None:
-    """Run a step on every rank; if it fails on one, raise on all. Collective over the world."""
+    """Run a step on every rank; if it fails on any rank, raise on all. Collective over the world."""
     error = None
     try:
         step()

@@ -40,20 +40,25 @@ _DIMENSIONS = 3  # of what is announced
 
 
 class OnFirstWait:
-    """What a rank does instead of waiting, once in a pass: before it waits for what it receives first."""
+    """What a rank does once in a training pass, before it waits for what it receives first."""
 
-    def __init__(self) -> None:
-        self._todo: Callable[[], None] | None = None
+    def __init__(self, action: Callable[[], None] | None = None) -> None:
+        """
+        Args:
+            action: must not raise, and must not wait for other ranks; ``None`` does nothing.
+        """
+        self._action = action
+        self._is_due = False
 
-    def plan(self, todo: Callable[[], None] | None) -> None:
-        """For the pass that begins."""
-        self._todo = todo
+    def begin(self, *, is_due: bool) -> None:
+        """A pass begins, in which it is to be done or not."""
+        self._is_due = is_due
 
     def do(self) -> None:
-        """Do it, if it has not been done."""
-        todo, self._todo = self._todo, None
-        if todo is not None:
-            todo()
+        """Do it, if that is due and has not been done."""
+        if self._is_due and self._action is not None:
+            self._is_due = False
+            self._action()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +76,7 @@ class P2PLink:
         backward_group: has all ranks; only gradients go over it. With groups of their own, the two directions keep
             their own order in NCCL, and none waits behind the other.
         spans: where transfers are recorded.
-        on_first_wait: done where the rank would wait.
+        on_first_wait: done after a receive has been posted, where the rank would wait for it; shared by all links.
     """
 
     kind: str

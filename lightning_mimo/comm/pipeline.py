@@ -3,7 +3,7 @@ and hops between the stages of one module."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.layout.routes import routes_between
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.infra import MimoModelInfra
 
-ShapesOf = Callable[[Mapping[str, Any]], Shapes | DynamicShape]
+ShapesOf = Callable[[Microbatch], Shapes | DynamicShape]
 """Microbatch -> shapes of its parts."""
 
 
@@ -65,6 +66,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         *,
         needs_gradient: Callable[[str, int], bool],
         encoder_run_ahead: int,
+        on_first_wait: Callable[[], None] | None = None,
     ) -> None:
         """Collective over the world the first time for an infra: it creates a process group for each direction.
 
@@ -74,11 +76,13 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; the same
                 on every rank. Nothing is sent back where it does not.
             encoder_run_ahead: microbatches that encoders compute before it is their turn.
+            on_first_wait: what this rank does once in every training pass, before it waits for others first; it must
+                not raise. A rank that receives nothing never calls it.
         """
         self._infra = infra
         self._run_ahead = encoder_run_ahead
         self._needs_gradient = needs_gradient
-        self._on_first_wait = OnFirstWait()
+        self._on_first_wait = OnFirstWait(on_first_wait)
         self._ends: list[tuple[Receiver | Sender, ShapesOf]] = []
         self._encoder_hops: dict[str, tuple[Receiver | None, Sender | None]] = {}
         # Here, where every rank comes by, whatever edges it has.
@@ -101,25 +105,18 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             behind += modules[LANGUAGE].pp + self._run_ahead
         return self.total_stages - 1 - behind
 
-    def begin(
-        self,
-        microbatches: Sequence[Mapping[str, Any]],
-        *,
-        forward_only: bool,
-        on_first_wait: Callable[[], None] | None = None,
-    ) -> None:
+    def begin(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> None:
         """Call it before every pass.
 
         Args:
             microbatches: that go through the schedule.
             forward_only: whether no gradient comes back.
-            on_first_wait: what this rank does before it waits for others first; never, if it receives nothing.
         """
-        self._on_first_wait.plan(on_first_wait)
+        self._on_first_wait.begin(is_due=not forward_only)
         for end, shapes_of in self._ends:
             end.expect([shapes_of(microbatch) for microbatch in microbatches], forward_only=forward_only)
 
-    def complete(self, microbatch: Mapping[str, Any]) -> None:
+    def complete(self, microbatch: Microbatch) -> None:
         """Call it before every forward pass: fill in what only the first stage of an encoder has loaded.
 
         Args:
@@ -165,7 +162,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         link = self._link("bridge", f"{encoder} -> {LANGUAGE}", mine, theirs, stage)
         parts, width = link.routes.parts, self.config.hidden_size
 
-        def shapes_of(microbatch: Mapping[str, Any]) -> Shapes:
+        def shapes_of(microbatch: Microbatch) -> Shapes:
             rows = microbatch["placeholders"][encoder]
             samples = len(rows) // parts
             return [(sum(rows[part * samples : (part + 1) * samples]), width) for part in range(parts)]
@@ -180,7 +177,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         shapes_of = self._language_stage if name == LANGUAGE else partial(_announced_by, name)
         return self._keep(kind(link, source=name, gradients=self._needs_gradient(name, first)), shapes_of)
 
-    def _language_stage(self, microbatch: Mapping[str, Any]) -> Shapes:
+    def _language_stage(self, microbatch: Microbatch) -> Shapes:
         samples, length = microbatch["input_ids"].shape
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
         return [(-(-length // ranks), samples, self.config.hidden_size)]
@@ -206,6 +203,6 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         return end
 
 
-def _announced_by(encoder: str, microbatch: Mapping[str, Any]) -> DynamicShape:
+def _announced_by(encoder: str, microbatch: Microbatch) -> DynamicShape:
     """What an encoder passes on between its stages only its own code knows; the items of every sample go with it."""
     return DynamicShape(numbers=len(microbatch["modality_counts"][encoder].items))

@@ -1,6 +1,6 @@
 """The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint | new``.
 
-``layout`` and ``new`` need neither torch nor Lightning, so both are imported only for the other commands.
+``layout`` and ``new`` need neither torch nor Lightning, so other commands import them only when they run.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lightning_mimo.commands.layout import check_config_files, picture_of
 from lightning_mimo.commands.new import new_project
+from lightning_mimo.commands.report import print_report
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
@@ -19,12 +20,12 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
        lightning-mimo new FOLDER
 
-  fit        train; with --trace DIR also record one step over all ranks, as a picture and for Perfetto
-  validate   evaluate on the validation data        test      on the test data
-  predict    write the model's answers              layout    print which module sits on which ranks; starts nothing
+  fit        train; with --trace DIR also record one step on all ranks, as an image and for Perfetto
+  validate   evaluate on the validation data        test      evaluate on the test data
+  predict    generate the model's answers           layout    print which module runs on which ranks; starts no process
   new        write a small project to begin with: config, model, data, and a job script
 
-  --dry-run  instead of running: check all sizes against the layout, and print parameters and bytes of every rank
+  --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank
 
 'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. The keys of a class:
 'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy', or --model.help=..., --data.help=...
@@ -35,18 +36,18 @@ _RUNS = ("fit", "validate", "test", "predict")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script and of ``python -m lightning_mimo``."""
     if arguments is not None:
-        sys.argv[1:] = arguments  # LightningCLI warns when it is given arguments beside those of the command line
+        sys.argv[1:] = arguments  # LightningCLI warns if it is given arguments other than those of the command line
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["layout", "--help"]:
         print(_USAGE, end="")
         return
-    # A console script does not look for modules in the current folder, but the classes named in a config lie there.
+    # Console scripts do not search the current folder for modules, but the classes of a config are often there.
     sys.path.insert(0, str(Path.cwd()))
     try:
         if arguments[0] == "layout":
-            print(picture_of(arguments[1:]))
+            print_report(picture_of(arguments[1:]))
         elif arguments[0] == "checkpoint":
-            print(checkpoint_tool(arguments[1:]))
+            print_report(checkpoint_tool(arguments[1:]))
         elif arguments[0] == "new":
             print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
@@ -62,11 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def checkpoint_tool(arguments: Sequence[str]) -> str:
-    """Run ``inspect``, ``export`` or ``import``, and say what was done.
+    """Run ``checkpoint inspect``, ``export`` or ``import``, and return the text to print.
 
     Raises:
-        MimoError: for anything that is wrong with the arguments or the files.
+        MimoError: if the arguments or the files are invalid.
     """
+    hush_known_warnings()
     match list(arguments):
         case ["inspect" | "export" | "import", *paths] if len(paths) == (1 if arguments[0] == "inspect" else 2):
             from lightning_mimo.checkpoint import tools

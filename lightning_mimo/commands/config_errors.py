@@ -1,4 +1,4 @@
-"""What is wrong with a config, in one line: jsonargparse's usage and nested report, condensed for a person."""
+"""Condenses jsonargparse's nested error reports about a config into one readable line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, get_type_hints, override
 
 from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_mimo.strategy.options import MOVED, key_now
+from lightning_mimo.strategy.strategy import MimoStrategy
 
 _UNKNOWN = re.compile(
     r"(?:(?:Option|Group '(?P<group>[^']+)'|Subcommand '[^']+') )?(?:does not accept option )?"
@@ -27,11 +30,11 @@ _NAMES = {"NoneType": "null", "str": "a word", "int": "a whole number", "float":
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong with arguments and configs in one line on stderr, and exits with code 2."""
+    """Parser that reports errors in arguments and configs as one line on stderr and exits with code 2."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # the parser of one class's arguments; the whole one reports what it says
+        if not self.exit_on_error:  # a parser for the arguments of one class; the main parser reports its errors
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions if "." in action.dest or action.option_strings]
@@ -40,24 +43,24 @@ class OneLineParser(LightningArgumentParser):
 
 @dataclass
 class _Line:
-    """A line of a report and those that are indented below it."""
+    """A line of a report and the lines that are indented below it."""
 
     text: str
     below: list[_Line] = field(default_factory=list)
 
 
 def condense(message: str, keys: Iterable[str] = ()) -> str:
-    """One line for one of jsonargparse's reports: where, what is wrong, and what may stand there.
+    """Condense a report of jsonargparse into one line: the key, the error, and the accepted values.
 
     Args:
         message: the report.
-        keys: all keys that the parser knows, to find the one that was meant.
+        keys: all keys of the parser, to suggest a similar one for an unknown key.
     """
     if words := re.match(r"unrecognized arguments: (.*)", message):
         return _unrecognized(words[1].split(), keys)
     if missing := re.match(r"the following arguments are required: (.*)", message):
         required = missing[1].replace("fit.", "").replace("validate.", "").replace("test.", "").replace("predict.", "")
-        return f"{required} must be given; write --config FILE with what they are, such as configs/digits_vlm.yaml."
+        return f"{required} must be given; use --config FILE with these keys, such as configs/digits_vlm.yaml."
     if unknown := re.match(r"Subcommand '[^']+' does not accept option '([^']+)'", message):
         return _no_key(unknown[1], "the config", keys)
     if not re.match(r"\s*(Parser key|Does not validate|Problem with given class_path)", message):
@@ -89,7 +92,7 @@ def _tree(message: str) -> _Line:
     for raw in message.splitlines():
         if not raw.strip():
             continue
-        # What follows a bullet is indented as far as its text.
+        # Lines that belong to a bullet are indented as far as its text.
         text = raw.strip()
         indent = len(raw) - len(raw.lstrip())
         if text.startswith("- "):
@@ -103,7 +106,7 @@ def _tree(message: str) -> _Line:
 
 
 def _given(message: str) -> tuple[str, str] | None:
-    """Key and value of a dotted argument, below the class whose argument it is."""
+    """Key and value of a dotted argument, relative to its class."""
     found = _NESTED.search(message.rstrip())
     return (found["key"], found["value"]) if found else None
 
@@ -129,7 +132,7 @@ def _explain(line: _Line, *, where: str, given: tuple[str, str] | None, owner: s
 def _best_of(
     choices: list[_Line], *, where: str, given: tuple[str, str] | None, owner: str | None, value: str | None
 ) -> str:
-    """Of the reasons why no type of a union fits, the one about the type that was meant."""
+    """Explain why a value matches no type of a union, for the type that the user most likely meant."""
     for choice in choices:
         if _CLASS.match(choice.text) or choice.below:
             return _explain(choice, where=where, given=given, owner=owner)
@@ -157,9 +160,11 @@ def _leaf(text: str, where: str, given: tuple[str, str] | None, owner: str | Non
     if "accept" in text and (found := _UNKNOWN.match(text)):
         known = _keys_of(owner, found["group"])
         inside = f"{where}.{found['group']}" if found["group"] else place.rpartition(".")[0] if given else where
+        if found["key"] in MOVED and _is_strategy(owner):
+            return f"{inside}.{found['key']} has moved: write {inside}.{key_now(found['key'])}."
         return _no_key(found["key"], inside if found["group"] else f"{inside} ({owner})", known)
     if owner and re.search(r"has no attribute|^No \w+(\.\w+)* attribute|^No module named", text):
-        return f"{where.removesuffix('.init_args')}.class_path: {owner!r} is not there: {text}."
+        return f"{where.removesuffix('.init_args')}.class_path: {owner!r} cannot be imported: {text}."
     return f"{place}: {text}"
 
 
@@ -180,6 +185,11 @@ def _any_of(types: Iterable[str]) -> str:
     return " or ".join(names)
 
 
+def _is_strategy(owner: str | None) -> bool:
+    kind = _imported(owner) if owner else None
+    return isinstance(kind, type) and issubclass(kind, MimoStrategy)
+
+
 def _imported(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
@@ -189,7 +199,7 @@ def _imported(path: str) -> Any:
 
 
 def _keys_of(owner: str | None, group: str | None) -> list[str]:
-    """Keys of a class, or of the dataclass that is the type of one of its arguments."""
+    """Argument names of a class, or of the dataclass that is the type of its argument ``group``."""
     kind = _imported(owner) if owner else None
     if kind is not None and group:
         kind = get_type_hints(kind.__init__).get(group)

@@ -1,4 +1,4 @@
-"""``--dry-run``: whether a run fits, and what every rank would hold, as text."""
+"""``--dry-run``: checks a run without starting it, and prints the estimated memory of every rank."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
 from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
 from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.strategy import MimoStrategy
 
 _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
 
 
 def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -> str:
-    """Check a run in one process, and say what it comes to.
+    """Check a run in one process, and return its layout and estimated memory as text.
 
-    Checked are layout, batch sizes, precision and DDP options, and whether heads, layers, vocabulary and experts divide
-    over tp, pp and ep, by building the model of each kind of rank on the meta device.
+    It checks layout, batch sizes, precision and DDP options. It also builds the model of each kind of rank on the meta
+    device, which checks that heads, layers, vocabulary and experts divide over tp, pp and ep.
 
     Args:
-        module: not connected to a running trainer.
-        trainer: with a MimoStrategy and as many devices and nodes as the run is to have.
-        training: count gradients and the optimizer's state.
+        module: module that is not attached to a running trainer.
+        trainer: trainer with a MimoStrategy and the number of devices and nodes of the run.
+        training: whether to count gradients and optimizer state.
 
     Raises:
-        ConfigError: for what cannot run.
+        ConfigError: if the run is invalid.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, MimoStrategy):
@@ -36,12 +37,16 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
             f"trainer.strategy is a {type(strategy).__name__}; a dry run needs class_path: lightning_mimo.MimoStrategy."
         )
     if dist.is_initialized():
-        raise ConfigError("A dry run needs a process that belongs to no other run: start it by itself.")
+        raise ConfigError(
+            "A dry run needs a process in which torch.distributed is not initialized: start it separately."
+        )
     layout = strategy.validate()
+    precision = strategy.precision_plugin
+    assert isinstance(precision, MimoPrecision), "MimoStrategy converts every other"
     found = memory_estimate(
         layout,
         module.configure_mimo,
-        dtype_policy=strategy.precision_plugin.dtype_policy,
+        dtype_policy=precision.dtype_policy,
         ddp=strategy.ddp_by_module,
         frozen=module.frozen,
         training=training,
@@ -49,17 +54,17 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     picture = draw_layout(
         layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
     )
-    return f"{picture}\n\n{describe(found, layout, precision=strategy.precision_plugin.precision, training=training)}"
+    return f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
 
 
 def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:
-    """A table of what ranks hold, and what is not in it.
+    """Return the memory estimate as a table, with a note on what is not counted.
 
     Args:
-        found: the counts.
-        layout: for colocated modules, whose bytes add up.
-        precision: its name.
-        training: whether gradients and the optimizer were counted.
+        found: the estimate.
+        layout: layout of the run; for colocated modules the table has a line with their sum.
+        precision: name of the precision.
+        training: whether gradients and optimizer state were counted.
     """
     rows = [_HEAD, *(_row(stage, layout) for stage in found.stages)]
     if layout.colocated and len(layout.modules) > 1:

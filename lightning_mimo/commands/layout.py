@@ -1,4 +1,4 @@
-"""``lightning-mimo layout``: draws the layout of a config. Needs neither torch nor Lightning."""
+"""``lightning-mimo layout``: draws the layout of a config without importing torch or Lightning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_mimo.layout.module_parallelism import ModuleParallelism
 
 
 def picture_of(arguments: Sequence[str]) -> str:
-    """Draw the layout of ``--config FILE`` with ``--dotted.key=value`` on top.
+    """Draw the layout of ``--config FILE``, with overrides ``--dotted.key=value``.
 
     Raises:
         ConfigError: if the config has no MimoStrategy, or its layout cannot run.
@@ -28,7 +28,7 @@ def picture_of(arguments: Sequence[str]) -> str:
     if not isinstance(strategy.get("modules"), dict):
         raise ConfigError(
             "The config has no trainer.strategy.init_args.modules that maps module names to sizes. Give --config FILE "
-            "with trainer.strategy.class_path: lightning_mimo.MimoStrategy and, say, init_args.modules: "
+            "with trainer.strategy.class_path: lightning_mimo.MimoStrategy and, for example, init_args.modules: "
             "{images: {dp: 2}, language: {tp: 2}}."
         )
     modules = {name: _parallelism(name, sizes) for name, sizes in strategy["modules"].items()}
@@ -37,10 +37,9 @@ def picture_of(arguments: Sequence[str]) -> str:
         world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
         colocate=bool(strategy.get("colocate", False)),
     )
+    global_batch_size: Any = strategy.get("global_batch_size")  # refused below if it is missing
     return draw_layout(
-        layout,
-        global_batch_size=strategy.get("global_batch_size"),
-        num_microbatches=strategy.get("num_microbatches", 1),
+        layout, global_batch_size=global_batch_size, num_microbatches=strategy.get("num_microbatches", 1)
     )
 
 
@@ -64,10 +63,10 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def check_config_files(arguments: Sequence[str]) -> None:
-    """Refuse config files that cannot be read, before anything large is imported.
+    """Check that all config files can be read, before large packages are imported.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: naming the file that cannot.
     """
     for argument, following in pairwise([*arguments, ""]):
         key, equals, value = argument.partition("=")
@@ -76,10 +75,10 @@ def check_config_files(arguments: Sequence[str]) -> None:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    """What a config file says.
+    """Read a config file.
 
     Raises:
-        ConfigError: if it is not there, or not YAML with keys and values.
+        ConfigError: if the file does not exist, or is not YAML with keys and values.
     """
     if not Path(path).is_file():
         raise ConfigError(f"--config {path}: there is no such file.")
@@ -106,7 +105,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 def _parallelism(name: str, sizes: dict[str, Any] | None) -> ModuleParallelism:
     sizes = {} if sizes is None else sizes
     if not isinstance(sizes, dict):
-        raise ConfigError(f"Module {name!r} is given as {sizes!r}; write its sizes as, say, {{tp: 2}}.")
+        raise ConfigError(f"Module {name!r} is given as {sizes!r}; write its sizes as a mapping such as {{tp: 2}}.")
     known = ModuleParallelism.__dataclass_fields__
     unknown = sorted(set(sizes) - set(known))
     if unknown:

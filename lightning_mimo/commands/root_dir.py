@@ -1,4 +1,4 @@
-"""``--trainer.default_root_dir=X`` moves logs and checkpoints that a config puts into its default_root_dir."""
+"""Makes ``--trainer.default_root_dir=X`` also move the logs and checkpoints that a config puts in that folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _FOLDERS = ("save_dir", "dirpath")  # of loggers, and of ModelCheckpoint
 
 
 def follow_root_dir(trainer: Namespace, config_files: Iterable[str]) -> None:
-    """Move folders of loggers and checkpoints that lie in the config files' default_root_dir to the one that counts.
+    """Move folders of loggers and checkpoints from the default_root_dir of the config files to the final one.
 
-    A logger must be told its folder, so a config names the same one twice; given on the command line, the second would
-    stay behind. A folder elsewhere, and one that is given on the command line itself, stays what it is.
+    A logger needs a ``save_dir``, so a config names the same folder twice, and ``--trainer.default_root_dir`` changes
+    only one of the two. Folders outside the default_root_dir of the config files, for instance those given on the
+    command line, are not changed.
 
     Args:
-        trainer: the parsed arguments of the Trainer; changed in place.
-        config_files: paths of the config files, in the order given.
+        trainer: parsed arguments of the Trainer; changed in place.
+        config_files: paths of the config files, in the order of the command line.
     """
     roots = [(read_yaml(path).get("trainer") or {}).get("default_root_dir") for path in config_files]
     before = next((root for root in reversed(roots) if root is not None), None)
@@ -37,7 +38,7 @@ def follow_root_dir(trainer: Namespace, config_files: Iterable[str]) -> None:
 
 
 def _arguments_of(value: Any) -> Iterator[Namespace]:
-    """Arguments of all classes that are written as ``class_path`` and ``init_args``, also in lists."""
+    """Yield the ``init_args`` of all classes that are given by ``class_path``, also within lists."""
     if isinstance(value, list):
         for each in value:
             yield from _arguments_of(each)

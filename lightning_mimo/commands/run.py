@@ -1,4 +1,4 @@
-"""``lightning-mimo fit | validate | test | predict``: LightningCLI, with errors that a person can read."""
+"""``lightning-mimo fit | validate | test | predict``: LightningCLI with one-line errors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mimo.callbacks.step_trace import StepTrace
 from lightning_mimo.commands.config_errors import OneLineParser
 from lightning_mimo.commands.dry_run import dry_run_report
+from lightning_mimo.commands.report import print_report
 from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.launch.cluster import check_slurm_tasks
 from lightning_mimo.strategy.module import MimoModule
 
-# What packages raise to tell a user something; the same types also come out of bugs.
+# Exception types with which packages report user errors; bugs raise the same types.
 _MESSAGES = (ValueError, TypeError, FileNotFoundError, MisconfigurationException)
-# As a rule all ranks find the same thing wrong, and rank 0 ends the others when it has said so.
+# Seconds. Normally all ranks find the same error, and rank 0 ends the others after it has printed it.
 _LET_RANK_ZERO_SPEAK = 3.0
 
 
@@ -33,7 +34,7 @@ class MimoCLI(LightningCLI):
     """LightningCLI for a MimoModule, with ``--trace DIR``.
 
     Attributes:
-        dry_run: print what each rank would hold, and run nothing.
+        dry_run: whether to print the estimated memory of each rank instead of running.
     """
 
     dry_run = False
@@ -41,7 +42,7 @@ class MimoCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--trace", type=str | None, help="fit only: record one step, and write it to this folder (see StepTrace)"
+            "--trace", type=str | None, help="fit only: record one step and write it to this folder (see StepTrace)"
         )
 
     @override
@@ -52,7 +53,7 @@ class MimoCLI(LightningCLI):
         if folder is None or self.dry_run:
             return
         if self.subcommand != "fit":
-            raise ConfigError(f"--trace records a step of training: it goes with fit, not with {self.subcommand}.")
+            raise ConfigError(f"--trace records a training step: it works with fit, not with {self.subcommand}.")
         try:
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": [StepTrace(folder)]}
         except ModuleNotFoundError as error:
@@ -69,12 +70,12 @@ class MimoCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with _one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
             if self.dry_run:
-                print(dry_run_report(self.model, self.trainer, training=subcommand == "fit"))
+                print_report(dry_run_report(self.model, self.trainer, training=subcommand == "fit"))
             else:
                 super()._run_subcommand(subcommand)
 
     def _take_any_machine(self) -> None:
-        """As many ranks as the config says, whatever this machine has, and nothing that writes or connects."""
+        """Configure the ranks of the config whatever devices this machine has, and nothing that writes or connects."""
         trainer = self.config[self.subcommand].trainer
         devices = str(trainer.devices)
         if not devices.isdecimal() or devices == "0":
@@ -88,22 +89,22 @@ class MimoCLI(LightningCLI):
 
 
 class DryRunCLI(MimoCLI):
-    """The same, for ``--dry-run``."""
+    """MimoCLI for ``--dry-run``."""
 
     dry_run = True
 
 
 def run(*, dry_run: bool) -> None:
-    """Do what the command line says.
+    """Run the command in ``sys.argv``.
 
     Args:
-        dry_run: print what each rank would hold instead.
+        dry_run: print the estimated memory of each rank instead of running.
 
     Raises:
-        SystemExit: with code 2 and one line on stderr, where the config cannot run.
+        SystemExit: with code 2 and one line on stderr, if the config is invalid.
     """
     if dry_run:
-        # Neither what devices this machine has nor what megatron-core plans is the point.
+        # Messages about the devices of this machine and about features of megatron-core are irrelevant here.
         for name in ("lightning.pytorch", "lightning.fabric", "megatron.core"):
             logging.getLogger(name).setLevel(logging.ERROR)
     else:
@@ -122,22 +123,35 @@ def run(*, dry_run: bool) -> None:
 
 @contextlib.contextmanager
 def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """End with one line and code 2 for what a user can mend; all else, and all that happens in training, passes."""
+    """Turn a user error into one line and exit code 2. Bugs, and all errors during training, keep their traceback."""
     try:
         yield
-    except _MESSAGES as error:
+    except _MESSAGES as raised:
+        error = _without_parsers_report(raised)
         if has_begun() or not _is_for_users(error):
             raise
-        if rank_zero_only.rank:
+        if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning keeps it on the function
             time.sleep(_LET_RANK_ZERO_SPEAK)
         print(f"lightning-mimo: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.last_exc = error  # as after a traceback: tells the launcher not to wait for the other ranks
+        sys.last_exc = error  # as Python does for a traceback; the launcher then does not wait for the other ranks
         sys.exit(2)
 
 
+def _without_parsers_report(error: BaseException) -> BaseException:
+    """Return the exception that a class raised in its constructor, which jsonargparse wraps in a report of its own."""
+    while (cause := error.__cause__) is not None and cause.__traceback__ and _raised_in(error) == "jsonargparse":
+        error = cause
+    return error
+
+
+def _raised_in(error: BaseException) -> str:
+    """Name of the package whose code raised an exception."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
 def _is_for_users(error: BaseException) -> bool:
-    """Whether an error was raised on purpose by this package or by Lightning, and did not come out of a bug."""
+    """Whether an error was raised on purpose by this package or by Lightning, and is not a bug."""
     if isinstance(error, MimoError | MisconfigurationException):
         return True
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return frames[-1][0].f_globals.get("__name__", "").partition(".")[0] == "lightning"
+    return _raised_in(error) == "lightning"

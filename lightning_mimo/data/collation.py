@@ -15,7 +15,7 @@ from lightning_mimo.data.shared_memory import SharedMemoryBatch
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import ModalityCounts, token_order
+from lightning_mimo.microbatch import Microbatch, ModalityCounts, token_order
 
 Sample = Mapping[str, Any]
 """``{"input_ids": [S], "labels": [S], "loss_mask": [S], "modality_inputs": {module: {encoder: {arg: [n, …]}}}}``"""
@@ -63,11 +63,11 @@ class MicrobatchCollator:
         self._special_token_ids = dict(special_token_ids)
         self._pad_token_id = pad_token_id
 
-    def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[dict[str, Any]]:
+    def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[Microbatch]:
         by_position = {request.position: (request, sample) for request, sample in loaded}
         return SharedMemoryBatch(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
 
-    def _microbatch(self, loaded: Mapping[int, tuple[SampleRequest, Sample]], microbatch: int) -> dict[str, Any]:
+    def _microbatch(self, loaded: Mapping[int, tuple[SampleRequest, Sample]], microbatch: int) -> Microbatch:
         texts = [loaded[position] for position in self._plan.text_samples(microbatch)]
         batch = self._text(texts)
         batch["global_positions"] = tuple(self._plan.text_samples(microbatch))
@@ -88,9 +88,9 @@ class MicrobatchCollator:
         }
         return batch
 
-    def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> dict[str, Any]:
+    def _text(self, texts: Sequence[tuple[SampleRequest, Sample]]) -> Microbatch:
         input_ids = _pad([sample["input_ids"] for _, sample in texts], self._pad_token_id)
-        batch: dict[str, Any] = {
+        batch: Microbatch = {
             "input_ids": input_ids,
             "position_ids": torch.arange(input_ids.size(1)).expand_as(input_ids),
             "sample_indices": tuple(request.index for request, _ in texts),

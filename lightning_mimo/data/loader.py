@@ -15,7 +15,6 @@ from typing import cast
 
 import numpy as np
 import torch
-from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
     BatchSampler,
@@ -35,6 +34,7 @@ from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 
 
 class SeededSampler(Sampler[int]):

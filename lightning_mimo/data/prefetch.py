@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import Any
+
+from lightning_mimo.microbatch import Microbatch
 
 
-class LoadsAhead(Iterator[Any]):
+class LoadsAhead(Iterator[list[Microbatch]]):
     """Batches one after the other; the next one can be loaded before it is asked for."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[list[Microbatch]]) -> None:
         """
         Args:
             batches: loads one whenever it is asked for one.
         """
         self._batches = batches
-        self._ahead: Future[Any] | None = None
+        self._ahead: Future[list[Microbatch]] | None = None
 
-    def __next__(self) -> Any:
+    def __next__(self) -> list[Microbatch]:
         if self._ahead is None:
             return next(self._batches)
         ahead, self._ahead = self._ahead, None

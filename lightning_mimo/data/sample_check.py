@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.microbatch import Microbatch
 
 _ABSENT = torch.iinfo(torch.int64).min // 2
 _INDEX, _TEXT = 0, 1
 
 
 def check_samples(
-    microbatches: Sequence[Mapping[str, Any]], layout: MimoLayout, *, global_batch_size: int, device: torch.device
+    microbatches: Sequence[Microbatch], layout: MimoLayout, *, global_batch_size: int, device: torch.device
 ) -> None:
     """Compare the samples of a global batch over all ranks. Collective over the world: one all-reduce of
     ``modules * global_batch_size * 4`` integers.

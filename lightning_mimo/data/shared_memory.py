@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+
+from lightning_mimo.upstream.torch import tree_map
 
 _ALIGNMENT = 64  # bytes
 

@@ -1,4 +1,4 @@
-"""How ranks come to be and how they end: cluster environments, the fork launcher, preemption.
+"""Starts and ends ranks: cluster environments, the fork launcher, preemption.
 
 Imports ``layout`` and Lightning's launchers and cluster environments.
 """

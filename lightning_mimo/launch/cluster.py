@@ -1,4 +1,4 @@
-"""What a cluster has started, compared with what the Trainer asks for, before any process waits for another."""
+"""Compares the ranks that a cluster has started with those that the Trainer expects, before any rank waits."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnv
 
 from lightning_mimo.errors import ConfigError
 
-# How long the other ranks leave it to the first one to say what is wrong with all of them, and to end. On a busy
-# machine its end alone has taken more than 20 seconds.
+# Time that the other ranks give the first rank to report an error that all ranks have, and to exit. On a loaded
+# machine its exit alone has taken more than 20 seconds.
 _LISTEN_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Started:
-    """Ranks that exist.
+    """Ranks that a launcher has started.
 
     Attributes:
-        by: the command.
-        per_node: ranks on each node.
-        how: the options that decide how many, with a place for each number.
+        by: name of the launcher.
+        per_node: number of ranks on each node.
+        how: the launcher's options for nodes and ranks per node, as a format string with a ``{}`` for each number.
     """
 
     by: str
@@ -43,37 +43,37 @@ class _Started:
 
 
 class _Slurm(SLURMEnvironment):
-    """What Slurm tells its tasks and Lightning does not ask for."""
+    """Reads environment variables of Slurm that Lightning does not use."""
 
     def __init__(self) -> None:
-        """Not Lightning's, which refuses and warns."""
+        """Does not call Lightning's constructor, which raises errors and warns."""
 
     @property
     def is_task(self) -> bool:
-        """Whether srun started this process. In a batch script itself, Slurm sets most of the same variables."""
+        """Whether srun started this process. Slurm sets most of the same variables in the batch script itself."""
         return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ
 
     @property
     def tasks_per_node(self) -> list[int]:
-        """Of the step; outside of one, of the job: ``2(x3),1`` is [2, 2, 2, 1]."""
+        """Tasks on each node of the job step, or of the job outside a step: ``2(x3),1`` is [2, 2, 2, 1]."""
         text = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE", ""))
         found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
         return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
 
     @property
     def knows_tasks_per_node(self) -> bool:
-        """Whether Lightning can use it."""
+        """Whether Slurm sets the variable from which Lightning reads the tasks per node."""
         return self.world_size() == 1 or "SLURM_NTASKS_PER_NODE" in os.environ
 
     @property
     def job(self) -> str:
-        """As scontrol wants it. The number alone would mean all tasks of an array where this is its last one."""
+        """Job id in the form that scontrol expects. In an array job the plain number could mean all tasks."""
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
         return os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
 
 
 class _Torchrun(TorchElasticEnvironment):
-    """What torchrun tells its ranks and Lightning does not ask for."""
+    """Reads environment variables of torchrun that Lightning does not use."""
 
     @property
     def ranks_per_node(self) -> list[int]:
@@ -81,7 +81,7 @@ class _Torchrun(TorchElasticEnvironment):
 
 
 class _ByHand(LightningEnvironment):
-    """What a person sets who starts one command on each node."""
+    """Reads the environment variables that a user sets to start one command by hand on each node."""
 
     @property
     def missing(self) -> list[str]:
@@ -89,41 +89,44 @@ class _ByHand(LightningEnvironment):
 
 
 def check_slurm_tasks() -> None:
-    """Check, in a Slurm job, that this process is one that Lightning can use. To be called before there is a Trainer.
+    """Check in a Slurm job that srun started this process in a way that Lightning supports.
+
+    Call it before the Trainer is created. Outside a Slurm job it does nothing.
 
     Raises:
-        ConfigError: saying how to start it.
+        ConfigError: with the command to start the run correctly.
     """
     slurm = _Slurm()
     if TorchElasticEnvironment.detect() or not slurm.detect():
-        return  # torchrun inside of a job starts its own ranks
+        return  # torchrun inside a job starts its own ranks
     tasks, total = slurm.tasks_per_node, slurm.world_size()
     with first_rank_speaks(slurm):
         if not slurm.is_task and total > 1:
             raise ConfigError(
                 f"This is a Slurm job of {total} tasks, but the command was not started by srun, so it would wait for "
-                f"{total - 1} ranks that nobody starts. Put srun in front of it."
+                f"{total - 1} ranks that are never started. Put srun in front of it."
             )
         if not slurm.knows_tasks_per_node:
             nodes = len(tasks)
             per_node = -(-total // nodes)
             raise ConfigError(
-                f"srun started {total} tasks on {_number(nodes, 'node')}, but Lightning must be told how many a node "
-                f"has. Give --nodes={nodes} --ntasks-per-node={per_node} to sbatch or srun in place of --ntasks, with "
+                f"srun started {total} tasks on {_number(nodes, 'node')}, but Lightning needs the number of tasks per "
+                f"node. Give --nodes={nodes} --ntasks-per-node={per_node} to sbatch or srun instead of --ntasks, with "
                 f"trainer.num_nodes={nodes} and trainer.devices={per_node}."
             )
 
 
 def check_ranks(environment: ClusterEnvironment, *, num_nodes: int, devices: int) -> None:
-    """Check that there is one process for each device of each node, or that there will be.
+    """Check that one process exists, or will be started, for each device of each node.
 
     Args:
-        environment: the Trainer's. srun, torchrun and Lightning's own are known; others are left to Lightning.
-        num_nodes: of the Trainer.
-        devices: of the Trainer, on each node.
+        environment: the Trainer's cluster environment. Those of srun, torchrun and Lightning itself are checked; others
+            are accepted.
+        num_nodes: the Trainer's number of nodes.
+        devices: the Trainer's number of devices on each node.
 
     Raises:
-        ConfigError: naming the numbers that differ, and how to change them on either side.
+        ConfigError: naming the numbers that differ, and how to change them in the launcher or in the Trainer.
     """
     if isinstance(environment, LightningEnvironment) and num_nodes > 1 and (missing := _ByHand().missing):
         raise ConfigError(
@@ -157,7 +160,7 @@ def _started(environment: ClusterEnvironment) -> _Started | None:
 
 
 def name_options(environment: ClusterEnvironment) -> str:
-    """For an error that says how many devices and nodes to take: where those numbers come from."""
+    """Text for errors about the number of devices and nodes: the launcher's options that set them."""
     started = _started(environment)
     if started is None:
         return ""
@@ -167,9 +170,9 @@ def name_options(environment: ClusterEnvironment) -> str:
 
 @contextmanager
 def first_rank_speaks(environment: ClusterEnvironment) -> Iterator[None]:
-    """Around checks that come out the same on every rank: an error is said once, not once for each rank.
+    """Let only the first rank report an error of checks that have the same result on every rank.
 
-    When the first rank ends, srun and torchrun end the others. Those that are left to run say it after a while.
+    The other ranks wait before they raise. When the first rank exits, srun and torchrun normally end them.
     """
     try:
         yield
@@ -185,13 +188,13 @@ def _rank(environment: ClusterEnvironment) -> int:
 
 
 def requeue_job() -> str | None:
-    """Have Slurm put the job of this process back into its queue.
+    """Requeue the Slurm job of this process.
 
     Returns:
-        What went wrong, or ``None``.
+        Text of the error, or ``None`` on success.
     """
     if shutil.which("scontrol") is None:
-        return f"there is no scontrol on the PATH of this node to put job {_Slurm().job} back into the queue"
+        return f"scontrol, which requeues job {_Slurm().job}, is not on the PATH of this node"
     command = ["scontrol", "requeue", _Slurm().job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"{' '.join(command)}: {done.stderr.strip()}" if done.returncode else None

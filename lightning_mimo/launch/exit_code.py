@@ -1,4 +1,4 @@
-"""The exit code that this process is about to end with, known before the interpreter has ended."""
+"""Determines the exit code of this process before the interpreter has exited."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 import threading
 from types import CodeType
 
-_TOOLS = (4, 3)  # of sys.monitoring: the numbers that it reserves for nobody
+_TOOLS = (4, 3)  # tool ids that sys.monitoring does not reserve
 
 
 class ExitCode:
-    """Watches which exception leaves the outermost function of the main thread.
+    """Records which exception leaves the outermost function of the main thread.
 
-    ``sys.last_exc`` tells of all exceptions but SystemExit, and nothing in Python tells an exit handler of that one. A
-    forked rank leaves from an exit handler, and its code must be that of ``sys.exit(3)``.
+    ``sys.last_exc`` is set for all exceptions except SystemExit, and Python does not pass the code of ``sys.exit(3)``
+    to exit handlers. A forked rank ends in an exit handler and needs that code.
     """
 
     def __init__(self) -> None:
@@ -30,11 +30,11 @@ class ExitCode:
 
     @property
     def code(self) -> int:
-        """To be read in an exit handler."""
+        """Exit code of this process. Read it in an exit handler."""
         return self._code or (1 if getattr(sys, "last_exc", None) is not None else 0)
 
     def watch(self, wanted: bool) -> None:
-        """Start or stop. Exceptions cost some time while this watches, so it does not during a run."""
+        """Start or stop recording. It makes exceptions slower, so it is stopped during a run."""
         if self._tool is not None:
             sys.monitoring.set_events(self._tool, sys.monitoring.events.PY_UNWIND if wanted else 0)
 
@@ -44,7 +44,7 @@ class ExitCode:
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a process that ends because of an exception."""
+    """Exit code of a process that ends because of an exception."""
     if not isinstance(error, SystemExit):
         return 1
     if error.code is None or isinstance(error.code, int):

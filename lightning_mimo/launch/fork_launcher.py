@@ -1,9 +1,9 @@
-"""Starts the other ranks of this node by forking, so that imports are paid for once, not once per rank.
+"""Starts the other ranks of this node by forking, so that imports run once per node instead of once per rank.
 
-Lightning's own launcher starts the script again in every process. On a CPU, where nothing stands against a fork,
-that only repeats half a minute of imports. As there, each process then runs the rest of the script, and the process
-that the user started is the first rank. Between it and the others stands a process that trains nothing and watches over
-all of them, see :mod:`lightning_mimo.launch.supervisor`.
+Lightning's launcher starts the script again in every process. On CPUs, where a fork is safe, this only repeats half a
+minute of imports. As with Lightning's launcher, each process runs the rest of the script, and the process that the user
+started is the first rank. A supervisor process is the parent of the other ranks; it does not train, see
+:mod:`lightning_mimo.launch.supervisor`.
 """
 
 from __future__ import annotations
@@ -14,29 +14,58 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
-from lightning.pytorch.strategies.launchers.launcher import _Launcher
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.errors import LayoutError
 from lightning_mimo.launch.cluster import check_ranks, first_rank_speaks, name_options
 from lightning_mimo.launch.node_rank import NodeRank, this_node_rank
 from lightning_mimo.launch.rank_board import NodeBoard
+from lightning_mimo.launch.script_launcher import ScriptLauncher
 from lightning_mimo.launch.supervisor import Supervisor
+from lightning_mimo.upstream.lightning import _Launcher, _set_num_threads_if_needed
 
 
 def can_fork(root_device: torch.device) -> bool:
-    """Whether ranks may be forked: on Linux, without CUDA (a forked process cannot use its parent's CUDA context)."""
+    """Whether ranks can be forked: on Linux and without CUDA, whose context a forked process cannot use."""
     return sys.platform == "linux" and root_device.type == "cpu"
 
 
+def make_launcher(
+    environment: ClusterEnvironment,
+    devices: Sequence[torch.device],
+    *,
+    num_nodes: int,
+    timeout: timedelta,
+    validate: Callable[[Any], object],
+) -> _Launcher:
+    """The launcher of this node's ranks: a :class:`ForkLauncher` where ranks may be forked or are started elsewhere.
+
+    Args:
+        environment: Lightning's ClusterEnvironment.
+        devices: of this node, one for each rank.
+        num_nodes: nodes.
+        timeout: how long a rank may work on after the first one has ended.
+        validate: as for ForkLauncher. Lightning's own launcher, which starts the script anew, does without.
+    """
+    if environment.creates_processes_externally or can_fork(devices[0]):
+        return ForkLauncher(
+            environment,
+            num_processes=len(devices),
+            num_nodes=num_nodes,
+            timeout=timeout.total_seconds(),
+            validate=validate,
+        )
+    return ScriptLauncher(environment, num_processes=len(devices), num_nodes=num_nodes, validate=validate)
+
+
 class ForkLauncher(_Launcher):
-    """Forks one process per further rank of this node, and ends all of them when one fails."""
+    """Forks a process for every rank of this node except the first, and ends all ranks when one fails."""
 
     def __init__(
         self,
@@ -49,11 +78,11 @@ class ForkLauncher(_Launcher):
     ) -> None:
         """
         Args:
-            cluster_environment: tells rank and address; told the local rank through ``LOCAL_RANK``, as by Lightning.
-            num_processes: ranks on this node.
-            num_nodes: nodes.
-            timeout: seconds that a rank may work on after the first one has ended.
-            validate: called with the Trainer before any process is started; raises if the run cannot work.
+            cluster_environment: source of rank and address. As in Lightning, ``LOCAL_RANK`` tells it the local rank.
+            num_processes: number of ranks on this node.
+            num_nodes: number of nodes.
+            timeout: seconds that a rank may keep running after the first one has ended.
+            validate: called with the Trainer before any process is started; raises if the run is invalid.
         """
         self._environment = cluster_environment
         self._num_processes = num_processes
@@ -67,7 +96,7 @@ class ForkLauncher(_Launcher):
         return False
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
-        """Start the other ranks of this node, unless something else does, and call ``function`` in each."""
+        """Start the other ranks of this node, unless the cluster has started them, and call ``function`` in each."""
         environment = self._environment
         with first_rank_speaks(environment):
             check_ranks(environment, num_nodes=self._num_nodes, devices=self._num_processes)
@@ -84,12 +113,12 @@ class ForkLauncher(_Launcher):
             return function(*args, **kwargs)
 
     def kill(self, signum: signal.Signals | int) -> None:
-        """Send a signal to the ranks that were started from this process."""
+        """Send a signal to the ranks that this process has started."""
         if self._children and (node_rank := this_node_rank()) is not None:
             node_rank.signal_others(signum)
 
     def kill_node(self) -> None:
-        """Have all of this node's ranks killed, if they were forked: also one that stands still."""
+        """Kill all ranks of this node if they were forked, including one that is stopped or hangs."""
         if (node_rank := this_node_rank()) is not None:
             node_rank.end_node()
 
@@ -103,7 +132,7 @@ class ForkLauncher(_Launcher):
             return
         board = NodeBoard(self._num_processes)
         board.ranks[0].pid = first_process = os.getpid()
-        # Keep the collector off what was imported, or every rank would copy all of it, page by page.
+        # Exclude imported objects from garbage collection: touching them would copy their memory pages in every rank.
         gc.collect()
         gc.freeze()
         sys.stdout.flush()
@@ -112,15 +141,16 @@ class ForkLauncher(_Launcher):
         if supervisor == 0:
             local_rank = self._fork_ranks(board, first_process)
             os.environ["LOCAL_RANK"] = str(local_rank)
-            # Or this rank would repeat what rank 0 says.
-            rank_zero_only.rank = self._environment.node_rank() * self._num_processes + local_rank
+            # Otherwise this rank would repeat the messages of rank 0.
+            rank = self._environment.node_rank() * self._num_processes + local_rank
+            rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning keeps it on the function
         else:
             gc.unfreeze()
             self._children = [supervisor]
             NodeRank.become(board, local_rank=0, supervisor=supervisor)
 
     def _fork_ranks(self, board: NodeBoard, first_process: int) -> int:
-        """In the process that supervises: fork the ranks. Returns in each of them, with its rank on this node."""
+        """In the supervisor: fork the ranks. Returns only in the ranks, with the rank on this node."""
         supervisor = os.getpid()
         children: dict[int, int] = {}
         for local_rank in range(1, self._num_processes):
@@ -143,6 +173,6 @@ class ForkLauncher(_Launcher):
 
 def _fork_process() -> int:
     with warnings.catch_warnings():
-        # Python warns where a library (OpenBLAS, say) has threads. They hold no lock that the child needs.
+        # Python warns if a library such as OpenBLAS has threads. They hold no lock that the child needs.
         warnings.filterwarnings("ignore", ".*use of fork.. may lead to deadlocks", DeprecationWarning)
         return os.fork()

@@ -1,4 +1,4 @@
-"""This process as one of the forked ranks of its node: what it tells the supervisor, and how it ends."""
+"""This process as a forked rank of its node: how it reports to the supervisor, and how it exits."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_mimo.launch.rank_board import NodeBoard
 
 _POLL_SECONDS = 0.1
 
-# What a process was forked as belongs to the process, not to one of its Trainers: a second one must know of it, too.
+# Kept per process, not per Trainer: a second Trainer in the same process is the same forked rank.
 _this: NodeRank | None = None
 
 
 def this_node_rank() -> NodeRank | None:
-    """This process as a rank, if it is one of several that were forked."""
+    """Return this process as a rank, or ``None`` if no ranks were forked."""
     return _this
 
 
 class NodeRank:
-    """One rank of a node whose ranks were forked. The first one is the process that the user started."""
+    """A rank of a node whose ranks were forked. The first rank is the process that the user started."""
 
     def __init__(self, board: NodeBoard, *, local_rank: int, supervisor: int) -> None:
         """
         Args:
-            board: where it tells the supervisor how it fares.
-            local_rank: on this node.
-            supervisor: process; the parent of all ranks but the first, of which it is a child.
+            board: shared memory through which the rank reports to the supervisor.
+            local_rank: rank on this node.
+            supervisor: process id of the supervisor, a child of the first rank and the parent of all other ranks.
         """
         self._board = board
         self._slot = board.ranks[local_rank]
@@ -45,7 +45,7 @@ class NodeRank:
 
     @classmethod
     def become(cls, board: NodeBoard, *, local_rank: int, supervisor: int) -> None:
-        """Make this process the rank; see the constructor."""
+        """Make this process the given rank. Arguments as for the constructor."""
         global _this
         _this = rank = cls(board, local_rank=local_rank, supervisor=supervisor)
         watch, leave = (rank._await_verdict, rank._leave_last) if local_rank == 0 else (rank._end_alone, rank._leave)
@@ -54,12 +54,12 @@ class NodeRank:
 
     @contextlib.contextmanager
     def inside_run(self) -> Iterator[None]:
-        """Around what all ranks do together: whoever leaves it by an exception is missed by the others."""
+        """Enclose work that all ranks do together. An exception that leaves it is reported to the supervisor."""
         self._slot.forget()
         self._exit_code.watch(False)
         try:
             yield
-        except SIGTERMException:  # agreed on by all ranks
+        except SIGTERMException:  # raised on all ranks together
             raise
         except BaseException as error:
             self._slot.fail(error, code_of(error))
@@ -75,16 +75,16 @@ class NodeRank:
                     os.kill(slot.pid, signum)
 
     def end_node(self) -> None:
-        """Have all ranks of this node killed; why was said already."""
+        """Kill all ranks of this node. The cause must have been printed before."""
         self._board.explain()
 
-    # ------------------------------------------------------------- the first
+    # ------------------------------------------------------- the first rank
 
     def _await_verdict(self) -> None:
-        """In a thread of the first rank: end it when the supervisor has ended the others."""
+        """Thread of the first rank: exit when the supervisor has ended the others."""
         while (verdict := self._board.verdict) is None:
             if _has_ended(self._supervisor) and self._board.verdict is None:
-                line = f"The process that watches over the ranks (process {self._supervisor}) is gone; ending all.\n"
+                line = f"The supervisor of the ranks (process {self._supervisor}) has ended; ending all ranks.\n"
                 os.write(2, line.encode())
                 os._exit(1)
             time.sleep(_POLL_SECONDS)
@@ -93,30 +93,31 @@ class NodeRank:
             os._exit(verdict)
 
     def _leave_last(self) -> None:
-        """At the exit of the first rank: wait for the others, whose failure must show in the exit code."""
+        """Exit handler of the first rank: wait for the other ranks, whose failure must change the exit code."""
         self._tell_exit_code()
         self._verdict.wait()
-        verdict = self._board.verdict or 0
+        verdict = self._board.verdict
+        assert verdict is not None, "it is waited for above"
         if verdict in (0, self._slot.code):
-            return  # this process ends as it would have
+            return  # the normal exit has the right code
         atexit.unregister(self._leave_last)
         atexit._run_exitfuncs()
         _flush()
         os._exit(verdict)
 
-    # ------------------------------------------------------------ the others
+    # ------------------------------------------------------ the other ranks
 
     def _end_alone(self) -> None:
-        """In a thread of another rank: end with the supervisor, as nobody else would end this process."""
+        """Thread of every other rank: exit when the supervisor has ended, since nothing else would end this process."""
         while os.getppid() == self._supervisor:
             time.sleep(_POLL_SECONDS)
         os._exit(1)
 
     def _leave(self) -> None:
-        """At the exit of another rank, after what it registered itself.
+        """Exit handler of every other rank, which runs after the handlers that were registered since the fork.
 
-        What was registered before the fork belongs to the first rank, and the interpreter's own clean-up would copy and
-        free every import.
+        Handlers from before the fork belong to the first rank, and the cleanup of the interpreter would copy the memory
+        of all imports. Both are skipped.
         """
         self._tell_exit_code()
         _flush()
@@ -133,11 +134,11 @@ class NodeRank:
 def _has_ended(child: int) -> bool:
     try:
         return os.waitpid(child, os.WNOHANG)[0] != 0
-    except ChildProcessError:  # somebody else in this process has waited for it
+    except ChildProcessError:  # other code in this process has waited for it
         return True
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads any more
+        with contextlib.suppress(OSError, ValueError):  # closed, or the reader of a pipe has ended
             stream.flush()

@@ -1,17 +1,16 @@
-"""A run that is told to end saves where it is and ends, on all ranks after the same step.
+"""Ends a run on a signal: all ranks save after the same step and exit.
 
-Signals are noted only, and no collective happens inside of a handler: what each rank has noted travels with the
-collective that every batch has anyway, so all ranks learn of it together.
+The signal handler only records the signal and calls no collective. The record is sent with the collective that every
+batch needs anyway, so all ranks learn of the signal after the same batch.
 """
 
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, override
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import SLURMEnvironment
@@ -20,45 +19,44 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_mimo.launch.cluster import requeue_job
+from lightning_mimo.upstream.lightning import _SignalConnector
 
 _NAME = "last-preempted.ckpt"
 """``fit(ckpt_path="last")`` finds it beside the checkpoints of ModelCheckpoint."""
 
 
-class Signals:
-    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while it is installed.
+class Signals(_SignalConnector):
+    """Notes SIGTERM, and the signal that SLURM is asked to send before the time is up, while a run is on.
+
+    The Trainer is given it in the place of its own connector, whose handlers save and broadcast inside of the handler,
+    where the other ranks may be in any other collective.
 
     Attributes:
-        received: the last one.
-        requeue: whether the one before the time is up was among them. SIGTERM alone also comes with ``scancel``, and a
-            job that somebody has cancelled must not come back.
+        received: the last signal, if any.
+        requeue: whether the signal before the time limit was received. ``scancel`` sends SIGTERM only, and a cancelled
+            job must not be requeued.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: pl.Trainer, environment: object) -> None:
+        """
+        Args:
+            trainer: registers the handlers before it runs a stage and puts back those of the process at its end.
+            environment: Lightning's ClusterEnvironment.
+        """
+        super().__init__(trainer)
         self.received: signal.Signals | None = None
         self.requeue = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._environment = environment
 
-    def install(self, environment: object) -> None:
-        """Take the place of Lightning's handlers, which save and broadcast from inside of the handler."""
+    @override
+    def register_signal_handlers(self) -> None:
+        """Note signals from here on; in a thread other than the main one, which Python lets handle none, do nothing."""
+        self._original_handlers = self._get_current_signal_handlers()
+        environment = self._environment
         requeue = environment.requeue_signal if isinstance(environment, SLURMEnvironment) else signal.SIGUSR1
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python lets no other thread handle signals
         for each in (signal.SIGTERM, requeue):
-            if each is not None and each not in self._before:
-                self._before[each] = signal.signal(each, self._note)
-
-    def remove(self) -> None:
-        """Put back what was there before; not in a run that was told to end, which may be told once more.
-
-        Lightning's handler would broadcast then, to ranks that have ended. It puts back the process's handlers itself.
-        """
-        if self.received is None:
-            for each, handler in self._before.items():
-                signal.signal(each, handler)
-        self._before.clear()
-        self.received = None
-        self.requeue = False
+            if each is not None:
+                self._register_signal(each, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
@@ -66,13 +64,13 @@ class Signals:
 
 
 class Preemption(pl.Callback):
-    """Added by MimoStrategy. Ends the run after the batch in which the ranks agreed to; training is saved before."""
+    """Saves and ends the run after the batch in which the ranks agreed to stop. Added by MimoStrategy."""
 
     def __init__(self, must_stop: Callable[[], bool], signals: Signals, environment: object) -> None:
         """
         Args:
-            must_stop: whether the batch that just ended is the last one; the same on every rank.
-            signals: what this rank was told.
+            must_stop: returns whether the run ends after the current batch; the same on every rank.
+            signals: signals that this rank has received.
             environment: Lightning's ClusterEnvironment.
         """
         self._must_stop = must_stop
@@ -81,7 +79,7 @@ class Preemption(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         if self._must_stop():
-            # What the step has logged: Lightning would write it down after this hook only.
+            # Write the logged values of this step, which Lightning would do only after this hook.
             trainer._logger_connector.update_train_step_metrics()
         self._end_if_told(trainer)
 
@@ -101,7 +99,7 @@ class Preemption(pl.Callback):
         if fitting and not trainer.sanity_checking:
             self._save(trainer)
         else:
-            rank_zero_info("Told to end by a signal.")
+            rank_zero_info("Ended by a signal.")
         if fitting:
             self._requeue(trainer)
         trainer.strategy.barrier()
@@ -110,13 +108,14 @@ class Preemption(pl.Callback):
     def _save(self, trainer: pl.Trainer) -> None:
         path = _hpc_path(trainer) if self._requeues else _beside_checkpoints(trainer)
         trainer.save_checkpoint(path)
-        trainer.strategy.finish_saving()
-        rank_zero_info(f"Told to end by a signal: saved {path} after step {trainer.global_step}.")
+        strategy: Any = trainer.strategy  # MimoStrategy, which imports this folder
+        strategy.finish_saving()
+        rank_zero_info(f"Ended by a signal: saved {path} after step {trainer.global_step}.")
 
     def _requeue(self, trainer: pl.Trainer) -> None:
         asked = trainer.strategy.reduce_boolean_decision(self._signals.requeue, all=False)
         if asked and self._requeues and trainer.is_global_zero and (problem := requeue_job()) is not None:
-            rank_zero_warn(f"The job will not go on by itself: {problem}. Submit it again to go on.")
+            rank_zero_warn(f"The job could not be requeued: {problem}. Submit it again to resume.")
 
     @property
     def _requeues(self) -> bool:
@@ -124,7 +123,7 @@ class Preemption(pl.Callback):
 
 
 def _hpc_path(trainer: pl.Trainer) -> str:
-    """Where Lightning looks when SLURM starts the job again."""
+    """Path at which Lightning looks for a checkpoint when Slurm restarts the job."""
     return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
 
 

@@ -1,6 +1,6 @@
-"""What the ranks of one node tell the process that watches over them, in memory that they share.
+"""Shared memory through which the ranks of one node report to their supervisor.
 
-Memory, and no pipe or socket: a rank can fill it in at any moment without waiting, and it outlives the rank.
+Shared memory and not a pipe or socket: a rank can write to it at any moment without blocking, and it outlives the rank.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import ctypes
 import mmap
 import time
 
-_TEXT = 500  # bytes of an error's text that are kept
+_TEXT = 500  # bytes of an error message that are kept
 
 
 class RankSlot(ctypes.Structure):
-    """What one rank tells.
+    """Report of one rank.
 
     Attributes:
-        pid: its process; 0 before it was started.
-        failed_at: ``time.monotonic()`` of when an exception left a run of the Trainer, or 0.
+        pid: process id; 0 before the rank is started.
+        failed_at: ``time.monotonic()`` at which an exception left a run of the Trainer, or 0.
         error: type and text of that exception, UTF-8.
-        leaving: whether it has come to its exit handlers.
-        code: the exit code that it leaves with, as far as it knows.
+        leaving: whether the exit handlers of the rank have started.
+        code: exit code of the rank, as far as it is known.
     """
 
     pid: int
@@ -38,15 +38,15 @@ class RankSlot(ctypes.Structure):
     )
 
     def fail(self, error: BaseException, code: int) -> None:
-        """Note that an exception has left a run; the first one counts."""
+        """Record that an exception has left a run. Only the first one is kept."""
         if not self.failed_at:
             text = " ".join(f"{type(error).__qualname__}: {error}".removesuffix(": ").split())
             self.error = text.encode(errors="replace")[: _TEXT - 1]
             self.code = code
-            self.failed_at = time.monotonic()  # last: whoever reads looks at this first
+            self.failed_at = time.monotonic()  # last, because readers check it first
 
     def forget(self) -> None:
-        """A new run begins: whatever left the one before was caught."""
+        """Clear the report when a new run begins: the exception of the previous run was caught."""
         self.failed_at = 0.0
         self.error = b""
         self.code = 0
@@ -61,16 +61,16 @@ class _NodeSlot(ctypes.Structure):
 
 
 class NodeBoard:
-    """One slot for each rank of the node, and what concerns all; shared with processes that are forked later.
+    """Reports of all ranks of a node and the state of the node, shared with processes that are forked later.
 
     Attributes:
-        ranks: by rank on this node.
+        ranks: reports by rank on this node.
     """
 
     def __init__(self, ranks: int) -> None:
         """
         Args:
-            ranks: on this node.
+            ranks: number of ranks on this node.
         """
         slots = RankSlot * ranks
         self._memory = mmap.mmap(-1, ctypes.sizeof(slots) + ctypes.sizeof(_NodeSlot))
@@ -79,7 +79,7 @@ class NodeBoard:
 
     @property
     def explained(self) -> bool:
-        """Whether a rank has said why all must end: they are killed, and nothing more is said."""
+        """Whether a rank has printed why all must end. The supervisor then kills them without a further message."""
         return self._node.explained
 
     def explain(self) -> None:
@@ -87,7 +87,7 @@ class NodeBoard:
 
     @property
     def verdict(self) -> int | None:
-        """The exit code of all ranks together, but for that of the first rank itself; ``None`` before it is known."""
+        """Exit code of the run, apart from that of the first rank itself; ``None`` before it is known."""
         return self._node.verdict if self._node.over else None
 
     def conclude(self, verdict: int) -> None:

@@ -1,7 +1,7 @@
-"""Watches over the ranks of one node, names the one that failed first, and ends the others.
+"""Supervises the ranks of one node: names the rank that failed first, and ends the others.
 
-In a process of its own, which trains nothing: it sees ranks end whatever they are doing, also after training, and also
-the first one, which the user started. Nothing that happens in a rank keeps it from looking.
+It runs in a separate process that does not train, so no rank can block it. It detects the end of any rank at any time,
+also after training, and also of the first rank, which the user started.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import psutil
 from lightning_mimo.launch.rank_board import NodeBoard
 
 POLL_SECONDS = 0.1
-# How long the others may take to report errors of their own, and how long if only this one can know the cause.
+# Time that the other ranks get to report errors of their own; the short one if only the failed rank knows the cause.
 _GRACE_SECONDS = 10.0
 _SHORT_GRACE_SECONDS = 1.0
-# One that was killed may be seen to have ended after those that ended because of it.
+# The end of a killed rank may be seen after that of ranks which ended because of it.
 _SETTLE_SECONDS = 0.3
-# How much earlier than it was seen a rank may have been killed that makes others fail.
+# How long before it was seen a rank may have been killed, so that it counts as the cause of other failures.
 _KILLED_BEFORE_SECONDS = 2.0
-# How long the first rank may take to end itself, as only it can leave with an exit code.
+# Time that the first rank gets to exit by itself, because only then it returns an exit code.
 _FIRST_RANK_SECONDS = 3.0
 _LEFT = "left the others in the middle of the run"
 _USAGE = 2
-"""Exit code of a process that has said in one line what the user can mend."""
+"""Exit code of a process that has printed a one-line error which the user can fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class _Failure:
     """Why a run ends.
 
     Attributes:
-        rank: on this node.
-        how: ``was killed by signal 9``.
-        cause: the exception's text, if there was one.
-        code: exit code for the run.
-        grace: seconds that others get to report errors of their own.
-        told: whether it has been said.
+        rank: rank on this node.
+        how: how it failed, such as ``was killed by signal 9``.
+        cause: text of the exception, if there was one.
+        code: exit code of the run.
+        grace: seconds that other ranks get to report errors of their own.
+        told: whether the failure has been printed already.
     """
 
     rank: int
@@ -52,25 +52,25 @@ class _Failure:
 
 
 class Supervisor:
-    """The parent of all ranks of a node but the first, and a child of that one."""
+    """Supervises the ranks of a node. It is a child of the first rank and the parent of all others."""
 
     def __init__(
         self, board: NodeBoard, *, children: dict[int, int], first_process: int, first_rank: int, timeout: float
     ) -> None:
         """
         Args:
-            board: what ranks tell.
-            children: process -> rank on this node, of all but the first.
-            first_process: the first rank's, which is the parent of this one.
-            first_rank: its global rank.
-            timeout: seconds that a rank may work on after the first one has ended, or stand still.
+            board: reports of the ranks.
+            children: process id -> rank on this node, for all ranks except the first.
+            first_process: process id of the first rank, the parent of this process.
+            first_rank: global rank of the first rank.
+            timeout: seconds that a rank may keep running after the first one has ended, or may be stopped by a signal.
         """
         self._board = board
         self._alive = dict(children)
         self._first_process = first_process
         self._first_rank = first_rank
         self._timeout = timeout
-        # The watchdogs of ranks that wait for one that stands still say more than can be said here.
+        # The watchdogs of ranks that wait for a stopped rank report more details, so they come first.
         self._stopped_limit = timeout + min(30.0, timeout + 10.0)
         self._ended: dict[int, int] = {}  # rank on this node -> exit code, or minus the signal
         self._ended_at: dict[int, float] = {}
@@ -80,7 +80,7 @@ class Supervisor:
         self._reminded = False
 
     def run(self) -> None:
-        """Until all have ended; then the board has the verdict."""
+        """Supervise until all ranks have ended. Then the verdict is on the board."""
         _ignore_signals()
         while True:
             self._look()
@@ -93,14 +93,14 @@ class Supervisor:
                 return self._board.conclude(0)
             time.sleep(POLL_SECONDS)
 
-    # ---------------------------------------------------------------- looking
+    # -------------------------------------------------------------- observing
 
     @property
     def _first_has_left(self) -> bool:
         return self._first_is_gone or self._board.ranks[0].leaving
 
     def _look(self) -> None:
-        """Take leave of the children that have ended, and see whether the first rank is there."""
+        """Reap the children that have ended, and check whether the first rank is alive."""
         now = time.monotonic()
         for child, rank in tuple(self._alive.items()):
             pid, status = os.waitpid(child, os.WNOHANG)
@@ -113,7 +113,7 @@ class Supervisor:
             self._ended_at.setdefault(0, now)
 
     def _failed(self) -> _Failure | None:
-        """Whether a rank has ended with an error; the one that failed first, if several have."""
+        """Return the failure of a rank that ended with an error; of the first one, if several did."""
         if not self._errors():
             return None
         time.sleep(_SETTLE_SECONDS)
@@ -135,15 +135,15 @@ class Supervisor:
         )
 
     def _errors(self) -> dict[int, float]:
-        """Ranks that have ended with an error -> when, or what comes to the same."""
+        """Rank on this node -> time at which it ended with an error, or disappeared."""
         found = {}
         for rank, code in self._ended.items():
             if code != 0:
-                # An abort may be a library's answer to a lost connection.
+                # An abort may be the reaction of a library to a lost connection.
                 by_signal = code < 0 and code != -signal.SIGABRT
                 found[rank] = self._ended_at[rank] - (_KILLED_BEFORE_SECONDS if by_signal else 0.0)
         first = self._board.ranks[0]
-        if self._first_is_gone:  # before there was a verdict, for which it waits
+        if self._first_is_gone:  # although it waits for a verdict, which does not exist yet
             found[0] = self._ended_at[0] - _KILLED_BEFORE_SECONDS
         elif first.leaving and first.code != 0:
             found[0] = self._ended_at[0]
@@ -159,7 +159,7 @@ class Supervisor:
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 
     def _left_others(self) -> _Failure | None:
-        """Whether a rank has left a run of the Trainer with exit code 0, by ``sys.exit()``, while others go on."""
+        """Return the failure of a rank that left a run with exit code 0, by ``sys.exit()``, while others continue."""
         slots = self._board.ranks
         left = [rank for rank in self._ended_at if slots[rank].failed_at]
         here = [*self._alive.values(), *(() if self._first_has_left else (0,))]
@@ -172,7 +172,7 @@ class Supervisor:
         return _Failure(rank=rank, how=_LEFT, cause=error, code=1, grace=_grace(rank == 0))
 
     def _works_on(self) -> _Failure | None:
-        """Whether a rank has gone on for longer than the timeout after the first one ended well."""
+        """Return the failure of a rank that still runs longer than the timeout after the first one ended normally."""
         if not self._ended_at:
             return None
         since = time.monotonic() - min(self._ended_at.values())
@@ -182,16 +182,16 @@ class Supervisor:
         if since >= self._timeout:
             how = (
                 f"was still running {self._timeout:g} s after the first rank had ended, longer than "
-                f"MimoStrategy(timeout=...) allows"
+                f"Monitoring(timeout=...) allows"
             )
             return _Failure(rank=min(here), how=how, code=1, grace=0.0)
         if not self._reminded:
             self._reminded = True
-            _say(f"{self._name(min(here))} goes on {since:.0f} s after the first rank has ended; waiting for it.")
+            _say(f"{self._name(min(here))} is still running {since:.0f} s after the first rank ended; waiting for it.")
         return None
 
     def _stands_still(self) -> _Failure | None:
-        """Whether a rank has been stopped (SIGSTOP) for longer than the timeout while others were not."""
+        """Return the failure of a rank that was stopped (SIGSTOP) longer than the timeout while others were not."""
         now = time.monotonic()
         passed = now - self._stopped_looked_at
         if passed < 10 * POLL_SECONDS:
@@ -199,24 +199,24 @@ class Supervisor:
         self._stopped_looked_at = now
         stopped = [rank for pid, rank in self._processes().items() if _is_stopped(pid)]
         if len(stopped) == len(self._processes()):
-            return None  # somebody has paused the run
-        # If this process was stopped itself, the time that passed means nothing.
+            return None  # the entire run was paused
+        # If this process was stopped too, the elapsed time is meaningless.
         passed = min(passed, 20 * POLL_SECONDS)
         self._stopped = {rank: self._stopped.get(rank, 0.0) + passed for rank in stopped}
         for rank, seconds in self._stopped.items():
             if seconds >= self._stopped_limit:
-                how = f"stands still: it was stopped by a signal {seconds:.0f} s ago"
+                how = f"hangs: it was stopped by a signal {seconds:.0f} s ago"
                 return _Failure(rank=rank, how=how, code=1, grace=0.0)
         return None
 
     def _processes(self) -> dict[int, int]:
-        """Process -> rank, of the ranks that are there."""
+        """Process id -> rank on this node, for all ranks that have not ended."""
         return {**({} if self._first_has_left else {self._first_process: 0}), **self._alive}
 
     # ----------------------------------------------------------------- ending
 
     def _end_all(self, failure: _Failure) -> None:
-        """Say who failed, let the others report, end them, and leave the verdict."""
+        """Print which rank failed, let the others report their errors, end them, and set the verdict."""
         others = bool(set(self._processes().values()) - {failure.rank})
         line = f"{self._name(failure.rank)} {failure.how}{f' ({failure.cause})' if failure.cause else ''}"
         if not failure.told:
@@ -231,12 +231,12 @@ class Supervisor:
             os.waitpid(child, 0)
         self._alive.clear()
         if others and failure.grace and not failure.told:
-            _say(f"First failure: {line}.")  # once more, below what others had to say about lost connections
+            _say(f"First failure: {line}.")  # again, below the messages of other ranks about lost connections
         self._board.conclude(failure.code)
         self._end_first_rank()
 
     def _end_first_rank(self) -> None:
-        """It ends itself when it sees the verdict, unless it stands still."""
+        """Wait for the first rank, which exits when it sees the verdict, and kill it if it hangs."""
         deadline = time.monotonic() + _FIRST_RANK_SECONDS
         while not self._first_has_left and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -249,15 +249,15 @@ class Supervisor:
 
 
 def _grace(only_it_knows: bool) -> float:
-    """Seconds that others get to report errors of their own.
+    """Seconds that other ranks get to report errors of their own.
 
-    The first rank keeps its connections while it waits for the verdict, so others do not learn that it has failed.
+    The first rank keeps its connections open while it waits for the verdict, so others do not notice its failure.
     """
     return _SHORT_GRACE_SECONDS if only_it_knows else _GRACE_SECONDS
 
 
 def _ignore_signals() -> None:
-    """What is sent to all processes of a run is meant for the ranks; this process ends when they have."""
+    """Ignore signals that are sent to all processes of a run: they are for the ranks, and this process ends last."""
     for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(each, signal.SIG_IGN)
 

@@ -1,4 +1,4 @@
-"""Core attention on torch's ``scaled_dot_product_attention``, whose memory does not grow with the sequence squared."""
+"""Core attention with torch's ``scaled_dot_product_attention``, whose memory is linear in the sequence length."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
@@ -25,15 +25,15 @@ from lightning_mimo.errors import ConfigError
 AttentionKind = Literal["sdpa", "megatron", "te"]
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal)
-# torch 2.11 has varlen_attn, but only for as many heads of keys as of queries.
+# varlen_attn of torch 2.11 requires as many key heads as query heads.
 _VARLEN_TAKES_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def check_attention(kind: AttentionKind) -> None:
-    """Refuse an attention that is unknown or not installed.
+    """Check that an attention implementation exists and is installed.
 
     Raises:
-        ConfigError: with the remedy.
+        ConfigError: naming the alternatives.
     """
     if kind not in get_args(AttentionKind):
         raise ConfigError(f"attention={kind!r} is not one of {', '.join(map(repr, get_args(AttentionKind)))}.")
@@ -45,12 +45,17 @@ def check_attention(kind: AttentionKind) -> None:
 
 
 class SdpaAttention(DotProductAttention):
-    """megatron-core's core attention, computed by torch's ``scaled_dot_product_attention``.
+    """megatron-core's core attention, computed with torch's ``scaled_dot_product_attention``.
 
-    Megatron's own holds ``[b, heads, s, s]`` until the backward pass; torch's kernels hold ``[b, s, hidden]`` on a GPU
-    and on the CPU alike. With dropout the CPU has no such kernel and holds as much as Megatron's.
+    Megatron's ``DotProductAttention`` keeps ``[b, heads, s, s]`` for the backward pass. torch's kernels keep
+    ``[b, s, hidden]``, both on GPUs and on CPUs. Exception: with dropout, the CPU has no such kernel and needs as much
+    memory as Megatron's implementation.
 
-    Rows that a mask leaves nothing to attend to come out as 0; Megatron's own are the mean of all values.
+    Packed sequences are computed by one kernel on a GPU, which reads their lengths on the device. That kernel supports
+    bfloat16 and float16 without dropout. In all other cases sequences are computed one after the other, and the host
+    reads their lengths.
+
+    Query rows for which the mask allows no key are 0; with Megatron's implementation they are the mean of all values.
     """
 
     def __init__(
@@ -64,10 +69,10 @@ class SdpaAttention(DotProductAttention):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
-        """Arguments as for Megatron's.
+        """Arguments as for megatron-core's ``DotProductAttention``.
 
         Raises:
-            ValueError: if the config wants what this attention cannot do.
+            ConfigError: if the config needs a feature that this attention does not support.
         """
         _check_config(config, layer_number, attn_mask_type)
         super().__init__(
@@ -81,7 +86,8 @@ class SdpaAttention(DotProductAttention):
             pg_collection=pg_collection,
         )
         if config.apply_query_key_layer_scaling:
-            # Megatron divides before its softmax, to stay in float16's range, and multiplies within. SDPA need not.
+            # Megatron divides by it before the softmax, to stay in the range of float16, and multiplies within the
+            # softmax. torch's kernels need neither.
             self.softmax_scale *= self.layer_number
 
     def forward(
@@ -94,30 +100,35 @@ class SdpaAttention(DotProductAttention):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> torch.Tensor:
-        """Attend with this rank's heads.
+        """Compute attention for the heads of this rank.
 
         Args:
             query: ``[sq, b, heads / tp, head]``; packed ``[tokens, heads / tp, head]``.
             key: ``[sk, b, groups / tp, head]``; packed ``[tokens, groups / tp, head]``.
-            value: as ``key``.
+            value: same shape as ``key``.
             attention_mask: bool, broadcastable to ``[b, heads / tp, sq, sk]``, True where a query must not see a key.
-                As with Megatron's own, a causal layer that is given a mask is masked by that alone; with
-                ``padding_causal`` it is masked by both. ``None`` for packed sequences.
-            attn_mask_type: in the place of the layer's own.
+                As in Megatron, a mask replaces the causal mask of a ``causal`` layer and is combined with that of a
+                ``padding_causal`` layer. Must be ``None`` for packed sequences.
+            attn_mask_type: overrides the mask type of the layer.
             attention_bias: must be ``None``.
-            packed_seq_params: in the format ``thd``: where each of several sequences in one row ends. ``cu_seqlens_q``
-                (``cu_seqlens_q_padded``, where there is padding between sequences) must end at the number of tokens.
-                Those of keys must be the same.
+            packed_seq_params: boundaries of several sequences in one row, in the format ``thd``. ``cu_seqlens_q``, or
+                ``cu_seqlens_q_padded`` if there is padding between sequences, must end at the number of tokens. The
+                boundaries of keys must be equal to those of queries. Example: sequences of 3 and 5 tokens have
+                ``cu_seqlens_q = [0, 3, 8]``.
 
         Returns:
-            ``[sq, b, hidden / tp]``, packed ``[tokens, hidden / tp]``.
+            ``[sq, b, hidden / tp]``; packed ``[tokens, hidden / tp]``.
 
         Raises:
-            ValueError: for a bias, a mask that is not bool, packed sequences that do not cover the tokens, or causal
-                attention between different numbers of queries and keys.
+            ConfigError: for a bias, a mask that is not bool, packed sequences that do not cover the tokens, or causal
+                attention with different numbers of queries and keys.
         """
         if attention_bias is not None:
-            raise ConfigError("SdpaAttention takes no attention_bias. Choose attention='te' for it.")
+            raise ConfigError("SdpaAttention takes no attention_bias. Choose attention='te', which does.")
+        if key.is_contiguous():
+            # Rotary embeddings made new tensors of queries and keys. As a view, value alone would keep the memory of
+            # the joint projection.
+            value = value.contiguous()
         mask_type = attn_mask_type or self.attn_mask_type
         causal, mask = mask_type in _CAUSAL, None
         with self._dropout_generator():
@@ -127,7 +138,7 @@ class SdpaAttention(DotProductAttention):
             if attention_mask is not None:
                 mask = _allowed(attention_mask, query.size(0), causal=mask_type == AttnMaskType.padding_causal)
             batch_first = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            # One query alone is the newest of those whose keys are kept, and sees all.
+            # A single query (generation with a key cache) is the newest token and sees all keys.
             context = self._attend(*batch_first, mask=mask, causal=causal and mask is None and query.size(0) > 1)
         return context.permute(2, 0, 1, 3).flatten(2)
 
@@ -136,7 +147,10 @@ class SdpaAttention(DotProductAttention):
         return self.attention_dropout.p if self.training else 0.0
 
     def _dropout_generator(self) -> AbstractContextManager[None]:
-        """Each tensor-parallel rank drops its own; with sequence parallelism the whole block draws its own already."""
+        """Context in which each tensor-parallel rank draws its own dropout mask.
+
+        With sequence parallelism the layers around already run in such a context.
+        """
         if self._dropout and not self.config.sequence_parallel:
             return get_cuda_rng_tracker().fork()
         return nullcontext()
@@ -147,8 +161,8 @@ class SdpaAttention(DotProductAttention):
         """``[b, heads, sq, head], 2 * [b, groups, sk, head] -> [b, heads, sq, head]``"""
         if causal and query.size(2) != key.size(2):
             raise ConfigError(
-                f"Causal attention of {query.size(2)} queries to {key.size(2)} keys: which query sees which key is "
-                f"not defined. Give an attention_mask."
+                f"Causal attention of {query.size(2)} queries to {key.size(2)} keys is ambiguous: the position of the "
+                f"queries is not known. Give an attention_mask."
             )
         grouped = query.size(1) != key.size(1)
         if grouped and not _takes_groups(query, key, value, mask, self._dropout, causal=causal):
@@ -188,16 +202,16 @@ class SdpaAttention(DotProductAttention):
         *,
         causal: bool,
     ) -> torch.Tensor:
-        """All sequences in one kernel, without asking the device how long they are."""
-        # What no sequence covers would be whatever the memory held. The host does not know; the device stops.
+        """Compute all sequences in one kernel, without copying their lengths to the host."""
+        # Tokens outside all sequences would have undefined values. The host cannot check this without waiting.
         torch._assert_async(ends[-1] == query.size(0))
-        groups = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
+        groups: dict[str, Any] = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
         if groups and not _VARLEN_TAKES_GROUPS:
             key, value, groups = _expand(key, query, dim=1), _expand(value, query, dim=1), {}
         is_padded = packed.cu_seqlens_q_padded is not None
-        # Padding may be longer than the longest sequence.
+        # Padding counts as a sequence and may be longer than max_seqlen_q.
         longest = query.size(0) if is_padded or packed.max_seqlen_q is None else packed.max_seqlen_q
-        return varlen_attn(
+        attended = varlen_attn(
             query,
             key,
             value,
@@ -209,6 +223,8 @@ class SdpaAttention(DotProductAttention):
             window_size=(-1, 0) if causal else (-1, -1),
             **groups,
         )
+        assert isinstance(attended, torch.Tensor), "a tuple only with return_aux"
+        return attended
 
 
 def _check_config(config: TransformerConfig, layer_number: int, attn_mask_type: AttnMaskType) -> None:
@@ -225,8 +241,8 @@ def _check_config(config: TransformerConfig, layer_number: int, attn_mask_type: 
     }
     if wanted := [what for what, is_wanted in refused.items() if is_wanted]:
         raise ConfigError(
-            f"Layer {layer_number}: SdpaAttention cannot do {', '.join(wanted)}. Leave that out of the "
-            f"TransformerConfig, or choose attention='te' ('megatron' can do window_size and softmax_type, too)."
+            f"Layer {layer_number}: SdpaAttention does not support {', '.join(wanted)}. Remove it from the "
+            f"TransformerConfig, or choose attention='te' ('megatron' also supports window_size and softmax_type)."
         )
 
 
@@ -236,11 +252,13 @@ def _check_packed(packed: PackedSeqParams, attention_mask: torch.Tensor | None) 
     if packed.cu_seqlens_q is None:
         raise ConfigError("packed_seq_params.cu_seqlens_q is None: it must say where each sequence ends.")
     if attention_mask is not None:
-        raise ConfigError("Packed sequences take no attention_mask: packed_seq_params says who sees whom.")
+        raise ConfigError(
+            "Packed sequences take no attention_mask: packed_seq_params defines which tokens see each other."
+        )
 
 
 def _allowed(attention_mask: torch.Tensor, queries: int, *, causal: bool) -> torch.Tensor:
-    """Where torch wants True: where a query sees a key."""
+    """Mask as torch expects it: True where a query sees a key."""
     if attention_mask.dtype != torch.bool:
         raise ConfigError(
             f"attention_mask is {attention_mask.dtype}; it must be bool, True where a query must not see a key."
@@ -261,7 +279,10 @@ def _takes_groups(
     *,
     causal: bool,
 ) -> bool:
-    """Whether torch has a kernel for fewer heads of keys; otherwise it would fall back to one that holds [s, s]."""
+    """Whether torch has a memory-efficient kernel for fewer key heads than query heads.
+
+    Otherwise torch would fall back to an implementation that keeps ``[b, heads, s, s]``.
+    """
     if not query.is_cuda:
         return True
     parameters = torch.backends.cuda.SDPAParams(query, key, value, mask, dropout, causal, True)
@@ -269,21 +290,24 @@ def _takes_groups(
 
 
 def _varlen_can(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether torch's kernel for packed sequences takes these on this device: as flash attention does, but unpadded."""
+    """Whether torch's kernel for packed sequences supports these tensors on this device.
+
+    It has the requirements of flash attention, and does not pad the head size to a multiple of 8.
+    """
     if not query.is_cuda or query.size(-1) % 8:
         return False
-    batch = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
-    parameters = torch.backends.cuda.SDPAParams(*batch, None, 0.0, False, query.size(1) != key.size(1))
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (query, key, value))
+    parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, query.size(1) != key.size(1))
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
 def _expand(tensor: torch.Tensor, query: torch.Tensor, *, dim: int) -> torch.Tensor:
-    """Keys or values, each head as often as queries share it."""
+    """Repeat each head of keys or values for all query heads that share it."""
     return tensor.repeat_interleave(query.size(dim) // tensor.size(dim), dim=dim)
 
 
 def _ends(packed: PackedSeqParams) -> torch.Tensor:
-    """int32 ``[n + 1]``: where sequences start and end, with padding after a sequence as one more of its own."""
+    """Boundaries of all sequences, int32 ``[n + 1]``. Padding after a sequence counts as a separate sequence."""
     ends = packed.cu_seqlens_q
     if packed.cu_seqlens_q_padded is not None:
         starts = packed.cu_seqlens_q_padded
@@ -293,21 +317,21 @@ def _ends(packed: PackedSeqParams) -> torch.Tensor:
 
 
 def _checked_lengths(packed: PackedSeqParams, ends: Sequence[int], tokens: int) -> list[int]:
-    """Of every sequence that is not empty.
+    """Lengths of all sequences that are not empty.
 
     Raises:
-        ConfigError: if they do not cover the tokens, or keys have others than queries.
+        ConfigError: if the sequences do not cover all tokens, or the boundaries of keys and queries differ.
     """
     lengths = [end - start for start, end in pairwise(ends)]
     if ends[0] != 0 or ends[-1] != tokens or min(lengths, default=0) < 0:
         raise ConfigError(
-            f"Packed sequences must cover all {tokens} tokens of the row, one after the other, from 0 to {tokens}; "
-            f"cu_seqlens say {list(ends)}."
+            f"Packed sequences must cover all {tokens} tokens of the row in order, from 0 to {tokens}; cu_seqlens are "
+            f"{list(ends)}."
         )
     for of_keys, of_queries in (
         (packed.cu_seqlens_kv, packed.cu_seqlens_q),
         (packed.cu_seqlens_kv_padded, packed.cu_seqlens_q_padded),
     ):
         if of_keys is not None and (of_queries is None or not torch.equal(of_keys, of_queries)):
-            raise ConfigError("Packed sequences: cu_seqlens of keys must be those of queries (self-attention).")
+            raise ConfigError("Packed sequences: cu_seqlens of keys must equal those of queries (self-attention).")
     return [length for length in lengths if length]

@@ -1,4 +1,4 @@
-"""Losses and predictions from logits whose vocabulary is divided over the tensor-parallel ranks."""
+"""Losses and greedy predictions from logits whose vocabulary is sharded over tensor-parallel ranks."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
-_IGNORED = -100  # what torch's cross_entropy ignores
+_IGNORED = -100  # label that torch's cross_entropy ignores
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """Cross-entropy of every token. Collective over the tensor-parallel group.
 
-    megatron-core's has three collectives, also where there is nobody to talk to, and rounds float64 to float32. Here is
-    one: each rank's log-sum-exp and the label's logit, where the rank has it, say all that the others need.
+    One collective exchanges each rank's log-sum-exp and the logit of the label. megatron-core's function needs three,
+    also with a single rank, and rounds float64 to float32.
 
     Args:
-        logits: ``[b, s, vocabulary / tp]``, this rank's part.
-        labels: int64 ``[b, s]``, ids of the whole vocabulary. Where one is outside of it, the loss is 0.
-        group: the language module's tensor-parallel group.
+        logits: ``[b, s, vocabulary / tp]``, the shard of this rank.
+        labels: int64 ``[b, s]``, ids in the full vocabulary. The loss of a label outside the vocabulary is 0.
+        group: tensor-parallel group of the language module.
 
     Returns:
-        ``[b, s]``, float64 for float64 logits, else float32.
+        ``[b, s]``, float64 for float64 logits, otherwise float32.
     """
     inside = (labels >= 0) & (labels < logits.size(-1) * group.size())
     if group.size() > 1:
@@ -35,7 +35,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor, group: dist.Process
 
 
 class _TokenLosses(torch.autograd.Function):
-    """log(sum(exp(logits))) - logits[label]; the gradient is softmax(logits), less 1 at the label."""
+    """Computes log(sum(exp(logits))) - logits[label]; the gradient is softmax(logits) minus 1 at the label."""
 
     @staticmethod
     def forward(
@@ -62,12 +62,14 @@ class _TokenLosses(torch.autograd.Function):
 
 @torch.no_grad()
 def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup, *, without: Collection[int] = ()) -> torch.Tensor:
-    """The most likely token everywhere, the lowest id where several are. Collective over the tensor-parallel group.
+    """Most likely token at each position; of several, the one with the lowest id.
+
+    Collective over the tensor-parallel group.
 
     Args:
-        logits: ``[..., vocabulary / tp]``, this rank's part.
-        group: the language module's tensor-parallel group.
-        without: tokens that are not to be chosen.
+        logits: ``[..., vocabulary / tp]``, the shard of this rank.
+        group: tensor-parallel group of the language module.
+        without: token ids that must not be chosen.
 
     Returns:
         int64 ``[...]``, the same on all ranks of the group.
@@ -78,7 +80,7 @@ def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup, *, without: Co
     best, local = logits.max(dim=-1)
     if group.size() == 1:
         return local
-    # float64 holds every token id, and every logit of a smaller dtype.
+    # float64 represents every token id exactly, and every logit of a smaller dtype.
     all_best, all_tokens = _gather(torch.stack([best.double(), (local + first).double()]), group).unbind(dim=1)
     winner = all_best.argmax(dim=0, keepdim=True)
     return all_tokens.gather(0, winner).squeeze(0).long()
@@ -89,7 +91,7 @@ def _precise(logits: torch.Tensor) -> torch.dtype:
 
 
 def _gather(values: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """``[...] -> [tp, ...]``. Flat on the wire, since gloo only concatenates along the first dimension."""
+    """Gather values of all ranks: ``[...] -> [tp, ...]``. Sent flat, as gloo only concatenates the first dimension."""
     gathered = values.new_empty(group.size() * values.numel())
     dist.all_gather_into_tensor(gathered, values.flatten(), group=group)
     return gathered.view(group.size(), *values.shape)

@@ -1,25 +1,21 @@
-"""A layout drawn for a terminal: ranks across, modules down. Pure Python."""
+"""Draws a layout as text: one column per rank, one row per module. Pure Python."""
 
 from __future__ import annotations
 
-from lightning_mimo.layout.batch_plan import validate_batch_sizes
+from lightning_mimo.layout.batch_plan import micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import DENSE_AXES, LANGUAGE, ModuleParallelism, span_of
+from lightning_mimo.layout.module_parallelism import DENSE_AXES, LANGUAGE, ResolvedParallelism, span_of
 
-_WIDEST = 24  # ranks that are drawn side by side
+_WIDEST = 24  # most ranks that are drawn side by side
 
 
 def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches: int) -> str:
-    """The picture that ``lightning-mimo layout`` prints.
+    """Draw the diagram that ``lightning-mimo layout`` prints.
 
     Raises:
         LayoutError: if the global batch does not divide over a module.
     """
-    micro = validate_batch_sizes(
-        {name: sizes.dp for name, sizes in layout.modules.items()},
-        global_batch_size=global_batch_size,
-        num_microbatches=num_microbatches,
-    )
+    micro = micro_batch_sizes(layout, global_batch_size=global_batch_size, num_microbatches=num_microbatches)
     kind = "colocated: all modules on all ranks" if layout.colocated else "each module on ranks of its own"
     drawn = _grid(layout) if layout.world_size <= _WIDEST else _spans(layout)
     lines = [f"{layout.world_size} ranks, {kind}", "", *drawn, ""]
@@ -35,7 +31,7 @@ def draw_layout(layout: MimoLayout, *, global_batch_size: int, num_microbatches:
 
 
 def _grid(layout: MimoLayout) -> list[str]:
-    """One row per module and axis that is cut, one column per rank."""
+    """One row per module and axis larger than 1, one column per rank."""
     rows: list[tuple[str, list[str]]] = [("rank", [str(rank) for rank in range(layout.world_size)])]
     for name, sizes in layout.modules.items():
         shown = [axis for axis, size in zip(DENSE_AXES, sizes.shape, strict=True) if size > 1] or ["tp"]
@@ -53,7 +49,7 @@ def _grid(layout: MimoLayout) -> list[str]:
 
 
 def _spans(layout: MimoLayout) -> list[str]:
-    """One line per module, for more ranks than fit side by side."""
+    """One line per module, for layouts with too many ranks for one column each."""
     label = max(len(name) for name in layout.modules)
     lines = []
     for name, sizes in layout.modules.items():
@@ -67,7 +63,7 @@ def _spans(layout: MimoLayout) -> list[str]:
     return lines
 
 
-def _sizes(sizes: ModuleParallelism) -> str:
+def _sizes(sizes: ResolvedParallelism) -> str:
     text = " ".join(f"{axis}={size}" for axis, size in zip(DENSE_AXES, sizes.shape, strict=True))
     if sizes.ep > 1 or sizes.expt_tp > 1:
         text += f" (experts: expt_tp={sizes.expt_tp} ep={sizes.ep} expt_dp={sizes.expt_dp})"

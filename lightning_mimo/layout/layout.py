@@ -1,12 +1,12 @@
-"""Which module sits on which ranks, with which axis sizes: pure data, checked before any process exists.
+"""Which module runs on which ranks, with which parallel sizes: pure data, validated before any process exists.
 
-The user writes one :class:`ModuleParallelism` per module. :meth:`MimoLayout.resolve` fills in what was left
-out (``dp``, ``rank_offset``) for a given number of ranks and refuses what cannot run, with an error that names
-the module, shows the arithmetic and gives the remedy. Nothing here imports torch, so a layout can be checked on
-a login node in milliseconds, and every rank comes to the same verdict without talking to the others.
+The user writes one :class:`ModuleParallelism` per module. :meth:`MimoLayout.resolve` fills in omitted values
+(``dp``, ``rank_offset``) for a given number of ranks. If the layout cannot run, it raises an error that names the
+module, shows the arithmetic and gives a remedy. Nothing here imports torch, so a layout can be validated on a login
+node in milliseconds, and every rank reaches the same result without communication.
 
-Ranks of one module are numbered tp fastest, then cp, then dp, then pp: the ``tp-cp-dp-pp`` order of
-megatron-core's ``initialize_model_parallel``.
+The ranks of one module are numbered with tp changing fastest, then cp, then dp, then pp: the ``tp-cp-dp-pp`` order
+of megatron-core's ``initialize_model_parallel``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from lightning_mimo.layout.placement import check_no_pipeline, place_one_after_a
 
 @dataclass(frozen=True, kw_only=True)
 class MimoLayout:
-    """A checked layout: every module with its ``dp`` and ``rank_offset`` known. Build it with :meth:`resolve`.
+    """A validated layout in which ``dp`` and ``rank_offset`` of every module are known. Build it with :meth:`resolve`.
 
     Attributes:
-        modules: module name -> its sizes, none left out, in the order in which they were written.
+        modules: module name -> complete sizes, in the order in which the user wrote them.
         world_size: number of ranks over all nodes.
-        colocated: True where all modules share all ranks, False where their rank ranges are disjoint.
+        colocated: True if all modules share all ranks, False if their rank ranges are disjoint.
     """
 
     modules: Mapping[str, ResolvedParallelism]
@@ -48,12 +48,15 @@ class MimoLayout:
     def resolve(
         cls, modules: Mapping[str, ModuleParallelism], *, world_size: int, colocate: bool = False
     ) -> MimoLayout:
-        """Fill in what was left out and check the whole.
+        """Fill in omitted sizes and validate the layout.
+
+        Example: ``{"images": ModuleParallelism(tp=1), "language": ModuleParallelism(tp=2, dp=1)}`` with
+        ``world_size=4`` gives images dp=2 on ranks 0-1 and language on ranks 2-3.
 
         Args:
-            modules: module name -> sizes. One of them must be called ``language``.
+            modules: module name -> sizes. One module must be called ``language``.
             world_size: devices per node * number of nodes.
-            colocate: put every module on all ranks instead of one after the other.
+            colocate: put every module on all ranks instead of on consecutive, separate ranks.
 
         Raises:
             LayoutError: if the layout cannot run; the message names the module and the remedy.
@@ -74,14 +77,14 @@ class MimoLayout:
 
     @property
     def encoders(self) -> tuple[str, ...]:
-        """Names of all modules but ``language``."""
+        """Names of all modules except ``language``."""
         return tuple(name for name in self.modules if name != LANGUAGE)
 
     def check_modules(self, in_model: Collection[str]) -> None:
-        """Refuse a model whose modules are not those of the layout.
+        """Check that a model has exactly the modules of the layout.
 
         Raises:
-            LayoutError: naming both.
+            LayoutError: naming the modules of both.
         """
         if set(in_model) != set(self.modules):
             raise LayoutError(
@@ -90,8 +93,20 @@ class MimoLayout:
             )
 
     def modules_on(self, rank: int) -> tuple[str, ...]:
-        """Names of the modules that a global rank takes part in."""
+        """Names of the modules that run on a global rank."""
         return tuple(name for name, sizes in self.modules.items() if rank in sizes.ranks)
+
+    def is_last_stage(self, rank: int) -> bool:
+        """Whether a global rank is on the last pipeline stage of the language module, which computes the loss."""
+        language = self.modules[LANGUAGE]
+        return rank in language.ranks and language.coordinates(rank)["pp"] == language.pp - 1
+
+    def counts_loss(self, rank: int) -> bool:
+        """Whether a global rank's loss and tokens count in a sum over all ranks.
+
+        All tensor-parallel ranks of a last stage compute the same loss, so only the first of them counts.
+        """
+        return self.is_last_stage(rank) and self.modules[LANGUAGE].coordinates(rank)["tp"] == 0
 
 
 def _check_names(modules: Mapping[str, ModuleParallelism]) -> None:
@@ -123,12 +138,12 @@ def _check_sizes(name: str, sizes: ModuleParallelism) -> None:
     if sizes.cp > 1:
         raise LayoutError(
             f"Module {name!r}: cp={sizes.cp} is not supported, because the bridges between modules exchange whole "
-            f"samples and cannot cut a sequence. Set cp=1 and tp={sizes.tp * sizes.cp}, which takes as many ranks."
+            f"samples and cannot split a sequence. Set cp=1 and tp={sizes.tp * sizes.cp}, which takes as many ranks."
         )
 
 
 def _check_coverage(complete: Mapping[str, ResolvedParallelism], world_size: int) -> bool:
-    """Return whether the layout is colocated; raise if ranks are left over, missing or shared in part."""
+    """Return whether the layout is colocated; raise if ranks are unused, missing or only partly shared."""
     spans = {name: sizes.ranks for name, sizes in complete.items()}
     table = ", ".join(f"{name} {product_of(complete[name])} on ranks {span_of(span)}" for name, span in spans.items())
     for (one, a), (two, b) in combinations(spans.items(), 2):
@@ -147,8 +162,8 @@ def _check_coverage(complete: Mapping[str, ResolvedParallelism], world_size: int
     if gaps := [rank for rank in range(needed) if not any(rank in span for span in spans.values())]:
         total = sum(sizes.size for sizes in complete.values())
         raise LayoutError(
-            f"{_belong(gaps)} to no module ({table}). Every rank must work: close the gap between the rank_offsets, or "
-            f"leave them out and run with {fitting_trainer(total)}."
+            f"{_belong(gaps)} to no module ({table}). Every rank must belong to one: close the gap between the "
+            f"rank_offsets, or leave them out and run with {fitting_trainer(total)}."
         )
     if needed > world_size:
         raise LayoutError(
@@ -157,7 +172,7 @@ def _check_coverage(complete: Mapping[str, ResolvedParallelism], world_size: int
         )
     if needed < world_size:
         raise LayoutError(
-            f"{_belong(range(needed, world_size))} to no module ({table}). Every rank must work: run with "
+            f"{_belong(range(needed, world_size))} to no module ({table}). Every rank must belong to one: run with "
             f"{fitting_trainer(needed)}, or make a module larger."
         )
     return len(distinct) == 1
@@ -178,7 +193,7 @@ def _check_experts(name: str, complete: Mapping[str, ResolvedParallelism], *, co
             dp = math.lcm(dp_step_of_experts(sizes), *(complete[other].dp for other in _bridged_to(name, complete)))
             remedy += f", or change {_with_dp(name, dp, complete, colocated=False)}"
         raise LayoutError(
-            f"Module {name!r}: tp * dp = {sizes.tp} * {sizes.dp} = {stage} ranks a stage is not a multiple of "
+            f"Module {name!r}: tp * dp = {sizes.tp} * {sizes.dp} = {stage} ranks per stage is not a multiple of "
             f"expt_tp * ep = {sizes.expt_tp} * {sizes.ep} = {experts}. {remedy}."
         )
 
@@ -194,7 +209,7 @@ def _check_bridge(name: str, complete: Mapping[str, ResolvedParallelism], *, col
         choices.append(_with_dp(LANGUAGE, encoder, complete, colocated=colocated))
     raise LayoutError(
         f"Modules {name!r} (dp={encoder}) and {LANGUAGE!r} (dp={language}): one dp must be a multiple of the other, so "
-        f"that each replica of the one feeds whole replicas of the other. Change {'; or '.join(choices)}."
+        f"that no replica has to be split. Change {'; or '.join(choices)}."
     )
 
 
@@ -207,7 +222,7 @@ def _bridged_to(name: str, complete: Mapping[str, ResolvedParallelism]) -> list[
 
 
 def _with_dp(name: str, dp: int, complete: Mapping[str, ResolvedParallelism], *, colocated: bool) -> str:
-    """What to change for a module to have another dp, and what goes with it."""
+    """Describe how to give a module another dp, including the changes that follow from it."""
     sizes = complete[name]
     if colocated:
         return f"{name!r} to dp={dp}, tp={sizes.size // dp}"

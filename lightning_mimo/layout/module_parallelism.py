@@ -1,4 +1,4 @@
-"""How one module is cut over ranks, and the words in which errors speak of it: pure data."""
+"""Parallel sizes of one module, and how error messages print them: pure data."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, fields
 
 LANGUAGE = "language"
-"""Name of the one module that every layout must have; megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
+"""Name of the module that every layout must have; equal to megatron-core's ``MIMO_LANGUAGE_MODULE_KEY``."""
 
 DENSE_AXES = ("tp", "cp", "dp", "pp")
 EXPERT_AXES = ("expt_tp", "ep", "expt_dp", "pp")
@@ -14,16 +14,16 @@ EXPERT_AXES = ("expt_tp", "ep", "expt_dp", "pp")
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleParallelism:
-    """How one module is cut over its own ranks.
+    """Parallel sizes of one module over its own ranks.
 
     Args:
         tp: tensor-parallel size.
         cp: context-parallel size. Only 1 is supported: the bridges between modules do not split sequences.
         pp: number of pipeline stages. Must be 1 where modules are colocated.
-        dp: number of data-parallel replicas. ``None`` takes what is left over.
+        dp: number of data-parallel replicas. ``None`` uses the ranks that the other modules leave free.
         ep: expert-parallel size (mixture-of-experts layers).
         expt_tp: tensor-parallel size inside one expert.
-        rank_offset: first global rank of the module. ``None`` places it right after the module written before.
+        rank_offset: first global rank of the module. ``None`` places it right after the previous module.
     """
 
     tp: int = 1
@@ -36,7 +36,7 @@ class ModuleParallelism:
 
     @property
     def ranks_per_replica(self) -> int:
-        """Ranks that one data-parallel replica takes: tp * cp * pp."""
+        """Number of ranks of one data-parallel replica: tp * cp * pp."""
         return self.tp * self.cp * self.pp
 
     @property
@@ -47,7 +47,7 @@ class ModuleParallelism:
 
     @property
     def size(self) -> int:
-        """Ranks that the module takes: tp * cp * dp * pp. Only known once ``dp`` is."""
+        """Number of ranks of the module: tp * cp * dp * pp. Requires that ``dp`` is known."""
         return self.ranks_per_replica * self.replicas
 
     def resolved(self) -> ResolvedParallelism:
@@ -97,7 +97,7 @@ class ResolvedParallelism(ModuleParallelism):
         return place
 
     def rank_at(self, *, tp: int, dp: int, pp: int) -> int:
-        """The first global rank (of context parallelism) at a place: the other way round than :meth:`coordinates`."""
+        """Global rank with these coordinates and cp=0: the inverse of :meth:`coordinates`."""
         rank = 0
         for axis, size in reversed(list(zip(DENSE_AXES, self.shape, strict=True))):
             rank = rank * size + {"tp": tp, "cp": 0, "dp": dp, "pp": pp}[axis]
@@ -105,7 +105,7 @@ class ResolvedParallelism(ModuleParallelism):
 
 
 def fitting_trainer(world_size: int) -> str:
-    """The Trainer arguments that give ``world_size`` ranks, for error messages."""
+    """Trainer arguments that give ``world_size`` ranks, for error messages, such as ``devices=4``."""
     text = f"devices={world_size}"
     for devices in (8, 4, 2):
         if world_size > devices and world_size % devices == 0:
@@ -114,13 +114,13 @@ def fitting_trainer(world_size: int) -> str:
 
 
 def dp_step_of_experts(sizes: ModuleParallelism) -> int:
-    """Every dp that the expert sizes allow is a multiple of this."""
+    """Smallest dp that the expert sizes allow; every allowed dp is a multiple of it."""
     experts = sizes.expt_tp * sizes.ep
     return experts // math.gcd(experts, sizes.tp)
 
 
 def product_of(sizes: ModuleParallelism) -> str:
-    """The factors of a module's ranks as errors show them: ``tp=2 * dp=3``."""
+    """Factors of a module's number of ranks, for error messages, such as ``tp=2 * dp=3``."""
     factors = {"tp": sizes.tp, "cp": sizes.cp, "pp": sizes.pp}
     shown = [f"{axis}={size}" for axis, size in factors.items() if size > 1 or axis == "tp"]
     if sizes.dp is not None:
@@ -129,5 +129,5 @@ def product_of(sizes: ModuleParallelism) -> str:
 
 
 def span_of(ranks: range) -> str:
-    """A run of ranks as errors show it: ``0-3``."""
+    """A range of ranks, for error messages, such as ``0-3``."""
     return f"{ranks.start}" if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"

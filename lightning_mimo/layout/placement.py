@@ -1,4 +1,4 @@
-"""Fills in what a layout leaves out: the ``dp`` and the ``rank_offset`` of every module."""
+"""Fills in omitted values of a layout: the ``dp`` and the ``rank_offset`` of every module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_mimo.layout.module_parallelism import (
 
 
 def share_all_ranks(modules: Mapping[str, ModuleParallelism], world_size: int) -> dict[str, ModuleParallelism]:
-    """Every module on all ranks, a missing dp filling them."""
+    """Place every module on all ranks. An omitted dp is chosen so that the module fills them."""
     complete = {}
     for name, sizes in modules.items():
         if sizes.rank_offset not in (None, 0):
@@ -31,13 +31,13 @@ def share_all_ranks(modules: Mapping[str, ModuleParallelism], world_size: int) -
         if rest:
             replica = replace(sizes, dp=None)
             raise LayoutError(
-                f"Module {name!r}: {product_of(replica)} = {sizes.ranks_per_replica} ranks a replica does not divide "
+                f"Module {name!r}: {product_of(replica)} = {sizes.ranks_per_replica} ranks per replica do not divide "
                 f"the {world_size} ranks that colocate=True gives it. Choose a tp that divides {world_size}, or leave "
                 f"dp out everywhere and run with {_runs_that_all_fill(modules, world_size)}."
             )
         complete[name] = replace(sizes, dp=replicas if sizes.dp is None else sizes.dp, rank_offset=0)
         if (size := complete[name].size) != world_size:
-            remedy = f"Set dp={replicas}, or leave dp out to have it fill the ranks"
+            remedy = f"Set dp={replicas}, or leave dp out so that it fills the ranks"
             if all(_fills(other, size) for other in modules.values()):
                 remedy += f", or run with {fitting_trainer(size)}"
             raise LayoutError(
@@ -52,14 +52,14 @@ def _fills(sizes: ModuleParallelism, ranks: int) -> bool:
 
 
 def _runs_that_all_fill(modules: Mapping[str, ModuleParallelism], world_size: int) -> str:
-    """The numbers of ranks next to ``world_size`` that replicas of every module fill exactly."""
+    """The numbers of ranks closest to ``world_size`` that replicas of every module fill exactly."""
     step = math.lcm(*(sizes.ranks_per_replica for sizes in modules.values()))
     below = world_size // step * step
     return f"{' or '.join(str(n) for n in (below, below + step) if n)} ranks (devices * num_nodes)"
 
 
 def place_one_after_another(modules: Mapping[str, ModuleParallelism], world_size: int) -> dict[str, ModuleParallelism]:
-    """Every module right after the one written before, unless it says where; a missing dp is what is left over."""
+    """Place modules on consecutive ranks, except those with a ``rank_offset``. An omitted dp uses the free ranks."""
     open_names = [name for name, sizes in modules.items() if sizes.dp is None]
     filled = dict(modules)
     if len(open_names) == 1:
@@ -76,7 +76,7 @@ def place_one_after_another(modules: Mapping[str, ModuleParallelism], world_size
 
 
 def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: int) -> ModuleParallelism:
-    """The one module whose dp was left out, with the dp that takes what the others leave."""
+    """Return the only module whose dp was omitted with the dp that uses all remaining ranks."""
     sizes = modules[name]
     others = {other: m.size for other, m in modules.items() if other != name}
     left = world_size - sum(others.values())
@@ -87,7 +87,7 @@ def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: in
     smallest = sum(others.values()) + sizes.ranks_per_replica * dp_step_of_experts(sizes)
     raise LayoutError(
         f"Module {name!r}: {world_size} ranks - ({taken}) leaves {left}, which is not a positive multiple of "
-        f"{product_of(sizes)} = {sizes.ranks_per_replica} ranks a replica. The smallest run that fits is "
+        f"{product_of(sizes)} = {sizes.ranks_per_replica} ranks per replica. The smallest run that fits is "
         f"{fitting_trainer(smallest)}."
     )
 
@@ -95,7 +95,7 @@ def _fill_dp(name: str, modules: Mapping[str, ModuleParallelism], world_size: in
 def _fill_open(
     open_names: list[str], modules: Mapping[str, ModuleParallelism], world_size: int
 ) -> dict[str, ModuleParallelism]:
-    """All modules, where several dp were left out and just one way of filling them in takes all ranks."""
+    """Return all modules with every omitted dp filled in, if exactly one choice uses all ranks."""
     names = " and ".join(map(repr, open_names))
     smallest = {
         name: replace(sizes, dp=dp_step_of_experts(sizes)) if sizes.dp is None else sizes
@@ -105,7 +105,7 @@ def _fill_open(
     if needed > world_size:
         table = " + ".join(f"{name} {sizes.size}" for name, sizes in smallest.items())
         raise LayoutError(
-            f"dp is left out for {names}; already the smallest takes {table} = {needed} ranks, but there are "
+            f"dp is left out for {names}; the smallest choice already takes {table} = {needed} ranks, but there are "
             f"{world_size}. Run with {fitting_trainer(needed)}, or make a module smaller."
         )
     ways = [way for way in _ways_to_fill(open_names, smallest, world_size - needed) if _nests(way)]
@@ -117,8 +117,8 @@ def _fill_open(
     if len(ways) > 1:
         choices = "; ".join(", ".join(f"{name} dp={way[name].dp}" for name in open_names) for way in ways[:3])
         raise LayoutError(
-            f"dp is left out for {names}, so how {world_size} ranks are to be divided between them is not determined. "
-            f"Give dp for all of these but one. Possible: {choices}{'; …' if len(ways) > 3 else ''}."
+            f"dp is left out for {names}, so how {world_size} ranks are to be divided between them is ambiguous. "
+            f"Give dp for all of these except one. Possible: {choices}{'; …' if len(ways) > 3 else ''}."
         )
     return ways[0]
 
@@ -126,7 +126,7 @@ def _fill_open(
 def _ways_to_fill(
     open_names: list[str], modules: Mapping[str, ModuleParallelism], spare: int
 ) -> Iterator[dict[str, ModuleParallelism]]:
-    """Every way to hand ``spare`` further ranks to the open modules, each in steps of its smallest size."""
+    """Yield every way to distribute ``spare`` ranks over the open modules, each in multiples of its smallest size."""
     if not open_names:
         if spare == 0:
             yield dict(modules)
@@ -144,7 +144,7 @@ def _nests(modules: Mapping[str, ModuleParallelism]) -> bool:
 
 
 def check_no_pipeline(name: str, sizes: ModuleParallelism) -> None:
-    """Refuse pipeline stages where modules share all ranks."""
+    """Raise LayoutError for pipeline stages in a colocated layout, which does not support them."""
     if sizes.pp > 1:
         raise LayoutError(
             f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks (a language module alone "

@@ -1,8 +1,9 @@
-"""Which ranks exchange what between two modules, or between two pipeline stages of one.
+"""Which ranks exchange activations between two modules, or between two pipeline stages of one module.
 
-All tensor-parallel ranks of a stage hold the same activations, so every rank of the other side gets them from one of
-those directly, and no side passes them on. Samples of one data-parallel replica belong to one replica of the other
-side, or to a run of them: the parts of a microbatch, in the order of its samples. Pure Python, no torch.
+All tensor-parallel ranks of a stage hold the same activations, so every receiving rank gets them directly from one
+sender, and no rank forwards them. The samples of one data-parallel replica belong to one replica of the other side, or
+to several consecutive ones. In the second case a microbatch is sent in parts, in the order of its samples. Pure
+Python, no torch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from lightning_mimo.layout.module_parallelism import ResolvedParallelism
 
 @dataclass(frozen=True, kw_only=True)
 class Routes:
-    """What one rank exchanges with the other side, the same in both directions.
+    """The ranks with which one rank exchanges activations and gradients.
 
     Attributes:
-        receives: for each part of a microbatch, the global rank that it comes from.
-        sends: for each part, the global ranks that it goes to; there may be none.
+        receives: for each part of a microbatch, the global rank that sends it.
+        sends: for each part of a microbatch, the global ranks that receive it; may be empty.
     """
 
     receives: tuple[int, ...]
@@ -30,16 +31,19 @@ class Routes:
 
     @property
     def receivers(self) -> tuple[int, ...]:
-        """All ranks that anything goes to."""
+        """All ranks that this rank sends to."""
         return tuple(rank for part in self.sends for rank in part)
 
 
 def routes_between(mine: ResolvedParallelism, theirs: ResolvedParallelism, *, rank: int, stage: int) -> Routes:
-    """Routes of a rank of one module to a pipeline stage of another module, or of its own.
+    """Routes between a rank of one module and a pipeline stage of another module or of the same one.
+
+    Example: ``mine`` is an encoder with dp=2 on ranks 0-1, ``theirs`` a language module with tp=2, dp=1 on ranks 2-3.
+    Rank 0 sends its only part to both: ``sends=((2, 3),)``. It receives the gradient from rank 2: ``receives=(2,)``.
 
     Args:
         mine: resolved sizes of the rank's module.
-        theirs: resolved sizes of the other side.
+        theirs: resolved sizes of the module on the other side.
         rank: global rank in ``mine``.
         stage: pipeline stage of ``theirs``.
     """

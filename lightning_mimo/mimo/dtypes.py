@@ -40,7 +40,7 @@ class DtypePolicy:
         if config.num_moe_experts and self.dtype == torch.float64:
             config.moe_router_dtype = "fp64"
 
-    def convert(self, module: torch.nn.Module) -> torch.nn.Module:
+    def convert[M: torch.nn.Module](self, module: M) -> M:
         """Convert parameters and buffers in place, and the configs of transformers that a user's code has built."""
         configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
         for config in configs.values():

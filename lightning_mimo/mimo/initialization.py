@@ -196,7 +196,8 @@ def _shard_of_master(
     if (group := shard_group(parameter, groups)) is not None:
         dim, _ = partition_of(parameter)
         shape[dim] *= group.size()
-    master = torch.empty(shape, dtype=torch.float32)
+    # Named, because Lightning makes the GPU the default device, whose generator draws other numbers.
+    master = torch.empty(shape, dtype=torch.float32, device="cpu")
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         recipe.function(master, *recipe.args, **recipe.kwargs)

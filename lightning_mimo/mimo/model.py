@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any
@@ -23,6 +24,7 @@ from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
 from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.upstream.torch import _BatchNorm
 
 
 class RaggedMimoModel(MimoModel):
@@ -152,14 +154,14 @@ class RaggedMimoModel(MimoModel):
         # As upstream, but what a module draws from the default generator (torch.randn in a user's encoder) must not
         # depend on which other modules this rank builds.
         for name in self.role.modality_module_names:
-            torch.random.default_generator.manual_seed(seed_for(self._seed, name))
+            _seed_generators(seed_for(self._seed, name))
             spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
             )
 
     def _initialize_language_model(self) -> None:
-        torch.random.default_generator.manual_seed(seed_for(self._seed, LANGUAGE))
+        _seed_generators(seed_for(self._seed, LANGUAGE))
         super()._initialize_language_model()
 
     def _forward_encoders(
@@ -225,7 +227,8 @@ def build_mimo_model(
 ) -> RaggedMimoModel:
     """Build this rank's modules with weights that depend on the seed and on names only.
 
-    Collective over the world.
+    Collective over the world. A default device (``with torch.device("cuda")``, which Lightning enters) does not count:
+    what is not given a device is built and drawn on the CPU.
 
     Args:
         config: specs of all modules. Its ``module_to_grid_map`` is set here.
@@ -236,7 +239,7 @@ def build_mimo_model(
     Raises:
         LayoutError: if the config's modules are not those of the layout.
     """
-    with torch.random.fork_rng(devices=[]), RecordInitializers() as initializers:
+    with _generators_kept(), torch.device("cpu"), RecordInitializers() as initializers:
         model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
@@ -245,6 +248,23 @@ def build_mimo_model(
             module, prefix=prefix, seed=seed, initializers=initializers, groups=infra.pg_collections[name]
         )
     return dtype_policy.convert(model)
+
+
+def _seed_generators(seed: int) -> None:
+    """Seed what a module's own code draws from: the CPU's generator, and the one of this rank's device."""
+    torch.random.default_generator.manual_seed(seed)
+    torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Whatever is drawn inside, the generators of the CPU and of this rank's device go on as if nothing had been."""
+    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(device)
+        torch.set_rng_state(cpu)
 
 
 def construct_mimo_model(
@@ -309,7 +329,7 @@ def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
 def _check_batch_norm(model: MimoModel) -> None:
     """Refuse layers that make a sample's result depend on which others are on the same rank."""
     for path, part in model.named_modules():
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, _BatchNorm):
             raise DataError(
                 f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
                 f"so every layout would train something else. Use LayerNorm or GroupNorm, or "

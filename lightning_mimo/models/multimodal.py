@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from megatron.core.models.mimo import MimoModelConfig
@@ -11,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.audio import ClipPatches, audio_spec
 from lightning_mimo.models.gpt import gpt_spec
-from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
+from lightning_mimo.models.sizes import TransformerSize, check_divides, mlp_config, transformer_config
 from lightning_mimo.models.vision import ImagePatches, vision_spec
 from lightning_mimo.parallel.infra import MimoModelInfra
 
@@ -82,17 +83,18 @@ def _encoder_spec(infra: MimoModelInfra, name: str, encoder: Encoder, language: 
     config = transformer_config(infra.layout, name, encoder.size)
     tp = infra.layout.modules[name].tp
     check_divides("hidden_size of the language module", language.hidden_size, name, "tp", tp)
-    projector = TransformerSize(
-        num_layers=encoder.size.num_layers,
+    projector = mlp_config(
+        infra.layout,
+        name,
         hidden_size=language.hidden_size,
-        num_attention_heads=tp,  # it has no attention
         ffn_hidden_size=language.hidden_size,
+        output_gain=1.0 / math.sqrt(2 * encoder.size.num_layers),  # as the last layer of the encoder's MLPs
     )
-    spec = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
+    spec: Callable[..., ModuleSpec] = audio_spec if isinstance(encoder.patches, ClipPatches) else vision_spec
     return spec(
         patches=encoder.patches,
         encoder=config,
-        projector=transformer_config(infra.layout, name, projector),
+        projector=projector,
         pg_collection=infra.pg_collections.get(name),
         attention=encoder.size.attention,
     )

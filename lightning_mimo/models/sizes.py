@@ -143,6 +143,39 @@ def transformer_config(
     )
 
 
+def mlp_config(
+    layout: MimoLayout, module: str, *, hidden_size: int, ffn_hidden_size: int, output_gain: float = 1.0
+) -> TransformerConfig:
+    """Megatron's config of an MLP that stands alone, with GELU and biases, such as a projector.
+
+    megatron-core knows an MLP by a TransformerConfig only. What concerns layers and attention in it is not read here:
+    ``num_attention_heads`` is tp, because upstream refuses fewer.
+
+    Args:
+        layout: what runs where.
+        module: the MLP's module.
+        hidden_size: width of its output.
+        ffn_hidden_size: width between its two layers; tp must divide it.
+        output_gain: factor for the initial weights of the second layer.
+
+    Raises:
+        LayoutError: if the width does not divide over the module's ranks.
+    """
+    tp = layout.modules[module].tp
+    check_divides("ffn_hidden_size", ffn_hidden_size, module, "tp", tp)
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=hidden_size,
+        num_attention_heads=tp,
+        ffn_hidden_size=ffn_hidden_size,
+        tensor_model_parallel_size=tp,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=fan_in_normal_,
+        output_layer_init_method=partial(fan_in_normal_, gain=output_gain),
+    )
+
+
 def _style(size: TransformerSize) -> dict[str, Any]:
     if size.style == "gpt":
         return {"add_bias_linear": size.num_experts is None}

@@ -6,7 +6,9 @@ entry and a counter.
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +19,8 @@ COMPUTING = (FORWARD, BACKWARD)
 """Kinds of work that wait for nobody, but for tensor-parallel peers."""
 LOADING = "loading"
 """Kind of work that waits for no rank at all."""
+
+_SOON_SECONDS = 0.5  # after which a GPU is said not to have come to a mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +87,10 @@ class Clock(Protocol):
         """Seconds between two marks."""
 
     def is_past(self, mark: Any) -> bool:
-        """Whether the device has come to a mark. Does not wait."""
+        """Whether the device has come to a mark. Waits a moment at most; for any thread."""
+
+    def is_idle(self) -> bool:
+        """Whether the device has done all that it was given. Waits a moment at most; for any thread."""
 
     def anchor(self) -> tuple[Any, float]:
         """A mark of this moment, and ``perf_counter``. Waits for the device."""
@@ -101,6 +108,9 @@ class HostClock:
     def is_past(self, mark: float) -> bool:
         return True
 
+    def is_idle(self) -> bool:
+        return True
+
     def anchor(self) -> tuple[float, float]:
         now = self.mark()
         return now, now
@@ -108,6 +118,9 @@ class HostClock:
 
 class CudaClock:
     """Of a GPU: events in the current stream, which the host does not wait for when it makes them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -119,7 +132,11 @@ class CudaClock:
         return begin.elapsed_time(end) / 1000
 
     def is_past(self, mark: torch.cuda.Event) -> bool:
-        return mark.query()
+        return _returns_soon(mark.synchronize)
+
+    def is_idle(self) -> bool:
+        # By device, since another thread may have another current one.
+        return _returns_soon(torch.cuda.default_stream(self._device).synchronize)
 
     def anchor(self) -> tuple[torch.cuda.Event, float]:
         mark = self.mark()
@@ -127,9 +144,21 @@ class CudaClock:
         return mark, time.perf_counter()
 
 
+def _returns_soon(wait: Callable[[], None]) -> bool:
+    """Whether a call that waits for a GPU returns.
+
+    Not by asking the GPU, as ``query()`` does: that holds the interpreter's lock and does not return where another
+    thread stands in a launch that the GPU does not take, because its queue is full. ``synchronize()`` holds no lock.
+    """
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    thread.join(_SOON_SECONDS)
+    return not thread.is_alive()
+
+
 def clock_of(device: torch.device) -> Clock:
     """The clock of a rank's device."""
-    return CudaClock() if device.type == "cuda" else HostClock()
+    return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
 class Spans:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.observe.spans import COMPUTING, Span, Spans
 
 _TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeline": "pipeline_s", "reduce": "reduce_s"}
@@ -61,13 +61,13 @@ class Telemetry:
                 self._counted.append(name)
         self._places = [(rank, name) for rank in range(layout.world_size) for name in layout.modules_on(rank)]
         self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in modules}
-        self._in_window = {name: dict.fromkeys(_COUNTS, 0) for name in modules}
+        self._in_step = {name: dict.fromkeys(_COUNTS, 0) for name in modules}
         self._unread: list[Span] = []
 
-    def count(self, microbatches: Sequence[Mapping[str, Any]]) -> None:
-        """A batch of the window that is running. Reads sizes only, no tensors."""
+    def count(self, microbatches: Sequence[Microbatch]) -> None:
+        """Count a batch of the step that is running. Reads sizes only, no tensors."""
         for name in self._counted:
-            sums = self._in_window[name]
+            sums = self._in_step[name]
             for microbatch in microbatches:
                 if name == LANGUAGE:
                     sums["samples"] += microbatch["input_ids"].size(0)
@@ -81,17 +81,17 @@ class Telemetry:
         """A step is done.
 
         Args:
-            spans: of the whole accumulation window.
+            spans: of all batches that were accumulated for it.
             seconds: since the step before.
         """
         # Times are read a step later, when a GPU has long done the work: nobody has to wait for it.
         self._read()
         self._unread = spans
         for name, sums in self._sums.items():
-            window = self._in_window[name]
+            counted = self._in_step[name]
             for count in _COUNTS:
-                sums[count] += window[count]
-                window[count] = 0
+                sums[count] += counted[count]
+                counted[count] = 0
             sums["seconds"] += seconds
             sums["steps"] += 1
 

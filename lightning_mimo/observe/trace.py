@@ -183,8 +183,9 @@ def _arrows(ranks: Sequence[RankTrace], start: float) -> Iterator[Event]:
     number = 0
     for each in ranks:
         for span in each.spans:
-            for peer in span.info.peers if span.info.receives else ():
-                sender = sent.get((span.info.edge, span.info.receives, span.microbatch, peer, each.rank))
+            direction = span.info.receives
+            for peer in span.info.peers if direction else ():
+                sender = sent.get((span.info.edge, direction or "", span.microbatch, peer, each.rank))
                 if sender is None:
                     continue
                 number += 1

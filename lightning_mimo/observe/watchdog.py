@@ -8,6 +8,7 @@ groups, which hang, the others find it, and one of them finds out which rank the
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -24,8 +25,10 @@ import torch.distributed as dist
 
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.observe.spans import COMPUTING, LOADING, Spans
+from lightning_mimo.upstream.torch import _get_default_store
 
 _FRAMES = 4
+_FROZEN_SECONDS = 30.0  # beyond the timeout, while the interpreter stands still
 _COLLECTIVE = ("torch/distributed/distributed_c10d.py", "torch/distributed/c10d_logger.py")
 
 
@@ -53,6 +56,7 @@ class Watchdog:
         timeout: timedelta,
         end_node: Callable[[], None],
         leaves_first: bool,
+        on_gpu: bool = False,
     ) -> None:
         """
         Args:
@@ -61,6 +65,8 @@ class Watchdog:
             timeout: how long a rank may wait for another.
             end_node: ends the other ranks of this machine that this process knows of.
             leaves_first: whether this rank started others, which are to be gone before it would report their end.
+            on_gpu: whether a call that waits for a GPU may stop the interpreter, and this watchdog with it. The process
+                is then ended from outside of it, with what all threads were doing.
         """
         self._spans = spans
         self._layout = layout
@@ -68,8 +74,9 @@ class Watchdog:
         self._timeout = timeout.total_seconds()
         self._end_node = end_node
         self._leaves_first = leaves_first
+        self._on_gpu = on_gpu
         # A clone has a connection of its own: the store's may be taken by a call that waits.
-        self._store = dist.PrefixStore("lightning_mimo/hang", dist.distributed_c10d._get_default_store().clone())
+        self._store = dist.PrefixStore("lightning_mimo/hang", _get_default_store().clone())
         self._poll = min(1.0, self._timeout / 20)
         self._quiet = min(10.0, self._timeout / 2)
         self._longest_wait = self._quiet + 2 * self._poll + 2  # until all ranks that can have reported
@@ -94,6 +101,7 @@ class Watchdog:
     def _watch(self) -> None:
         changes, before = -1, time.monotonic()
         while not self._stopped.wait(self._poll):
+            self._outlive_interpreter()
             now = time.monotonic()
             # A process that was stopped and goes on, or a machine that slept, has not waited for anybody.
             passed, before = min(now - before, 2 * self._poll), now
@@ -101,6 +109,13 @@ class Watchdog:
             changes = self._spans.changes
             if self._called.is_set() or (self._silent >= self._timeout and self._look().waits):
                 self._end_run()
+        if self._on_gpu:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _outlive_interpreter(self) -> None:
+        """Have the process ended, by a thread that needs no interpreter, if this is not called again in time."""
+        if self._on_gpu:
+            faulthandler.dump_traceback_later(self._timeout + _FROZEN_SECONDS, file=2, exit=True)
 
     def _listen(self) -> None:
         # Apart from the other thread: where rank 0's process stands still, the store answers nobody.
@@ -124,9 +139,21 @@ class Watchdog:
             return Report(waits=True, label=f"has waited {silent:.0f} s to {span}{peers}")
         if in_collective:
             return Report(waits=True, label=f"has waited {silent:.0f} s for others inside of {span}; {_place(frame)}")
+        if self._computes_with_others(span.info.module) and not self._spans.clock.is_idle():
+            # A GPU waits for others by itself, while the host is anywhere.
+            label = f"has waited {silent:.0f} s for its GPU, which has others to wait for inside of {span}"
+            return Report(waits=True, label=f"{label}; {_place(frame)}")
         return Report(
             waits=False, label=f"has been in {span} for {silent:.0f} s and waits for no rank; {_place(frame)}"
         )
+
+    def _computes_with_others(self, module: str) -> bool:
+        """Whether there are collectives inside of a module's forward and backward passes, or between them."""
+        layout = self._layout
+        if layout.colocated and len({sizes.dp for sizes in layout.modules.values()}) > 1:
+            return True
+        sizes = layout.modules.get(module)
+        return sizes is not None and max(sizes.tp, sizes.cp, sizes.ep, sizes.expt_tp) > 1
 
     def _end_run(self) -> None:
         """Report, let one rank conclude, and leave. Does not return."""
@@ -171,7 +198,7 @@ class Watchdog:
         silent = "which does not answer: its process is gone, or stands still"
         missing = [f"{self._name(rank)}, {silent}" for rank in ranks if rank not in reports]
         missing += [f"{self._name(rank)}, which {each.label}" for rank, each in reports.items() if not each.waits]
-        limit = f"MimoStrategy(timeout={self._timeout:g} s)"
+        limit = f"Monitoring(timeout={self._timeout:g} s)"
         if not missing:
             return f"{limit}: all ranks wait for one another, so they do not run the same steps. Ending all ranks."
         return f"{limit}: the others wait for {'; and for '.join(missing)}. Ending all ranks."

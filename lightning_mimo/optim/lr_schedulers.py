@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,8 +33,8 @@ class PerModuleLR(LRScheduler):
         """
         Args:
             optimizer: what ``MimoModule.build_optimizer`` returned.
-            schedulers: name of a module or of an overridden part of one -> makes its scheduler. A module's covers
-                those of its parts that have none of their own.
+            schedulers: name of a parameter group, a module's or an override's inside of one -> makes its scheduler. A
+                module's also covers the groups inside of it that have none of their own.
 
         Raises:
             ConfigError: for a name that has no parameter group.
@@ -47,8 +46,8 @@ class PerModuleLR(LRScheduler):
         }
         if unknown := [key for key in schedulers if key not in owners.values()]:
             raise ConfigError(
-                f"PerModuleLR: {unknown[0]!r} has no parameter group; there are {', '.join(map(repr, groups))}. A part "
-                f"of a module has one where build_optimizer(overrides=...) names it; what is frozen has none."
+                f"PerModuleLR: {unknown[0]!r} has no parameter group; there are {', '.join(map(repr, groups))}. What "
+                f"lies inside a module has one where build_optimizer(overrides=...) names it; what is frozen has none."
             )
         self.schedulers = {
             key: make(_SomeGroups(optimizer, [groups[name] for name in groups if owners[name] == key]))
@@ -58,10 +57,10 @@ class PerModuleLR(LRScheduler):
     def step(self, epoch: int | None = None) -> None:
         """Advance every scheduler by one."""
         for scheduler in self.schedulers.values():
-            scheduler.optimizer._opt_called = True  # torch would warn that this optimizer has not stepped
+            scheduler.optimizer.step()  # or torch would warn that the scheduler came before the optimizer
             scheduler.step() if epoch is None else scheduler.step(epoch)
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> list[float | torch.Tensor]:
         """Learning rates of all groups of the optimizer."""
         return [group["lr"] for group in self.optimizer.param_groups]
 
@@ -88,8 +87,7 @@ class _SomeGroups(torch.optim.Optimizer):
     """Some parameter groups of an optimizer, the very dictionaries, for a scheduler to work on."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]) -> None:
-        state = {"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": groups}
-        self.__setstate__(state)
+        super().__init__(groups, optimizer.defaults)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # takes no closure
         """Nothing: the whole optimizer steps."""

@@ -13,6 +13,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from lightning_mimo.mimo.parameter_names import module_of
+from lightning_mimo.optim.step_reduction import DeviceReduction, HostReduction
 
 _EPSILON = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_ and in megatron-core
 
@@ -25,39 +26,40 @@ class StepOutcome:
         updated: whether the weights were changed.
         overflow: whether the step was skipped because the loss scale was too large, which is part of training in
             float16: the next step has a smaller one.
-        stop: whether any rank wants the run to end after this step.
-        loss: sum of the losses of the window's batches.
-        group_norms: part -> norm of its gradients before clipping, infinite or nan where one of them is.
-        also: what else was added up over all ranks on the way.
+        totals: what the step went by, as Python numbers.
+        group_norms: parameter group -> norm of its gradients before clipping, infinite or NaN where one of them is.
     """
 
     updated: bool
     overflow: bool
-    stop: bool
-    loss: float
+    totals: HostReduction
     group_norms: Mapping[str, float]
-    also: Sequence[float] = ()
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank wants the run to end after this step."""
+        return self.totals.stops > 0
 
     @property
     def grad_norm(self) -> float:
-        """Norm over all parts, before clipping."""
+        """Norm over all groups, before clipping."""
         return math.sqrt(sum(norm**2 for norm in self.group_norms.values()))
 
     @property
     def module_norms(self) -> dict[str, float]:
-        """Module -> norm of its gradients before clipping, its parts together."""
+        """Module -> norm of its gradients before clipping, over all of its groups."""
         squares: dict[str, float] = {}
-        for part, norm in self.group_norms.items():
-            squares[module_of(part)] = squares.get(module_of(part), 0.0) + norm**2
+        for group, norm in self.group_norms.items():
+            squares[module_of(group)] = squares.get(module_of(group), 0.0) + norm**2
         return {module: math.sqrt(square) for module, square in squares.items()}
 
     @property
     def problem(self) -> str:
         """What is not finite, in words, if the step was skipped."""
-        if not math.isfinite(self.loss):
+        if not math.isfinite(self.totals.accumulated_loss):
             return "The loss is not finite"
-        parts = [repr(part) for part, norm in self.group_norms.items() if not math.isfinite(norm)]
-        return f"The gradient of {' and '.join(parts)} is not finite"
+        groups = [repr(group) for group, norm in self.group_norms.items() if not math.isfinite(norm)]
+        return f"The gradient of {' and '.join(groups)} is not finite"
 
 
 class SingleSyncMimoOptimizer(MimoOptimizer):
@@ -71,7 +73,7 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
     the read comes after the update.
 
     Attributes:
-        parts: names of the parts, the same on every rank.
+        group_names: names of the parameter groups, the same on every rank.
         grad_scaler: the loss scale; ``None`` for none.
     """
 
@@ -80,21 +82,21 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
         module_infos: dict[str, ModuleOptimizerInfo],
         config: OptimizerConfig,
         *,
-        parts: Sequence[str],
+        group_names: Sequence[str],
         clipping: Sequence[tuple[float, Sequence[str]]],
     ) -> None:
         """
         Args:
-            module_infos: megatron-core's optimizers of this rank's modules. Their loss scales are taken away.
+            module_infos: megatron-core's optimizers of this rank's modules. Their loss scales are taken away. Each of
+                their groups says under ``"group_name"`` to which of ``group_names`` it belongs.
             config: of all modules.
-            parts: names of the parts, the same on every rank. The parameter groups say to which they belong.
-            clipping: (largest gradient norm, parts that have it together); 0 does not clip.
+            group_names: names of the parameter groups, the same on every rank.
+            clipping: (largest gradient norm, names of the groups that have it together); 0 does not clip.
         """
         super().__init__(module_infos, config)
-        self.parts = list(parts)
+        self.group_names = list(group_names)
         self.grad_scaler = _grad_scaler(config)
         self._clipping = [(limit, list(names)) for limit, names in clipping if limit > 0 and names]
-        self._found: torch.Tensor | None = None  # ranks that want to stop, the loss, squared norms, what else to read
         for _, optimizer in self._inner():
             optimizer.grad_scaler = None
 
@@ -110,59 +112,53 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
 
     @torch.no_grad()
     def gradient_squares(self) -> torch.Tensor:
-        """This rank's addends to the squared gradient norm of every part: float64 ``[parts]``.
+        """This rank's addends to the squared gradient norm of every parameter group: float64 ``[groups]``.
 
         Their sum over the world is the whole. To be called when gradients have been reduced over the replicas.
         """
         self.prepare_grads()
-        squares = torch.zeros(len(self.parts), dtype=torch.float64, device=torch.cuda.current_device())
+        squares = torch.zeros(len(self.group_names), dtype=torch.float64, device=torch.cuda.current_device())
         for module, optimizer in self._inner():
-            # All the groups over which the parameters are divided hold the same gradients.
+            # All the process groups over which the parameters are divided hold the same gradients.
             share = optimizer.get_grad_stats_parallel_group().size() / self.module_infos[module].grid.size
             for group in optimizer.param_groups:
                 if grads := optimizer._filter_grads_for_norm(group["params"]):
                     norms = torch._foreach_norm(grads, dtype=torch.promote_types(grads[0].dtype, torch.float32))
-                    squares[self.parts.index(group["part"])] += share * torch.stack(norms).double().square().sum()
+                    i = self.group_names.index(group["group_name"])
+                    squares[i] += share * torch.stack(norms).double().square().sum()
         return squares
 
-    def receive(
-        self, *, squares: torch.Tensor, loss: torch.Tensor, stops: torch.Tensor, also: Sequence[torch.Tensor] = ()
-    ) -> None:
-        """What all ranks together came to; the next :meth:`step` goes by it.
+    @torch.no_grad()
+    def step(self, reduction: DeviceReduction) -> StepOutcome:
+        """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange.
 
         Args:
-            squares: float64 ``[parts]``, squared norms of the gradients as they now are.
-            loss: float64 ``[1]``, sum of the losses of the window's batches.
-            stops: float64 ``[1]``, how many ranks want the run to end.
-            also: float64 ``[n]`` each, figures to read to the host on the same occasion.
+            reduction: sums over all ranks; ``group_squares`` are of the gradients as they now are.
         """
-        self._found = torch.cat([stops, loss, squares, *also])
-
-    @torch.no_grad()
-    def step(self) -> StepOutcome:
-        """Clip and update, or skip what is not finite, on all ranks alike. No collective but the weights' exchange."""
-        assert self._found is not None, "step() comes after the schedule's last batch of a window"
-        found, self._found = self._found, None
-        own = found[: 2 + len(self.parts)]
-        is_finite = own.isfinite().all()
-        self._clip(own[2:])
+        finite = torch.stack([reduction.accumulated_loss, reduction.accumulated_tokens]).isfinite().all()
+        finite &= reduction.group_squares.isfinite().all()
+        self._clip(reduction.group_squares)
         inner = [optimizer.optimizer for _, optimizer in self._inner()]
         decides_on_device = all(_can_skip_on_device(optimizer) for optimizer in inner)
         if decides_on_device:
             for optimizer in inner:
-                optimizer.found_inf = (~is_finite).float()
+                optimizer.found_inf = (~finite).float()
             self.step_with_ready_grads()
-        stops, loss, *rest = found.tolist()
-        squares, also = rest[: len(self.parts)], rest[len(self.parts) :]
-        updated = all(map(math.isfinite, (loss, *squares)))
+        totals = reduction.read()
+        figures = (totals.accumulated_loss, totals.accumulated_tokens, *totals.group_squares)
+        updated = all(map(math.isfinite, figures))
         if updated and not decides_on_device:
             self.step_with_ready_grads()
-        overflow = not updated and math.isfinite(loss) and self._can_scale_down()
+        is_loss_sound = math.isfinite(totals.accumulated_loss) and 0 <= totals.accumulated_tokens < math.inf
+        overflow = not updated and is_loss_sound and self._can_scale_down()
         if self.grad_scaler is not None:
             self.grad_scaler.update(not updated)
-        norms = {part: square**0.5 for part, square in zip(self.parts, squares, strict=True)}
+        norms = [square**0.5 for square in totals.group_squares]
         return StepOutcome(
-            updated=updated, overflow=overflow, stop=stops > 0, loss=loss, group_norms=norms, also=tuple(also)
+            updated=updated,
+            overflow=overflow,
+            totals=totals,
+            group_norms=dict(zip(self.group_names, norms, strict=True)),
         )
 
     def inner(self, module: str) -> Iterator[MegatronOptimizer]:
@@ -178,17 +174,17 @@ class SingleSyncMimoOptimizer(MimoOptimizer):
                         yield module, optimizer
 
     def _clip(self, squares: torch.Tensor) -> None:
-        for limit, parts in self._clipping:
-            norm = torch.stack([squares[self.parts.index(part)] for part in parts]).sum().sqrt()
-            if grads := [grad for part in parts for grad in self._grads_of(part)]:
+        for limit, names in self._clipping:
+            norm = torch.stack([squares[self.group_names.index(name)] for name in names]).sum().sqrt()
+            if grads := [grad for name in names for grad in self._grads_of(name)]:
                 torch._foreach_mul_(grads, (limit / (norm + _EPSILON)).clamp(max=1.0))
 
-    def _grads_of(self, part: str) -> Iterator[torch.Tensor]:
+    def _grads_of(self, group_name: str) -> Iterator[torch.Tensor]:
         for _, optimizer in self._inner():
-            name = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
+            attribute = "decoupled_grad" if optimizer.config.use_precision_aware_optimizer else "grad"
             for group in optimizer.param_groups:
-                if group.get("part") == part:
-                    grads = (getattr(parameter, name, None) for parameter in group["params"])
+                if group.get("group_name") == group_name:
+                    grads = (getattr(parameter, attribute, None) for parameter in group["params"])
                     yield from (grad for grad in grads if grad is not None)
 
     def _can_scale_down(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from lightning_mimo.optim.param_groups import (
     megatron_overrides,
     pass_on,
 )
+from lightning_mimo.optim.step_reduction import DeviceReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 _UPDATE = SpanInfo(kind="optimizer", label="update the weights")
@@ -34,14 +34,14 @@ _UPDATE = SpanInfo(kind="optimizer", label="update the weights")
 class MimoTorchOptimizer(torch.optim.Optimizer):
     """Steps the optimizers of all modules at once, by the gradient norms over all of them.
 
-    ``param_groups`` has one group for each module, and for each part of one that has settings of its own, under its
-    ``"name"``: the same groups on every rank and in every layout, so any learning-rate scheduler works on them, and its
-    state fits any layout. Gradients are zeroed by the strategy, never by ``zero_grad``.
+    ``param_groups`` has one group for each module, and for each override inside of one, under its ``"name"``: the same
+    groups on every rank and in every layout, so any learning-rate scheduler works on them, and its state fits any
+    layout. Gradients are zeroed by the strategy, never by ``zero_grad``.
 
     Attributes:
         mimo: megatron-core's optimizers.
-        outcome: what the last step found and did; ``None`` before the first and while more batches of an accumulation
-            window follow.
+        reduction: what all ranks together came to; the closure of :meth:`step` sets it, and the step uses it up.
+        outcome: what the last step found and did; ``None`` before the first and while gradients are accumulated.
         skipped_steps: how many steps have been skipped so far, because something was not finite.
     """
 
@@ -53,11 +53,18 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
         *,
         spans: Spans,
     ) -> None:
-        # __setstate__ sets up hooks and profiling as __init__ does, but leaves the groups as they are, and does not
-        # refuse a rank whose parameters are all frozen.
-        defaults = {key: value for key, value in param_groups[0].items() if key not in ("params", "name")}
-        self.__setstate__({"defaults": defaults, "state": defaultdict(dict), "param_groups": param_groups})
+        """
+        Args:
+            mimo: megatron-core's optimizers.
+            model: what they update.
+            param_groups: of :func:`lightning_mimo.optim.param_groups.groups_for_schedulers`.
+            spans: where this rank records its updates.
+        """
+        super().__init__(
+            param_groups, {key: value for key, value in param_groups[0].items() if key not in ("params", "name")}
+        )
         self.mimo = mimo
+        self.reduction: DeviceReduction | None = None
         self.outcome: StepOutcome | None = None
         self.skipped_steps = 0
         self._model = model
@@ -80,10 +87,12 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
             What the closure returned.
         """
         result = closure() if closure is not None else None
+        reduction, self.reduction = self.reduction, None
+        assert reduction is not None, "step() comes after the last batch of an accumulation"
         with self._spans.span(_UPDATE):
             pass_on(self.param_groups, self.mimo.param_groups, self.config)
             complete_gathering(self._model)
-            self.outcome = self.mimo.step()
+            self.outcome = self.mimo.step(reduction)
             # megatron-core has made param.grad an alias of DDP's gradient buffer. Left so, the next backward pass would
             # add to the buffer twice: once through param.grad and once through DDP's hook.
             self.mimo.zero_grad()
@@ -139,7 +148,7 @@ def build_optimizer(
         model: the model, its modules wrapped in DDP. Its config learns how to scale the loss.
         infra: process groups.
         config: Megatron's optimizer settings; ``lr`` must be set. What precision and DDP decide is filled in.
-        overrides: module, or part of one (``"images.input_projections"``) -> what is different there.
+        overrides: module, or submodule of one (``"images.input_projections"``) -> what is different there.
         ddp: module name -> how it was wrapped.
         dtype_policy: the dtypes of the run.
 
@@ -149,18 +158,18 @@ def build_optimizer(
     if config.lr is None:
         raise ConfigError("OptimizerConfig(lr=...) is not set: Megatron has no default learning rate.")
     config = dtype_policy.optimizer_config(config)
-    parts = divide_into_groups(model, infra, overrides)
-    if not parts:
+    specs = divide_into_groups(model, infra, overrides)
+    if not specs:
         raise ConfigError(
             "All parameters of the model are frozen: there is nothing to train. Take a name out of "
             "MimoModule(frozen=...), or leave requires_grad on for some parameter."
         )
-    infos = {name: _info(name, model, infra, config, parts, ddp[name]) for name in infra.module_to_grid_map}
+    infos = {name: _info(name, model, infra, config, specs, ddp[name]) for name in infra.module_to_grid_map}
     mimo = SingleSyncMimoOptimizer(
         infos,
         config,
-        parts=[part.name for part in parts],
-        clipping=_clipping(config, parts),
+        group_names=[spec.name for spec in specs],
+        clipping=_clipping(config, specs),
     )
     model.config.grad_scale_func = mimo.scale_loss
     for group in mimo.param_groups:
@@ -168,16 +177,16 @@ def build_optimizer(
         # optimizers, which megatron-core prefers where they are installed, have no such key.
         if "fused" in group:
             group["fused"] = True
-    return MimoTorchOptimizer(mimo, model, groups_for_schedulers(config, parts), spans=infra.spans)
+    return MimoTorchOptimizer(mimo, model, groups_for_schedulers(config, specs), spans=infra.spans)
 
 
-def _clipping(config: OptimizerConfig, parts: Sequence[ParamGroupSpec]) -> list[tuple[float, list[str]]]:
-    """(largest norm, parts that are clipped by their common norm)."""
+def _clipping(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> list[tuple[float, list[str]]]:
+    """(largest norm, names of the groups that are clipped by their common norm)."""
     together: dict[str | None, list[ParamGroupSpec]] = {}
-    for part in parts:
-        together.setdefault(part.clipped_with, []).append(part)
+    for spec in specs:
+        together.setdefault(spec.clipped_with, []).append(spec)
     return [
-        (config.clip_grad if outer is None else members[0].override.clip_grad, [part.name for part in members])
+        (config.clip_grad if outer is None else members[0].override.clip_grad or 0.0, [spec.name for spec in members])
         for outer, members in together.items()
     ]
 
@@ -187,7 +196,7 @@ def _info(
     model: RaggedMimoModel,
     infra: MimoModelInfra,
     config: OptimizerConfig,
-    parts: Sequence[ParamGroupSpec],
+    specs: Sequence[ParamGroupSpec],
     ddp: DistributedDataParallelConfig,
 ) -> ModuleOptimizerInfo:
     """megatron-core's optimizer of one module, or what stands for it on other ranks."""
@@ -202,7 +211,7 @@ def _info(
     optimizer = get_megatron_optimizer(
         own,
         [module],
-        config_overrides=megatron_overrides(own, parts),
+        config_overrides=megatron_overrides(own, specs),
         use_gloo_process_groups=False,
         pg_collection=infra.pg_collections[name],
     )

@@ -1,4 +1,4 @@
-"""Parameters by module and by part of one, each with a learning rate, weight decay and clipping of its own."""
+"""Parameter groups: a module or what is overridden inside of one, with its learning rate, weight decay and clipping."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOverride:
-    """What is different for one module, or for a part of one, from the OptimizerConfig of all.
+    """What is different for one module, or for a submodule of one, from the OptimizerConfig of all.
 
-    What is ``None`` is as for the enclosing part that has an override, if there is one, or else as for all.
+    What is ``None`` is as for the enclosing submodule that has an override, if there is one, or else as for all.
 
     Args:
         lr: learning rate.
         min_lr: where Megatron's scheduler stops to decay.
         weight_decay: on matrices only, as for all.
-        clip_grad: largest norm of the gradients of this part alone, which then do not count in the norm by which the
-            rest is clipped. 0 does not clip.
+        clip_grad: largest norm of these gradients alone, which then do not count in the norm by which the rest is
+            clipped. 0 does not clip.
     """
 
     lr: float | None = None
@@ -51,13 +51,14 @@ class OptimizerOverride:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupSpec:
-    """One of the disjoint parts into which all trained parameters fall, known on every rank.
+    """One of the disjoint groups into which all trained parameters fall, known on every rank.
 
     Attributes:
         name: a module's name, or that of an override inside of one.
         override: what is different for it, enclosing overrides included.
-        clipped_with: the part by whose norm and limit it is clipped; ``None`` for what is clipped with all the rest.
-        parameters: those of this rank; empty where the part lies on other ranks.
+        clipped_with: the override by whose norm and limit it is clipped; ``None`` for what is clipped with all the
+            rest.
+        parameters: those of this rank; empty where the group lies on other ranks.
     """
 
     name: str
@@ -71,8 +72,8 @@ def divide_into_groups(
 ) -> list[ParamGroupSpec]:
     """Modules and what is overridden inside of them, those without a trained parameter left out.
 
-    Collective over the world; the same parts in the same order on every rank and in every layout: modules as in the
-    layout, each followed by its overridden parts. A parameter belongs to the longest name that it lies under.
+    Collective over the world; the same groups in the same order on every rank and in every layout: modules as in the
+    layout, each followed by the overrides inside of it. A parameter belongs to the longest name that it lies under.
 
     Raises:
         ConfigError: for an override of something that is not there.
@@ -82,7 +83,7 @@ def divide_into_groups(
     names = [
         name
         for module in infra.layout.modules
-        for name in (module, *(part for part in inside if module_of(part) == module))
+        for name in (module, *(override for override in inside if module_of(override) == module))
     ]
     owner: dict[int, str] = {}
     parameters: dict[str, list[torch.nn.Parameter]] = {name: [] for name in names}
@@ -94,11 +95,11 @@ def divide_into_groups(
                 parameters[owner.get(id(parameter), module)].append(parameter)
     trained = on_any_rank([bool(parameters[name]) for name in names])
     return [
-        _part(name, overrides, parameters[name]) for name, is_trained in zip(names, trained, strict=True) if is_trained
+        _spec(name, overrides, parameters[name]) for name, is_trained in zip(names, trained, strict=True) if is_trained
     ]
 
 
-def _part(
+def _spec(
     name: str, overrides: Mapping[str, OptimizerOverride], parameters: Sequence[torch.nn.Parameter]
 ) -> ParamGroupSpec:
     merged, clipped_with = OptimizerOverride(), None
@@ -109,25 +110,25 @@ def _part(
     return ParamGroupSpec(name=name, override=merged, clipped_with=clipped_with, parameters=parameters)
 
 
-def megatron_overrides(config: OptimizerConfig, parts: Sequence[ParamGroupSpec]) -> dict[ParamKey, ParamGroupOverride]:
-    """Megatron's standard overrides, and one more for each part, so that no parameter group spans two of them.
+def megatron_overrides(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> dict[ParamKey, ParamGroupOverride]:
+    """Megatron's standard overrides, and one more for each group, so that none of megatron-core's spans two of them.
 
-    The groups of megatron-core's optimizers then say under ``"part"`` which one they belong to.
+    The groups of megatron-core's optimizers then say under ``"group_name"`` which one they belong to.
     """
-    part_of = {id(parameter): part.name for part in parts for parameter in part.parameters}
+    name_of = {id(parameter): spec.name for spec in specs for parameter in spec.parameters}
     overrides = dict(get_standard_config_overrides(config))
-    for part in parts:
+    for spec in specs:
 
-        def is_in(parameter: torch.nn.Parameter, name: str, part: str = part.name) -> bool:
-            return part_of.get(id(parameter)) == part
+        def is_in(parameter: torch.nn.Parameter, name: str, group_name: str = spec.name) -> bool:
+            return name_of.get(id(parameter)) == group_name
 
-        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"part {part.name}", fn=is_in))
-        overrides[key] = {"part": part.name}
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name=f"group {spec.name}", fn=is_in))
+        overrides[key] = {"group_name": spec.name}
     return overrides
 
 
-def groups_for_schedulers(config: OptimizerConfig, parts: Sequence[ParamGroupSpec]) -> list[dict[str, Any]]:
-    """One parameter group for each part, the same on every rank and in every layout but for ``params``.
+def groups_for_schedulers(config: OptimizerConfig, specs: Sequence[ParamGroupSpec]) -> list[dict[str, Any]]:
+    """One parameter group for each spec, the same on every rank and in every layout but for ``params``.
 
     Learning-rate schedulers work on these; :func:`pass_on` brings what they wrote to megatron-core's groups, of which
     there are more: those for vectors do not decay, those for experts are reduced elsewhere.
@@ -139,17 +140,17 @@ def groups_for_schedulers(config: OptimizerConfig, parts: Sequence[ParamGroupSpe
     )
     return [
         {
-            "params": list(part.parameters),
-            "name": part.name,
-            "lr": (lr := _either(part.override.lr, config.lr)),
+            "params": list(spec.parameters),
+            "name": spec.name,
+            "lr": (lr := _either(spec.override.lr, config.lr)),
             "max_lr": lr,
-            "min_lr": _either(part.override.min_lr, config.min_lr, 0.0),
-            "weight_decay": (decay := _either(part.override.weight_decay, config.weight_decay)),
+            "min_lr": _either(spec.override.min_lr, config.min_lr, 0.0),
+            "weight_decay": (decay := _either(spec.override.weight_decay, config.weight_decay)),
             "start_wd": decay,
             "end_wd": decay,
             **momentum,
         }
-        for part in parts
+        for spec in specs
     ]
 
 
@@ -164,8 +165,8 @@ def pass_on(groups: Sequence[Mapping[str, Any]], inner: Sequence[dict[str, Any]]
     """
     by_name = {group["name"]: group for group in groups}
     for group in inner:
-        # A group without a part, or with another module's, is empty: megatron-core aligns the groups of all ranks.
-        if (source := by_name.get(group.get("part"))) is not None:
+        # A group without a name, or with another module's, is empty: megatron-core aligns the groups of all ranks.
+        if (source := by_name.get(group.get("group_name"))) is not None:
             proportion = group["max_lr"] / config.lr if config.lr else 1.0
             group["lr"] = source["lr"] * proportion * group["lr_mult"]
             group["weight_decay"] = source["weight_decay"] * group["wd_mult"]

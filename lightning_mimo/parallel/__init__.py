@@ -1,4 +1,4 @@
-"""From a layout to HyperCommGrids, process groups and seeds. The only owner of process groups.
+"""Builds HyperCommGrids, process groups and seeds from a layout. This is the only owner of process groups.
 
 Imports ``layout``, ``observe`` and megatron-core.
 """

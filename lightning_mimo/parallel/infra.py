@@ -1,7 +1,7 @@
-"""From a layout to process groups: one HyperCommGrid and one process group collection per module.
+"""Builds process groups from a layout: one HyperCommGrid and one ProcessGroupCollection per module.
 
-The only owner of process groups in this package: its pool holds them. Everything below and beside it borrows them
-from :class:`MimoModelInfra`, and :meth:`MimoModelInfra.destroy` is the only place that takes them down.
+:class:`MimoModelInfra` is the only owner of process groups in this package. All other code borrows them from it, and
+:meth:`MimoModelInfra.destroy` is the only place that destroys them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE, ResolvedParalleli
 from lightning_mimo.observe.spans import Spans
 from lightning_mimo.parallel.process_groups import EXPERT_VIEW, GroupPool, PooledGrid, Use
 
-# Fields of ProcessGroupCollection and the axes that each spans. Those of the expert view come second.
+# Fields of ProcessGroupCollection and the axes that each spans: first the dense axes, then those of the expert view.
 _DENSE_GROUPS = {
     "tp": ["tp"],
     "cp": ["cp"],
@@ -45,12 +45,13 @@ class MimoModelInfra:
     """Grids and process groups of a layout, as seen by this rank.
 
     Attributes:
-        layout: what was asked for.
-        module_to_grid_map: module name -> grid, for all modules, also those this rank is not in.
-        topology: module name -> names of the modules it feeds: ``{"images": ["language"], "language": []}``.
-        pg_collections: module name -> process groups, only for modules this rank takes part in.
-        participating_modules: names of those modules.
-        spans: what this rank does is recorded here.
+        layout: the resolved layout.
+        module_to_grid_map: module name -> grid, for all modules, including those that do not run on this rank.
+        topology: module name -> names of the modules that receive its output, such as
+            ``{"images": ["language"], "language": []}``.
+        pg_collections: module name -> process groups, only for modules that run on this rank.
+        participating_modules: names of the modules that run on this rank.
+        spans: records what this rank does.
     """
 
     layout: MimoLayout
@@ -64,15 +65,15 @@ class MimoModelInfra:
 
     @classmethod
     def build(cls, layout: MimoLayout, *, backend: str | None = None, spans: Spans | None = None) -> MimoModelInfra:
-        """Create the grids and groups of a layout.
+        """Create the grids and process groups of a layout.
 
-        Collective over the world: every rank must call it, with the same layout. torch.distributed must be
-        initialized with ``layout.world_size`` ranks.
+        Collective over the world: every rank must call it with the same layout. torch.distributed must be initialized
+        with ``layout.world_size`` ranks.
 
         Args:
             layout: a resolved layout.
-            backend: torch.distributed backend of the groups; ``None`` takes the default group's.
-            spans: where this rank records what it does; ``None`` makes one.
+            backend: torch.distributed backend of the groups; ``None`` uses that of the default group.
+            spans: records what this rank does; ``None`` creates a new one.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
         pool = GroupPool(backend)
@@ -97,19 +98,19 @@ class MimoModelInfra:
         return self.layout.colocated
 
     def group_of_all(self, use: Use) -> dist.ProcessGroup:
-        """The group of all ranks for one use. Collective over the world when it is asked for first."""
+        """The group of all ranks for one use. The first call for each use is collective over the world."""
         group = self._pool.group_containing_rank([range(self.layout.world_size)], module="", use=use)
         assert group is not None, "every rank is in it"
         return group
 
     def register_communicator(self, communicator: ColocatedBridgeCommunicator) -> None:
-        """Take over the groups of a communicator that was built on these grids: ``destroy`` will release them."""
+        """Take ownership of the groups of a communicator that was built on these grids: ``destroy`` releases them."""
         self._communicators.append(communicator)
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Let the groups of this rank, those of the bridges included, wait this long.
+        """Set the timeout of all groups of this rank, including those of the bridges.
 
-        torch.distributed gives the timeout of the default group to no other.
+        torch.distributed does not apply the timeout of the default group to other groups.
         """
         groups = {
             *self._pool.mine,
@@ -120,7 +121,7 @@ class MimoModelInfra:
                 _set_timeout(timeout, group)
 
     def destroy(self) -> None:
-        """Destroy every process group created here or handed over. Safe to call twice."""
+        """Destroy every process group that was created here or registered. Safe to call twice."""
         for communicator in self._communicators:
             communicator.destroy()
         for grid in self.module_to_grid_map.values():
@@ -130,7 +131,7 @@ class MimoModelInfra:
         self.pg_collections.clear()
 
     def _build_embedding_group(self, name: str, grid: PooledGrid) -> dist.ProcessGroup | None:
-        """First and last pipeline stage of the language module, which both hold tied word embeddings."""
+        """Group of the first and last pipeline stage of the language module, which both hold tied word embeddings."""
         if name != LANGUAGE or self.layout.modules[name].pp == 1:
             return None
         ends = [(stages[0], stages[-1]) for stages in grid.get_rank_enum("pp")]
@@ -138,7 +139,7 @@ class MimoModelInfra:
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """By the name that it has in this version of torch."""
+    """Set the timeout of one group; newer torch versions have a public function for it."""
     function = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     function(timeout, group)
 

@@ -1,8 +1,8 @@
-"""Process groups that are made once for each set of ranks, however many names it goes by.
+"""Process groups that are created once for each set of ranks and shared by all axes with these ranks.
 
-A HyperCommGrid makes a group for every combination of axes. Most of them hold the same ranks: with one pipeline stage
-tp * pp is tp, without context parallelism cp * dp is dp, and an axis of size 1 holds this rank alone. Each group costs
-connections and threads of its own with gloo, a communicator and its buffers with NCCL.
+A HyperCommGrid creates a group for every combination of axes. Most of them hold the same ranks: with one pipeline
+stage tp * pp equals tp, without context parallelism cp * dp equals dp, and an axis of size 1 holds this rank alone.
+Each group costs connections and threads with gloo, and a communicator with its buffers with NCCL.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES, ResolvedParallelism
 
 EXPERT_VIEW = "expert"
-"""Name under which megatron-core's MimoOptimizer looks for the expert factorization of a grid."""
+"""View name under which megatron-core's MimoOptimizer looks up the expert axes of a grid."""
 
 Use = Literal["model", "gradients", "expert gradients", "activations sent", "gradients sent"]
-"""What a group is for. Groups of one use may be one group, because all of its ranks call it in the same order. The
-reductions of gradients run beside the model's own collectives and, where some replicas have no images, start sooner or
-later on one rank than on another; those of experts likewise beside the dense ones; what is sent from stage to stage
-keeps an order of its own in each direction. So each keeps to its own groups."""
+"""What a group is used for. Groups with the same use may be shared, because all ranks call them in the same order.
+Different uses need separate groups, because their order differs between ranks:
+
+- Gradient reductions overlap with the collectives of the model. They start at different times on different ranks if
+  some replicas have no images.
+- Gradient reductions of experts overlap with those of dense parameters in the same way.
+- Transfers between pipeline stages have an order of their own in each direction.
+"""
 
 _Ranks = tuple[int, ...]
 
 
 class GroupPool:
-    """The process groups of a layout, each made when first asked for.
+    """The process groups of a layout, each created on first request.
 
-    All ranks must ask for the same groups in the same order, also for those that they are not in.
+    All ranks must request the same groups in the same order, including groups that they are not a member of.
     """
 
     def __init__(self, backend: str | None) -> None:
         """
         Args:
-            backend: torch.distributed backend of the groups; ``None`` takes the default group's.
+            backend: torch.distributed backend of the groups; ``None`` uses that of the default group.
         """
         self.backend = backend
         self._groups: dict[tuple[str | None, Use | None, _Ranks], dist.ProcessGroup | None] = {}
@@ -44,12 +48,14 @@ class GroupPool:
     def group_containing_rank(
         self, rank_lists: Iterable[Iterable[int]], *, module: str, use: Use
     ) -> dist.ProcessGroup | None:
-        """Of the groups with these ranks, the one that this rank is in, if any. Collective over the world.
+        """Create or reuse groups with these ranks and return the one that contains this rank, if any.
+
+        Collective over the world.
 
         Args:
-            rank_lists: ranks of each group, in any order. No two may overlap.
-            module: groups are shared within a module only.
-            use: and by one use only. A group of one rank is shared by all, since nothing waits in it.
+            rank_lists: ranks of each group, in any order. The groups must be disjoint.
+            module: groups are shared only within a module.
+            use: groups are shared only by one use. A group of a single rank is shared by all, since it never waits.
         """
         mine = None
         for ranks in rank_lists:
@@ -57,14 +63,15 @@ class GroupPool:
             key = (module, use, members) if len(members) > 1 else (None, None, members)
             if key not in self._groups:
                 made = dist.new_group(list(members), backend=self.backend)
-                self._groups[key] = made if dist.get_rank() in members else None
+                # On ranks that are not members torch returns a number.
+                self._groups[key] = made if isinstance(made, dist.ProcessGroup) else None
             if self._groups[key] is not None:
                 mine = self._groups[key]
         return mine
 
     @property
     def mine(self) -> list[dist.ProcessGroup]:
-        """All groups that this rank is in."""
+        """All groups that contain this rank."""
         return [group for group in self._groups.values() if group is not None]
 
     def destroy(self) -> None:
@@ -75,14 +82,14 @@ class GroupPool:
 
 
 class PooledGrid(HyperCommGrid):
-    """A HyperCommGrid whose groups come out of a pool, which owns them and shares them where ranks are the same."""
+    """A HyperCommGrid that takes its groups from a pool, which owns them and shares groups with the same ranks."""
 
     def __init__(self, module: str, sizes: ResolvedParallelism, pool: GroupPool) -> None:
         """
         Args:
-            module: whose grid this is.
-            sizes: of the module, resolved.
-            pool: of the whole layout.
+            module: name of the module.
+            sizes: resolved sizes of the module.
+            pool: the groups of the layout.
         """
         super().__init__(list(sizes.shape), list(DENSE_AXES), sizes.rank_offset, backend=pool.backend)
         self.register_view(EXPERT_VIEW, list(sizes.expert_shape), list(EXPERT_AXES), shared_dims=["pp"])
@@ -91,14 +98,17 @@ class PooledGrid(HyperCommGrid):
 
     @override
     def create_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup | None:
-        """As upstream's, without options for the group. Collective over the world."""
+        """Create the groups over these axes and return this rank's. Collective over the world.
+
+        Unlike megatron-core's method it takes no options for the group.
+        """
         use, ranks = key = self._key(dims, view)
         self._mine[key] = self._pool.group_containing_rank(ranks, module=self._module, use=use)
         return self._mine[key]
 
     @override
     def get_pg(self, dims: str | list[str], *, view: str | None = None) -> dist.ProcessGroup | None:
-        """This rank's group over these axes, or ``None`` on ranks outside of the grid.
+        """This rank's group over these axes, or ``None`` on ranks outside the grid.
 
         Raises:
             KeyError: if ``create_pg`` was not called for it.
@@ -110,7 +120,7 @@ class PooledGrid(HyperCommGrid):
 
     @override
     def destroy(self) -> None:
-        """Forget the groups. The pool destroys them."""
+        """Drop the references to the groups. The pool destroys them."""
         self._mine.clear()
 
     def _key(self, dims: str | list[str], view: str | None) -> tuple[Use, tuple[_Ranks, ...]]:
@@ -119,6 +129,6 @@ class PooledGrid(HyperCommGrid):
     def _use_of(self, dims: str | list[str]) -> Use:
         axes = {dims} if isinstance(dims, str) else set(dims)
         if axes == {"expt_dp"}:
-            # With ep=1 these are the ranks of dp only if expt_tp is tp, and then experts are reduced with all the rest.
+            # With ep=1 and expt_tp=tp these are the ranks of dp, and experts are reduced with the dense parameters.
             return "expert gradients" if self._sizes.ep > 1 else "gradients"
         return "gradients" if axes in ({"dp"}, {"dp", "cp"}) else "model"

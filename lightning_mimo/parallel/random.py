@@ -1,4 +1,4 @@
-"""Seeds: one for each name, and which ranks draw the same random numbers while training."""
+"""Seeds by name, and which ranks draw the same random numbers during training."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _MODEL_PARALLEL = "model-parallel-rng"
 
 
 def seed_for(seed: int, name: str) -> int:
-    """A 63-bit seed for one name: a hash, so that neither order nor number of names matters."""
+    """63-bit seed for a name: a hash, so it does not depend on other names or their order."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
 def seed_megatron(layout: MimoLayout, rank: int, *, seed: int) -> None:
-    """Seed the generators that megatron-core draws from, in the place of ``initialize_model_parallel``.
+    """Seed the random generators that megatron-core uses, which ``initialize_model_parallel`` would do otherwise.
 
-    Outside tensor-parallel regions (the default generator, and the data-parallel one) the tensor-parallel ranks of a
-    replica draw the same numbers; inside (the model-parallel one) each draws its own. Weights do not depend on this.
+    Outside tensor-parallel regions (default and data-parallel generators) all tensor-parallel ranks of a replica draw
+    the same numbers. Inside (model-parallel and expert-parallel generators) each rank draws different numbers. Initial
+    weights do not depend on these generators.
 
     Args:
         layout: a resolved layout.
-        rank: this global rank.
-        seed: the run's seed, the same on all ranks.
+        rank: global rank of this process.
+        seed: seed of the run, the same on all ranks.
     """
     places = {name: layout.modules[name].coordinates(rank) for name in layout.modules_on(rank)}
     replica = "/".join(f"{name}.pp{place['pp']}.dp{place['dp']}" for name, place in places.items())
@@ -43,6 +44,6 @@ def seed_megatron(layout: MimoLayout, rank: int, *, seed: int) -> None:
     tracker.add(get_expert_parallel_rng_tracker_name(), seed_for(seed, f"expert/{replica}/{shard}"))
     tracker.add(get_data_parallel_rng_tracker_name(), seed_for(seed, f"data/{replica}"))
     torch.cuda.manual_seed(seed_for(seed, f"default/{replica}"))
-    # Scratch space of the tensor-parallel layers, which initialize_model_parallel would have made.
+    # Scratch memory of the tensor-parallel layers, which initialize_model_parallel would have allocated.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()

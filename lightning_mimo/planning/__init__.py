@@ -1,4 +1,4 @@
-"""What a run would hold on each rank, found out in one process before anything starts.
+"""Estimates the memory of every rank in one process, before a run starts.
 
 Imports ``optim`` and below; runs on the meta device.
 """

@@ -1,7 +1,7 @@
-"""What every rank of a layout would hold: one process builds the model of each kind of rank, without memory.
+"""Estimates weights, gradients and optimizer state on every rank of a layout, in one process and without a GPU.
 
-torch's fake process groups let this process be any rank of any world, and the meta device gives tensors a shape and no
-storage, so a model of any size is built by its own code in a moment. No other process and no GPU take part.
+With torch's fake process groups this process can act as any rank of any world. On the meta device tensors have a shape
+but no storage, so a model of any size is built by its own code within seconds.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class ParameterSize:
     """One parameter as one rank holds it.
 
     Attributes:
-        numel: numbers on this rank.
-        itemsize: bytes of one.
-        whole: numbers over all ranks; every expert-parallel rank's experts are counted with the first one's.
-        trained: whether it is not frozen.
-        replicas: ranks that hold the same size, over which the distributed optimizer divides its state.
+        numel: elements on this rank.
+        itemsize: bytes per element.
+        whole: elements over all ranks. The experts of all expert-parallel ranks are counted on the first one.
+        trained: whether the parameter is trained, that is, not frozen.
+        replicas: number of data-parallel ranks over which the distributed optimizer divides the state.
     """
 
     numel: int
@@ -55,15 +55,15 @@ class ParameterSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StageFootprint:
-    """What each rank of one pipeline stage of one module holds, without activations.
+    """Memory on each rank of one pipeline stage of one module, without activations.
 
     Attributes:
-        module: its name.
-        stage: counted from 0.
-        ranks: of the stage, all alike.
-        parameters: numbers on one rank.
+        module: name of the module.
+        stage: pipeline stage, counted from 0.
+        ranks: global ranks of the stage, which all hold the same amount.
+        parameters: number of parameter elements on one rank.
         weights: bytes of the parameters.
-        gradients: bytes of the buffers that gradients are summed in.
+        gradients: bytes of the gradient buffers.
         optimizer: bytes of Adam's two moments and, in mixed precision, of the float32 copy of the weights.
     """
 
@@ -77,18 +77,18 @@ class StageFootprint:
 
     @property
     def total(self) -> int:
-        """Bytes of all of these."""
+        """Bytes of weights, gradients and optimizer state together."""
         return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What a model comes to in a layout.
+    """Size of a model and memory on every rank of a layout.
 
     Attributes:
-        parameters: module name -> numbers, each counted once.
-        trained: the same without what is frozen.
-        stages: what ranks hold, module after module and stage after stage.
+        parameters: module name -> number of parameter elements, each counted once.
+        trained: module name -> number of trained (not frozen) parameter elements.
+        stages: memory per rank, ordered by module and pipeline stage.
     """
 
     parameters: Mapping[str, int]
@@ -105,21 +105,23 @@ def memory_estimate(
     frozen: Sequence[str] = (),
     training: bool = True,
 ) -> MemoryEstimate:
-    """Build the model of the first and of the last rank of every stage, and count.
+    """Build the model of the first and the last rank of every pipeline stage and count its parameters.
 
-    There must be no process group in this process.
+    torch.distributed must not be initialized in this process.
 
     Args:
-        layout: what runs where.
-        configure: describes the model on a rank; its code may not read the values of weights.
-        dtype_policy: the dtypes of the run.
-        ddp: module name -> how it is wrapped.
-        frozen: as for MimoModule.
-        training: with gradients and the optimizer.
+        layout: resolved layout.
+        configure: describes the model on a rank, as ``MimoModule.configure_mimo``. Its code must not read the values
+            of weights, because they are on the meta device.
+        dtype_policy: dtypes of the run.
+        ddp: module name -> options of its DDP wrapper.
+        frozen: names of frozen modules or prefixes of parameter names, as for ``MimoModule``.
+        training: whether to count gradients and optimizer state.
 
     Raises:
         LayoutError: if the model does not fit the layout.
-        ConfigError: if ``frozen`` names what is not there, or stages hold the same parameters.
+        ConfigError: if a name in ``frozen`` matches no parameter, if the ranks of a stage hold different numbers of
+            parameters, or if several stages hold the same parameters.
     """
     stages = []
     first: dict[tuple[str, int], dict[str, ParameterSize]] = {}
@@ -134,7 +136,7 @@ def memory_estimate(
             elif row != stages[-1]:
                 raise ConfigError(
                     f"Module {name!r}: the ranks {ranks[0]} and {rank} of pipeline stage {stage} hold "
-                    f"{stages[-1].parameters} and {row.parameters} parameters. All ranks of a stage must be alike."
+                    f"{stages[-1].parameters} and {row.parameters} parameters. All ranks of a stage must hold as many."
                 )
     _check_frozen(frozen, [path for sizes in first.values() for path in sizes])
     whole = {name: _whole(name, first) for name in layout.modules}
@@ -146,7 +148,7 @@ def memory_estimate(
 
 
 def _stages(layout: MimoLayout) -> Iterator[tuple[str, int, range]]:
-    """Name, stage and ranks: pipeline stages are the slowest axis, so their ranks are consecutive."""
+    """Yield name, stage and ranks. The ranks of a stage are consecutive, because pp is the slowest axis."""
     for name, sizes in layout.modules.items():
         size = sizes.size // sizes.pp
         for stage in range(sizes.pp):
@@ -159,7 +161,7 @@ def _representatives(layout: MimoLayout) -> list[int]:
 
 
 class _OnMeta(TorchFunctionMode):
-    """Every tensor that is made on some device is made on the meta device."""
+    """Creates every tensor on the meta device, whatever ``device=`` it is given."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -172,10 +174,10 @@ class _OnMeta(TorchFunctionMode):
 
 @contextmanager
 def _as_rank(layout: MimoLayout, rank: int) -> Iterator[MimoModelInfra]:
-    """Be one rank of a layout, alone and without any communication."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend; nobody else needs it
+    """Act as one rank of a layout, with fake process groups that do not communicate."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # on import it registers the backend
 
-    assert not dist.is_initialized(), "this process belongs to a world already"
+    assert not dist.is_initialized(), "this process already belongs to a world"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         with megatron_on_cpu(), warnings.catch_warnings():
@@ -191,7 +193,7 @@ def _as_rank(layout: MimoLayout, rank: int) -> Iterator[MimoModelInfra]:
 def _sizes(
     layout: MimoLayout, rank: int, configure: Configure, dtype_policy: DtypePolicy
 ) -> dict[str, dict[str, ParameterSize]]:
-    """Module name -> global parameter name -> what one rank holds of it."""
+    """Module name -> global parameter name -> its size on one rank."""
     with _as_rank(layout, rank) as infra, torch.device("meta"), _OnMeta():
         model = dtype_policy.convert(construct_mimo_model(configure(infra), infra, seed=0, dtype_policy=dtype_policy))
         return {name: _sizes_of(model, infra, name) for name in infra.participating_modules}
@@ -225,8 +227,8 @@ def _freeze(sizes: Mapping[str, ParameterSize], frozen: Sequence[str]) -> dict[s
 def _check_frozen(frozen: Sequence[str], paths: Sequence[str]) -> None:
     if missing := [name for name in frozen if not any(lies_under(path, name) for path in paths)]:
         raise ConfigError(
-            f"frozen={missing}: no parameter lies under these names. Write a module's name, or module.path as in "
-            f"named_parameters() of that module."
+            f"frozen={missing}: no parameter lies under these names. Give the name of a module, or module.path with a "
+            f"path from named_parameters() of that module."
         )
 
 
@@ -242,7 +244,7 @@ def _count(
 ) -> StageFootprint:
     size = dtype_policy.dtype.itemsize
     trained = [size for size in sizes.values() if size.trained] if training else []
-    # Adam's moments have the dtype of what is updated: the parameters, or float32 copies of them.
+    # Adam's moments have the dtype of the updated tensors: the parameters, or their float32 copies.
     state = 3 * 4 if dtype_policy.mixed else 2 * size
     kept = [math.ceil(size.numel * state / (size.replicas if ddp.use_distributed_optimizer else 1)) for size in trained]
     return StageFootprint(
@@ -257,7 +259,10 @@ def _count(
 
 
 def _whole(module: str, first: Mapping[tuple[str, int], Mapping[str, ParameterSize]]) -> list[ParameterSize]:
-    """Every parameter of a module once; tied embeddings have one name on two stages, anything else is an error."""
+    """Return every parameter of a module once.
+
+    Only tied word embeddings may be on two pipeline stages; for any other parameter this is an error.
+    """
     found: dict[str, ParameterSize] = {}
     for (name, stage), sizes in first.items():
         if name != module:
@@ -265,8 +270,8 @@ def _whole(module: str, first: Mapping[tuple[str, int], Mapping[str, ParameterSi
         both = sorted(path for path in sizes.keys() & found.keys() if not path.endswith("word_embeddings.weight"))
         if both:
             raise ConfigError(
-                f"Module {module!r}: pipeline stage {stage} holds {both[0]!r}, which an earlier stage holds too: it is "
-                f"not divided into pipeline stages. Set pp=1, or let each stage build its own layers only."
+                f"Module {module!r}: pipeline stage {stage} holds {both[0]!r}, which an earlier stage holds too, so it "
+                f"is not divided into pipeline stages. Set pp=1, or let each stage build only its own layers."
             )
         found.update(sizes)
     return list(found.values())

@@ -91,6 +91,7 @@ class ComputeSpans:
         self._backward = self._spans.span(work, microbatch)
 
     def _end_backward(self) -> None:
+        assert self._backward is not None, "the callback was queued when it began"
         self._spans.end(self._backward)
         self._backward = None
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +22,15 @@ from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.mimo_parallel_utils import (
     build_pg_collection_for_schedule,
     get_module_to_grid_tuple,
+    gradient_scale,
     multimodule_no_sync,
     reduce_gradients,
+    scale_gradients,
     zero_grad_buffer_for_multimodule,
 )
 from lightning_mimo.observe.spans import SpanInfo
 from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
+from lightning_mimo.optim.step_reduction import DeviceReduction, StepReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.compute_spans import ComputeSpans
 
@@ -42,54 +44,6 @@ _NAMES = SpanInfo(kind="sum", label="receive the names of the metrics")
 _NORMS = SpanInfo(kind="optimizer", label="take the norms of the gradients")
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchFigures:
-    """:class:`BatchTotals`, read to the host.
-
-    Attributes:
-        loss: sum of the token losses / number of loss tokens.
-        tokens: number of loss tokens.
-        metrics: metric name -> (sum, count).
-    """
-
-    loss: float
-    tokens: float
-    metrics: Mapping[str, tuple[float, float]]
-
-    def means(self) -> dict[str, float]:
-        """Metric name -> sum / count; nan where nothing was counted."""
-        return {name: total / count if count else math.nan for name, (total, count) in self.metrics.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchTotals:
-    """What one global batch came to, the same numbers on every rank of the world.
-
-    Attributes:
-        sums: float64 ``[2 + 2 * metrics]``, on the device: of token losses, loss tokens, and each metric and its count.
-        names: of the metrics.
-    """
-
-    sums: torch.Tensor
-    names: Sequence[str]
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """Sum of the token losses / number of loss tokens: float64 scalar, on the device."""
-        return self.sums[0] / self.sums[1].clamp(min=1)
-
-    def read(self) -> BatchFigures:
-        """All of it, in one read from the device."""
-        return self.figures(self.sums.tolist())
-
-    def figures(self, sums: Sequence[float]) -> BatchFigures:
-        """The same where the sums have been read to the host."""
-        loss, tokens, *rest = sums
-        pairs = zip(rest[::2], rest[1::2], strict=True)
-        metrics = dict(zip(self.names, pairs, strict=True))
-        return BatchFigures(loss=loss / max(tokens, 1.0), tokens=tokens, metrics=metrics)
-
-
 class GlobalBatchSchedule:
     """Runs global batches through a wrapped model on the grids of an infra.
 
@@ -100,7 +54,14 @@ class GlobalBatchSchedule:
         counts_loss: whether this rank's loss counts: the first tensor-parallel rank of each replica's last stage.
     """
 
-    def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra, *, encoder_run_ahead: int = 0) -> None:
+    def __init__(
+        self,
+        model: RaggedMimoModel,
+        infra: MimoModelInfra,
+        *,
+        encoder_run_ahead: int = 0,
+        on_first_wait: Callable[[], None] | None = None,
+    ) -> None:
         """Collective over the world: builds the bridges between disjoint modules.
 
         Args:
@@ -108,20 +69,25 @@ class GlobalBatchSchedule:
                 ``config`` are set here. What is to be frozen must be so already.
             infra: grids and process groups.
             encoder_run_ahead: as for MimoStrategy.
+            on_first_wait: as for :class:`lightning_mimo.comm.pipeline.MimoPipelineCommunicator`.
         """
         self._model = model
         self._infra = infra
         self._modules = get_module_to_grid_tuple(model, infra)
         self._computing = ComputeSpans(model, infra)
         self._no_sync = partial(multimodule_no_sync, module_to_grid_tuple=self._modules)
-        self._holding = False
-        self._window: torch.Tensor | None = None
+        self._is_accumulating = False
+        self._accumulated: tuple[torch.Tensor, torch.Tensor] | None = None  # this rank's loss and its tokens
         self._metric_names: dict[bool, list[str]] = {}
         self._flow = GradientFlow.build(model, infra)
         self._communicator = None
         if not infra.colocated:
             self._communicator = MimoPipelineCommunicator(
-                infra, model.config, needs_gradient=self._flow.leaves, encoder_run_ahead=encoder_run_ahead
+                infra,
+                model.config,
+                needs_gradient=self._flow.leaves,
+                encoder_run_ahead=encoder_run_ahead,
+                on_first_wait=on_first_wait,
             )
         groups, pass_of_all = self._groups_and_pass()
         self._pass = partial(
@@ -135,16 +101,13 @@ class GlobalBatchSchedule:
         )
         self._frozen_inputs = [name for name in infra.layout.modules if not self._needs_gradient_here(name)]
         model.config.finalize_model_grads_func = self._finalize
-        language = infra.layout.modules[LANGUAGE]
-        self._last_stage = range(language.ranks.stop - language.size // language.pp, language.ranks.stop)
-        rank = dist.get_rank()
-        self.computes_loss = rank in self._last_stage
-        self.counts_loss = self.computes_loss and language.coordinates(rank)["tp"] == 0
+        self.computes_loss = infra.layout.is_last_stage(dist.get_rank())
+        self.counts_loss = infra.layout.counts_loss(dist.get_rank())
 
     def zero_grad(self) -> None:
-        """Start a new accumulation window: zero all gradient buffers, and the sums of its batches."""
+        """Begin a new accumulation: zero all gradient buffers, and the sums of its batches."""
         zero_grad_buffer_for_multimodule(self._modules)
-        self._window = None
+        self._accumulated = None
 
     def train(
         self,
@@ -153,10 +116,8 @@ class GlobalBatchSchedule:
         loss: LossFunction,
         *,
         optimizer: SingleSyncMimoOptimizer | None,
-        stop: bool = False,
-        also: torch.Tensor | None = None,
-        on_first_wait: Callable[[], None] | None = None,
-    ) -> BatchTotals:
+        figures: DeviceReduction | None = None,
+    ) -> DeviceReduction:
         """Forward and backward of all microbatches.
 
         Args:
@@ -164,67 +125,43 @@ class GlobalBatchSchedule:
             forward: runs the model on one microbatch and returns its output.
             loss: ``(output, microbatch) -> (sum of token losses, number of loss tokens, metrics)``; called where the
                 loss is computed only.
-            optimizer: what steps on the gradients once this batch, the last one of its accumulation window, is done.
-                They are then reduced and divided by the loss tokens of the whole window, and the optimizer is told
-                their norms. ``None`` keeps them unreduced, because more batches of the same window follow.
-            stop: whether this rank wants the run to end after the window; the optimizer is told of it on every rank.
-            also: float64 ``[n]``, the same n on every rank: added up over all ranks on the way, and handed to the
-                optimizer, which reads it with everything else, and this batch's sums after it. Only with an optimizer.
-            on_first_wait: what this rank does, once, before it waits for others.
+            optimizer: what steps on the gradients once this batch, the last one of its accumulation, is done. They are
+                then reduced and divided by the loss tokens of all batches of the accumulation. ``None`` keeps them
+                unreduced, because more batches of the same accumulation follow.
+            figures: what this rank adds beside loss, metrics and gradient norms, which are filled in here.
+
+        Returns:
+            Sums over all ranks, for the optimizer's step where there is one.
         """
-        self._holding = hold = optimizer is None
-        config = self._model.config
-        # While held, not even the last microbatch may start a reduction, so one context is held open around all of
-        # them and the schedule gets none of its own (Megatron's no_sync does not nest).
-        config.no_sync_func = contextlib.nullcontext if hold else self._no_sync
-        with self._no_sync() if hold else contextlib.nullcontext():
-            store = self._run(microbatches, forward, loss, forward_only=False, on_first_wait=on_first_wait)
-        # The one collective of a step over all ranks brings what was lost and learned from together.
-        own = [] if hold else self._found_by_this_rank(optimizer, stop, also)
-        totals, found = self._total(store, training=True, and_also=own)
-        loss_and_tokens = totals.sums[:2]
-        self._window = loss_and_tokens if self._window is None else self._window + loss_and_tokens
-        if not hold:
-            self._scale_and_tell(optimizer, found, totals)
-        return totals
-
-    def _scale_and_tell(
-        self, optimizer: SingleSyncMimoOptimizer, found: Sequence[torch.Tensor], totals: BatchTotals
-    ) -> None:
-        """Divide the gradients by the loss tokens of the window, and tell the optimizer what all ranks came to."""
-        loss, tokens = self._window.split(1)
-        scale = tokens.clamp(min=1.0).reciprocal()
-        if optimizer.grad_scaler is not None:
-            scale = scale / optimizer.get_loss_scale().double()
-        # A scalar without dimensions takes on the gradients' dtype; none of theirs is lost.
-        without_dimensions = scale.squeeze(0)
-        for module, _ in self._modules:
-            module.scale_gradients(without_dimensions)
-        stops, squares, *also = found
-        optimizer.receive(squares=squares * scale.square(), loss=loss, stops=stops, also=[*also, totals.sums])
-
-    def _found_by_this_rank(
-        self, optimizer: SingleSyncMimoOptimizer, stop: bool, also: torch.Tensor | None
-    ) -> list[torch.Tensor]:
-        """What is added up over all ranks beside the loss: whether to stop, squared norms, and what else there is."""
+        self._is_accumulating = optimizer is None
+        # While accumulating, not even the last microbatch may start a reduction, so one context is held open around
+        # all of them and the schedule gets none of its own (Megatron's no_sync does not nest).
+        self._model.config.no_sync_func = contextlib.nullcontext if self._is_accumulating else self._no_sync
+        with self._no_sync() if self._is_accumulating else contextlib.nullcontext():
+            results = self._run(microbatches, forward, loss, forward_only=False)
+        own = self._accumulate(self._add_losses(figures or StepReduction(), results, training=True))
+        if optimizer is None:
+            return self._all_reduce(own)
         with self._infra.spans.span(_NORMS):
             squares = optimizer.gradient_squares()
-        stops = squares.new_full((1,), float(stop))
-        return [stops, squares] if also is None else [stops, squares, also.to(squares.device)]
+        totals = self._all_reduce(replace(own, group_squares=squares))
+        loss_scale = None if optimizer.grad_scaler is None else optimizer.get_loss_scale()
+        scale = gradient_scale(totals.accumulated_tokens, loss_scale)
+        scale_gradients(self._infra, self._modules, scale)
+        return replace(totals, group_squares=totals.group_squares * scale.square())
 
     @torch.no_grad()
     def evaluate(
-        self, microbatches: Sequence[Microbatch], forward: ForwardStep, loss: LossFunction, *, stop: bool = False
-    ) -> tuple[BatchTotals, bool]:
-        """Forward of all microbatches; arguments as for :meth:`train`.
-
-        Returns:
-            The totals, and whether any rank wants the run to end.
-        """
-        store = self._run(microbatches, forward, loss, forward_only=True)
-        stops = torch.full((1,), float(stop), dtype=torch.float64, device=torch.cuda.current_device())
-        totals, (stops,) = self._total(store, training=False, and_also=[stops])
-        return totals, bool(stops)
+        self,
+        microbatches: Sequence[Microbatch],
+        forward: ForwardStep,
+        loss: LossFunction,
+        *,
+        figures: DeviceReduction | None = None,
+    ) -> DeviceReduction:
+        """Forward of all microbatches; arguments and result as for :meth:`train`."""
+        results = self._run(microbatches, forward, loss, forward_only=True)
+        return self._all_reduce(self._add_losses(figures or StepReduction(), results, training=False))
 
     @torch.no_grad()
     def predict(
@@ -251,7 +188,6 @@ class GlobalBatchSchedule:
         *,
         forward_only: bool,
         collect_non_loss_data: bool = False,
-        on_first_wait: Callable[[], None] | None = None,
     ) -> list[Any]:
         def step(iterator, model):
             microbatch = next(iterator)
@@ -265,8 +201,8 @@ class GlobalBatchSchedule:
 
         self._computing.begin()
         if self._communicator is not None:
-            self._communicator.begin(microbatches, forward_only=forward_only, on_first_wait=on_first_wait)
-        store = self._pass(
+            self._communicator.begin(microbatches, forward_only=forward_only)
+        results = self._pass(
             forward_step_func=step,
             data_iterator=iter(microbatches),
             num_microbatches=len(microbatches),
@@ -275,7 +211,7 @@ class GlobalBatchSchedule:
         )
         if self._communicator is not None:
             self._communicator.finish()
-        return store
+        return results
 
     def _groups_and_pass(self) -> tuple[Any, Callable[..., list[Any]]]:
         """Process groups in the form that a schedule of Megatron's takes, and the schedule."""
@@ -296,52 +232,65 @@ class GlobalBatchSchedule:
         megatron-core receives all of them as if they needed one.
         """
         inputs = getattr(self._model, "input_tensors", None)
-        for name in self._frozen_inputs if isinstance(inputs, dict) else ():
+        if not isinstance(inputs, dict):
+            return
+        for name in self._frozen_inputs:
             if name in inputs:
                 inputs[name] = inputs[name].detach()
 
     def _finalize(
         self, model: Any, num_tokens: torch.Tensor, pg_collection: Any = None, force_all_reduce: bool | None = None
     ) -> None:
-        """What the schedule calls when all backward passes are done. The division by tokens comes after it."""
-        if not self._holding:
+        """What the schedule calls when all backward passes are done. Scaling comes after it, in :meth:`train`."""
+        if not self._is_accumulating:
             assert all(get_model_config(module).calculate_per_token_loss for module, _ in self._modules)
             reduce_gradients(self._infra, self._modules, force_all_reduce=bool(force_all_reduce))
 
-    def _total(
-        self, store: list[Any], *, training: bool, and_also: Sequence[torch.Tensor]
-    ) -> tuple[BatchTotals, Sequence[torch.Tensor]]:
-        """Add up what the language ranks counted and tell every rank, in one small all-reduce.
+    def _add_losses(self, figures: DeviceReduction, results: list[Any], *, training: bool) -> DeviceReduction:
+        """Fill in this rank's loss, tokens and metrics.
 
         Args:
-            store: what :func:`_apply_loss` returned for each microbatch.
+            figures: what else this rank adds.
+            results: what :func:`_apply_loss` returned for each microbatch.
             training: which metrics there are.
-            and_also: float64, one dimension each; added up over all ranks on the same occasion, and returned.
         """
-        names = self._names_of_metrics(store, training=training)
-        device = torch.cuda.current_device()
-        sums = torch.zeros(2 + 2 * len(names), dtype=torch.float64, device=device)
+        names = self._names_of_metrics(results, training=training)
+        sums = figures.loss.new_zeros(2 + 2 * len(names))
         if self.counts_loss:
-            for loss, tokens, metrics in store:
+            for loss, tokens, metrics in results:
                 if sorted(metrics) != names:
                     raise DataError(
                         f"loss() returned the metrics {sorted(metrics)}, but {names} before. Every microbatch must "
                         f"return the same metrics; a metric that does not apply has a count of 0."
                     )
                 flat = [loss, tokens, *(value for name in names for value in metrics[name])]
-                sums += torch.stack([_scalar(value, device) for value in flat])
-        together = torch.cat([sums, *and_also])
-        with self._infra.spans.span(_SUM):
-            dist.all_reduce(together)
-        sums, *rest = together.split([len(sums), *map(len, and_also)])
-        return BatchTotals(sums=sums, names=names), rest
+                sums += torch.stack([_scalar(value, sums.device) for value in flat])
+        loss, tokens, *pairs = sums.split([1, 1, *[2] * len(names)])
+        metrics = dict(zip(names, pairs, strict=True))
+        return replace(figures, loss=loss.squeeze(0), tokens=tokens.squeeze(0), metrics=metrics)
 
-    def _names_of_metrics(self, store: list[Any], *, training: bool) -> list[str]:
+    def _accumulate(self, own: DeviceReduction) -> DeviceReduction:
+        """Fill in loss and tokens of all batches of the accumulation so far."""
+        loss, tokens = own.loss, own.tokens
+        if self._accumulated is not None:
+            loss, tokens = self._accumulated[0] + loss, self._accumulated[1] + tokens
+        self._accumulated = loss, tokens
+        return replace(own, accumulated_loss=loss, accumulated_tokens=tokens)
+
+    def _all_reduce(self, own: DeviceReduction) -> DeviceReduction:
+        """Add up what all ranks have: the one collective of a step over the world."""
+        packed = own.pack()
+        with self._infra.spans.span(_SUM):
+            dist.all_reduce(packed)
+        return own.unpack(packed)
+
+    def _names_of_metrics(self, results: list[Any], *, training: bool) -> list[str]:
         """Metric names; known where the loss is computed, told to the other ranks once."""
         if training not in self._metric_names:
-            box = [sorted(store[0][2]) if self.computes_loss else None]
+            box: list[Any] = [sorted(results[0][2]) if self.computes_loss else None]
+            source = next(filter(self._infra.layout.counts_loss, range(dist.get_world_size())))
             with self._infra.spans.span(_NAMES):
-                dist.broadcast_object_list(box, src=self._last_stage.start)
+                dist.broadcast_object_list(box, src=source)
             self._metric_names[training] = box[0]
         return self._metric_names[training]
 
@@ -354,6 +303,7 @@ def _apply_loss(
         return loss(output, microbatch)
     total, tokens, metrics = loss(output, microbatch)
     tokens = torch.as_tensor(tokens, device=total.device).detach()
+    # The schedule counts in whole numbers; what is divided by is the third entry's count.
     return total, tokens.to(torch.int), (total.detach(), tokens, metrics)
 
 

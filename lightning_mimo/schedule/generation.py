@@ -69,6 +69,7 @@ def greedy_decode(
     written = torch.zeros((global_batch_size, max_new_tokens), dtype=torch.int64, device=device)
 
     def last_token(logits: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+        assert group is not None, "it is called where the loss is computed"
         last = microbatch["prompt_lengths"] + step - 1
         rows = torch.arange(len(last), device=device)
         return greedy_tokens(logits[rows, last], group, without=placeholders.values())

@@ -1,4 +1,4 @@
-"""Where a loss or a gradient stopped to be finite: found afterwards, so that watching for it costs nothing.
+"""Finds where a loss or a gradient became NaN or infinite: afterwards, so that watching for it costs nothing.
 
 The optimizer's one read to the host tells that a step was not finite, and no rank has updated then. The batch is run
 once more, one microbatch at a time, and everything is looked at in the order in which it is computed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -25,15 +26,31 @@ from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSch
 _SHOWN = 16
 
 
+class Phase(IntEnum):
+    """What is computed of a microbatch, in that order."""
+
+    WEIGHTS = 0
+    INPUTS = 1
+    ENCODER_OUTPUTS = 2
+    LANGUAGE_OUTPUT = 3
+    LOSS = 4
+    LANGUAGE_GRADIENTS = 5
+    ENCODER_GRADIENTS = 6
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it goes from the last pipeline stage to the first."""
+        return self >= Phase.LANGUAGE_GRADIENTS
+
+
 @dataclass(frozen=True, kw_only=True, order=True)
 class Finding:
-    """Something that is not finite. In the order in which things are computed.
+    """A weight, input, output, loss or gradient with NaN or infinity in it. Ordered as they are computed.
 
     Attributes:
         microbatch: which one; -1 for what was there before.
-        phase: 0 weights, 1 inputs, 2 outputs of encoders, 3 of the language module, 4 the loss, 5 gradients of the
-            language module, 6 of encoders.
-        stage: pipeline stage, counted in the direction of the phase.
+        phase: of its computation.
+        stage: pipeline stage; negative in backward phases, so that the last one comes first.
         module: name of the module.
         rank: global rank.
         what: what is not finite, in words.
@@ -41,7 +58,7 @@ class Finding:
     """
 
     microbatch: int
-    phase: int
+    phase: Phase
     stage: int
     module: str
     rank: int
@@ -50,7 +67,7 @@ class Finding:
 
 
 class _Watch:
-    """Notes what is not finite on this rank."""
+    """Notes what is NaN or infinite on this rank."""
 
     def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         self.found: list[Finding] = []
@@ -61,7 +78,7 @@ class _Watch:
 
     def weights(self) -> None:
         for module in self._infra.participating_modules:
-            self._first_parameter(module, "weight", phase=0)
+            self._first_parameter(module, "weight", phase=Phase.WEIGHTS)
 
     def begin(self, index: int, batch: Microbatch) -> None:
         """From now on it is this microbatch."""
@@ -72,11 +89,12 @@ class _Watch:
 
     def gradients(self) -> None:
         for module in self._infra.participating_modules:
-            self._first_parameter(module, "main_grad", phase=5 if module == LANGUAGE else 6)
+            phase = Phase.LANGUAGE_GRADIENTS if module == LANGUAGE else Phase.ENCODER_GRADIENTS
+            self._first_parameter(module, "main_grad", phase=phase)
 
     def loss(self, value: torch.Tensor) -> None:
         if not value.isfinite().all():
-            self._note(LANGUAGE, "the loss", phase=4)
+            self._note(LANGUAGE, "the loss", phase=Phase.LOSS)
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[None]:
@@ -89,10 +107,12 @@ class _Watch:
             yield
 
     def _output_hook(self, name: str) -> Any:
+        phase = Phase.LANGUAGE_OUTPUT if name == LANGUAGE else Phase.ENCODER_OUTPUTS
+
         def look(module: torch.nn.Module, args: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) else output
             if isinstance(output, torch.Tensor) and not output.isfinite().all():
-                self._note(name, "the output", phase=3 if name == LANGUAGE else 2)
+                self._note(name, "the output", phase=phase)
 
         return look
 
@@ -105,9 +125,10 @@ class _Watch:
                 if value.is_floating_point() and of_item and not value.isfinite().all():
                     bad = (~value.isfinite()).flatten(1).any(dim=1).tolist()
                     samples = {index for index, is_bad in zip(of_item, bad, strict=True) if is_bad}
-                    self._note(module, f"the input {encoder}.{name}", phase=1, samples=tuple(sorted(samples)))
+                    what = f"the input {encoder}.{name}"
+                    self._note(module, what, phase=Phase.INPUTS, samples=tuple(sorted(samples)))
 
-    def _first_parameter(self, module: str, what: str, *, phase: int) -> None:
+    def _first_parameter(self, module: str, what: str, *, phase: Phase) -> None:
         for name, parameter in named_parameters_of(self._model, self._infra, module):
             values = parameter if what == "weight" else getattr(parameter, what, None)
             if values is not None and not values.isfinite().all():
@@ -115,8 +136,8 @@ class _Watch:
                 self._note(module, described, phase=phase)
                 return
 
-    def _note(self, module: str, what: str, *, phase: int, samples: tuple[int, ...] | None = None) -> None:
-        stage = self._stage(module) * (1 if phase < 5 else -1)
+    def _note(self, module: str, what: str, *, phase: Phase, samples: tuple[int, ...] | None = None) -> None:
+        stage = self._stage(module) * (-1 if phase.is_backward else 1)
         self.found.append(
             Finding(
                 microbatch=self._microbatch,
@@ -197,5 +218,5 @@ def describe(found: Sequence[Finding]) -> str:
     return f"The first that is not finite: {where}, in microbatch {first.microbatch}, samples {shown}{more}."
 
 
-def _place(finding: Finding) -> tuple[int, int, int]:
+def _place(finding: Finding) -> tuple[int, Phase, int]:
     return finding.microbatch, finding.phase, finding.stage

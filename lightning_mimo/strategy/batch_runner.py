@@ -1,9 +1,11 @@
-"""What becomes of one of Lightning's batches: through the schedule, checked, logged, and reported where it fails."""
+"""Runs one of Lightning's batches: checked, through the schedule, logged, and reported where it fails."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mimo.checkpoint.saving import Generators, generators
 from lightning_mimo.data.sample_check import check_samples
-from lightning_mimo.errors import ConfigError, NonFiniteError
+from lightning_mimo.errors import ConfigError, DataError, NonFiniteError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
@@ -20,8 +22,9 @@ from lightning_mimo.observe.spans import LOADING, Span, SpanInfo
 from lightning_mimo.observe.telemetry import Telemetry
 from lightning_mimo.optim.mimo_optimizer import StepOutcome
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
+from lightning_mimo.optim.step_reduction import DeviceReduction, HostReduction, StepReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
-from lightning_mimo.schedule.forward_backward import BatchFigures, BatchTotals, GlobalBatchSchedule
+from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.schedule.generation import gather_indices, greedy_decode
 from lightning_mimo.schedule.nonfinite import describe, find_nonfinite
 from lightning_mimo.strategy.module import MimoModule
@@ -43,7 +46,7 @@ class BatchRunner:
     """Runs global batches of one ``fit``, ``validate``, ``test`` or ``predict``. All methods are collective.
 
     Attributes:
-        hold: whether more batches of the same accumulation window follow the next one.
+        is_accumulating: whether more batches are accumulated before the optimizer steps, after the next one.
         must_stop: whether the run is to end after the batch that was the last one; the same on every rank.
         listeners: are given the spans of every step when it is done.
     """
@@ -75,16 +78,17 @@ class BatchRunner:
             on_nonfinite: as for MimoStrategy.
             signals: what this rank was told.
             telemetry: whether to find out what each module does.
-            load_ahead: loads the next batch to train on.
+            load_ahead: loads the next batch to train on; called once a batch, where this rank would wait for others.
             metrics: where what a step came to is shown; ``None`` for nowhere.
         """
-        self.hold = False
+        self.is_accumulating = False
         self.must_stop = False
         self.listeners: list[StepListener] = []
         self._telemetry = Telemetry(infra.layout, infra.spans, device) if telemetry else None
         self._step_ended = 0.0
         self._signals = signals
         self._load_ahead = load_ahead
+        self._may_load_ahead = False
         self._metrics = metrics
         self._module = module
         self._infra = infra
@@ -92,10 +96,12 @@ class BatchRunner:
         self._device = device
         self._check = check_samples
         self._on_nonfinite = on_nonfinite
-        self._schedule = GlobalBatchSchedule(module.model, infra, encoder_run_ahead=encoder_run_ahead)
-        self._window: Generators | None = None
-        self._last: tuple[Batch, int, BatchTotals] | None = None
-        self._losses: list[tuple[int, torch.Tensor]] = []  # of the window's batches
+        self._schedule = GlobalBatchSchedule(
+            module.mimo_model, infra, encoder_run_ahead=encoder_run_ahead, on_first_wait=self._load_next
+        )
+        self._generators: Generators | None = None  # as they were before the accumulation; None between two
+        self._last: tuple[Batch, int] | None = None
+        self._losses: list[tuple[int, torch.Tensor]] = []  # of the batches of the accumulation
         self._step_started = 0.0
 
     def train(self, batch: Batch, batch_idx: int, optimizer: MimoTorchOptimizer) -> torch.Tensor:
@@ -110,119 +116,156 @@ class BatchRunner:
                 f"MimoStrategy trains on one: concatenate the datasets (torch.utils.data.ConcatDataset)."
             )
         self._check_samples(batch, batch_idx)
-        if self._window is None:
+        if self._generators is None:
             self._schedule.zero_grad()
-            # To go back to if a checkpoint is saved inside of the window, which takes more than one batch.
-            self._window = generators() if self.hold else {}
+            # To go back to if a checkpoint is saved during the accumulation, which takes more than one batch.
+            self._generators = generators() if self.is_accumulating else {}
         optimizer.outcome = None
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
+        self._may_load_ahead = self._another_follows(batch_idx)
         with self._module.microbatches():
             totals = self._schedule.train(
                 batch,
                 self._training_step(batch_idx),
                 self._module.loss,
-                optimizer=None if self.hold else optimizer.mimo,
-                stop=self._signals.received is not None,
-                also=self._figures_to_share(batch),
-                on_first_wait=self._load_next if self._another_follows(batch_idx) else None,
+                optimizer=None if self.is_accumulating else optimizer.mimo,
+                figures=self._figures_of_this_rank(batch),
             )
-        loss = totals.loss
+        loss = totals.mean_loss
         self._losses.append((batch_idx, loss))
-        self._last = batch, batch_idx, totals
-        if self.hold:
-            self._show_held(totals)
+        self._last = batch, batch_idx
+        if self.is_accumulating:
+            self._show_accumulating(totals)
+        else:
+            optimizer.reduction = totals
         return loss.float()
 
-    def close_window(self, optimizer: MimoTorchOptimizer) -> None:
-        """The optimizer has stepped: the next batch begins a new accumulation window.
+    def end_accumulation(self, optimizer: MimoTorchOptimizer) -> None:
+        """The optimizer has stepped: the next batch begins a new accumulation.
 
         Args:
             optimizer: says what came of it.
 
         Raises:
+            DataError: if ``MimoModule.loss`` counted what is no number of tokens.
             NonFiniteError: if the step was skipped because of something that is not finite, unless the loss scale was
                 merely too large or such steps are to be left out.
         """
-        self._window = None
+        self._generators = None
         outcome = optimizer.outcome
+        assert outcome is not None and self._last is not None, "the optimizer has stepped on the last batch"
         self.must_stop = outcome.stop
-        (batch, batch_idx, totals), self._last = self._last, None
-        shared = len(outcome.also) - len(totals.sums)  # the batch's sums come last
-        of_modules = self._account_for_step(outcome.also[:shared])
-        of_step = _figures_of(outcome, optimizer.skipped_steps)
-        self._show(totals.figures(outcome.also[shared:]), of_step | of_modules)
+        (batch, batch_idx), self._last = self._last, None
+        self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))
         losses, self._losses = self._losses, []
+        where = f"in step {self._module.global_step}"
+        if not 0 <= (tokens := outcome.totals.accumulated_tokens) < math.inf:
+            raise DataError(
+                f"The loss tokens that loss() returned add up to {tokens:g} {where} (batch {batch_idx}), and the loss "
+                f"cannot be divided by that; the weights were not updated. Return a number that is not negative."
+            )
         if outcome.updated or outcome.overflow:
             return
-        where = f"in step {self._module.global_step}"
         if self._on_nonfinite == "skip":
             rank_zero_warn(f"{outcome.problem} {where}: the weights were not updated.", category=RuntimeWarning)
             return
-        step, model = self._training_step(batch_idx), self._module.model
-        earlier = [index for index, loss in losses[:-1] if not loss.isfinite()]
-        if earlier:
-            reason = f"The first that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
-        else:
-            with self._module.microbatches():
-                found = find_nonfinite(self._schedule, model, self._infra, batch, step, self._module.loss)
-            reason = describe(found)
         raise NonFiniteError(
-            f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. {reason} "
-            f"MimoStrategy(on_nonfinite='skip') leaves such steps out and goes on."
+            f"{outcome.problem} {where} (batch {batch_idx}); the weights were not updated. "
+            f"{self._find_nonfinite(batch, batch_idx, losses)} "
+            f"MimoStrategy(checks=Checks(on_nonfinite='skip')) skips such steps and goes on."
         )
+
+    def _find_nonfinite(self, batch: Batch, batch_idx: int, losses: Sequence[tuple[int, torch.Tensor]]) -> str:
+        """Where something that is not finite came from, in words. Runs the last batch again.
+
+        Args:
+            batch: the last one of the accumulation.
+            batch_idx: its number.
+            losses: number and loss of all batches of the accumulation.
+        """
+        if earlier := [index for index, loss in losses[:-1] if not loss.isfinite()]:
+            return f"The first that is not finite: the loss of batch {earlier[0]}, in the same accumulation window."
+        module = self._module
+        with module.microbatches():
+            step = self._training_step(batch_idx)
+            return describe(find_nonfinite(self._schedule, module.mimo_model, self._infra, batch, step, module.loss))
 
     def _another_follows(self, batch_idx: int) -> bool:
         """Whether the epoch has another batch that is trained on, as far as can be known."""
         trainer = self._module.trainer
-        is_last_step = not self.hold and trainer.global_step + 1 == trainer.max_steps
+        is_last_step = not self.is_accumulating and trainer.global_step + 1 == trainer.max_steps
         return batch_idx + 1 < trainer.num_training_batches and not is_last_step
 
     def _load_next(self) -> None:
-        with self._infra.spans.span(_LOAD):
-            self._load_ahead()
+        if self._may_load_ahead:
+            self._may_load_ahead = False
+            with self._infra.spans.span(_LOAD):
+                self._load_ahead()
 
-    def _figures_to_share(self, batch: Batch) -> torch.Tensor | None:
-        """What the other ranks are to learn of this one with the step, if it is one of those that are logged."""
+    def _figures_of_this_rank(self, batch: Batch) -> DeviceReduction:
+        """What the other ranks are to learn of this one with the step."""
+        figures = self._stops()
         if self._telemetry is None:
-            return None
+            return figures
         self._telemetry.count(batch)
-        trainer = self._module.trainer
+        trainer: Any = self._module.trainer
         # By this count alone, not by trainer.should_stop, which may come to the ranks one after the other.
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
-        return None if self.hold or not every or steps % every else self._telemetry.figures()
+        if self.is_accumulating or not every or steps % every:
+            return figures
+        return replace(figures, telemetry=self._telemetry.figures().to(self._device))
 
-    def _account_for_step(self, shared: Sequence[float]) -> dict[str, float]:
-        """Tell the listeners what was done in it; what is to be logged of the modules, from what ranks have shared."""
+    def _stops(self) -> DeviceReduction:
+        """Whether this rank was told to stop."""
+        is_told = self._signals.received is not None
+        return StepReduction(stops=torch.full((), float(is_told), dtype=torch.float64, device=self._device))
+
+    def _end_step(self, telemetry: Sequence[float]) -> dict[str, float]:
+        """Tell the listeners what was done in the step; what is to be logged of the modules.
+
+        Args:
+            telemetry: what all ranks together have; empty in steps that do not log it.
+        """
         spans, now = self._infra.spans.drain(), time.perf_counter()
         described = {}
         if self._telemetry is not None:
-            described = self._telemetry.describe(shared) if shared else {}
+            described = self._telemetry.describe(telemetry) if telemetry else {}
             self._telemetry.add(spans, now - self._step_ended)
         self._step_ended = now
         for listener in tuple(self.listeners):
             listener(spans)
         return described
 
-    def _show(self, figures: BatchFigures, of_step: Mapping[str, float]) -> None:
-        """Loggers, callbacks and the progress bar get what the last batch of a window and its step came to."""
-        if self._metrics is None:
-            return
-        in_bar = {"train/loss": figures.loss}
-        if seconds := self._seconds_of_batch():
-            in_bar["train/tokens_per_sec"] = figures.tokens / seconds
-        in_bar |= {f"train/{name}": mean for name, mean in figures.means().items()}
-        self._metrics.show({**in_bar, **of_step}, prog_bar=in_bar)
+    def _show(self, outcome: StepOutcome, skipped_steps: int, telemetry: Mapping[str, float]) -> None:
+        """Loggers, callbacks and the progress bar get what the last batch of an accumulation and its step came to.
 
-    def _show_held(self, totals: BatchTotals) -> None:
-        """Callbacks get what an earlier batch of a window came to, as tensors that nobody has to wait for."""
+        Args:
+            outcome: of the step.
+            skipped_steps: how many steps have been skipped so far.
+            telemetry: what is logged of the modules.
+        """
         if self._metrics is None:
             return
-        values = {"train/loss": totals.loss}
+        totals = outcome.totals
+        in_bar = {"train/loss": totals.mean_loss}
         if seconds := self._seconds_of_batch():
-            values["train/tokens_per_sec"] = totals.sums[1] / seconds
-        means = totals.sums[2::2] / totals.sums[3::2]
-        values |= {f"train/{name}": mean for name, mean in zip(totals.names, means, strict=True)}
+            in_bar["train/tokens_per_sec"] = totals.tokens / seconds
+        in_bar |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
+        of_step = {"train/skipped_steps": float(skipped_steps)}
+        if outcome.updated:
+            of_step["train/grad_norm"] = outcome.grad_norm
+            of_step |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
+        self._metrics.show({**in_bar, **of_step, **telemetry}, prog_bar=in_bar)
+
+    def _show_accumulating(self, totals: DeviceReduction) -> None:
+        """Callbacks get what an earlier batch of an accumulation came to, as tensors that nobody has to wait for."""
+        if self._metrics is None:
+            return
+        values = {"train/loss": totals.mean_loss}
+        if seconds := self._seconds_of_batch():
+            values["train/tokens_per_sec"] = totals.tokens / seconds
+        values |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
         self._metrics.show_tensors({name: value.float() for name, value in values.items()})
 
     def _seconds_of_batch(self) -> float | None:
@@ -231,9 +274,9 @@ class BatchRunner:
         return self._step_started - before if before else None
 
     @property
-    def open_window(self) -> tuple[int, Generators | None]:
-        """How many batches of an accumulation window are held, and what the generators were before the first one."""
-        return (0, None) if self._window is None else (len(self._losses), self._window)
+    def accumulation(self) -> tuple[int, Generators | None]:
+        """How many batches no optimizer step has learned from yet, and the generators before the first of them."""
+        return (0, None) if self._generators is None else (len(self._losses), self._generators)
 
     def evaluate(
         self, stage: str, step: Callable[..., Any], batch: Batch, batch_idx: int, *dataloader_idx: int
@@ -254,14 +297,16 @@ class BatchRunner:
         self._step_started = self._step_ended = 0.0  # or the next training step would be charged with the validation
         self._infra.spans.keep = False
         with self._module.microbatches():
-            totals, self.must_stop = self._schedule.evaluate(
+            totals = self._schedule.evaluate(
                 batch,
                 lambda microbatch: step(microbatch, batch_idx, *dataloader_idx),
                 self._module.loss,
-                stop=self._signals.received is not None,
+                figures=self._stops(),
             )
-        self._log(stage, totals.read())
-        return totals.loss.float()
+        figures = totals.read()
+        self.must_stop = figures.stops > 0
+        self._log(stage, figures)
+        return totals.mean_loss.float()
 
     def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
@@ -287,7 +332,7 @@ class BatchRunner:
                 global_batch_size=self._global_batch_size,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=module.pad_token_id,
-                placeholders=module.model.special_token_ids,
+                placeholders=module.mimo_model.special_token_ids,
                 group=groups.tp if groups else None,
             )
 
@@ -298,22 +343,19 @@ class BatchRunner:
         if self._check == "always" or (self._check == "first" and batch_idx == 0):
             check_samples(batch, self._infra.layout, global_batch_size=self._global_batch_size, device=self._device)
 
-    def _log(self, stage: str, figures: BatchFigures) -> None:
+    def _log(self, stage: str, figures: HostReduction) -> None:
         """Log loss and metrics, weighted by what they count, so that an epoch's mean is that over all its tokens."""
         how = {"prog_bar": True, "on_step": False, "on_epoch": True}
-        self._module.log(f"{stage}/loss", figures.loss, batch_size=int(figures.tokens), **how)
-        for name, mean in figures.means().items():
-            if counted := int(figures.metrics[name][1]):
-                self._module.log(f"{stage}/{name}", mean, batch_size=counted, **how)
+        self._module.log(f"{stage}/loss", figures.mean_loss, batch_size=_weight(figures.tokens), **how)
+        means = figures.metric_means
+        for name, (_, count) in figures.metrics.items():
+            if count:
+                self._module.log(f"{stage}/{name}", means[name], batch_size=_weight(count), **how)
 
 
-def _figures_of(outcome: StepOutcome, skipped_steps: int) -> dict[str, float]:
-    """What is logged of an optimizer step."""
-    figures = {"train/skipped_steps": float(skipped_steps)}
-    if outcome.updated:
-        figures["train/grad_norm"] = outcome.grad_norm
-        figures |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
-    return figures
+def _weight(count: float) -> int | float:
+    """A count as Lightning weights by it: whole numbers are added up without rounding."""
+    return int(count) if count.is_integer() else count
 
 
 def _on_any_rank(here: bool, *, device: torch.device) -> bool:

@@ -30,9 +30,6 @@ from lightning_mimo.strategy.registration import register
 register()
 
 
-_SET_IN_EVERY_STEP = ("_current_fx_name", "_sees_microbatches")  # the former by Lightning, around every hook
-
-
 class MimoModule(pl.LightningModule):
     """A MimoModel under Lightning. Override :meth:`configure_mimo`, :meth:`configure_optimizers`, maybe :meth:`loss`.
 
@@ -40,6 +37,11 @@ class MimoModule(pl.LightningModule):
     schedule, which calls :meth:`training_step` (or its siblings) for each, and :meth:`loss` where the last stage of
     the language module is. A microbatch holds ``input_ids``, ``position_ids`` (int64 ``[b, s]``), on ranks of the
     language module ``labels`` (int64 ``[b, s]``) and ``loss_mask`` (``[b, s]``), and ``modality_inputs``.
+
+    All other hooks of Lightning run in its order and as often as on one device. The schedule interleaves the forward
+    and backward passes of the microbatches, so both lie before ``on_before_zero_grad``, the first hook of a batch after
+    its steps: ``on_before_backward`` and ``on_after_backward`` find the same gradients, and find them reduced where the
+    batch is the last one of an accumulation window.
 
     Logged by the strategy, the same on every rank: ``train/loss``, ``train/grad_norm``, ``train/grad_norm/images`` and
     so on for each module, ``train/skipped_steps``, ``train/tokens_per_sec`` (by each rank's own clock), ``val/loss``,
@@ -61,13 +63,6 @@ class MimoModule(pl.LightningModule):
         self.frozen = tuple(frozen)
         self.model: RaggedMimoModel | None = None
         self._sees_microbatches = False
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _SET_IN_EVERY_STEP:
-            # torch would ask each time whether it is a parameter.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         """Describe the model. Called on every rank, once, after the process groups exist.
@@ -106,13 +101,14 @@ class MimoModule(pl.LightningModule):
             ConfigError: if ``lr`` is not set, everything is frozen, or an override fits nothing.
         """
         clip = self.trainer.gradient_clip_val
+        strategy: Any = self.trainer.strategy
         return build_optimizer(
-            self.model,
+            self.mimo_model,
             self.infra,
             config if clip is None else replace(config, clip_grad=float(clip)),
             overrides=overrides or {},
-            ddp=self.trainer.strategy.ddp_by_module,
-            dtype_policy=self.trainer.precision_plugin.dtype_policy,
+            ddp=strategy.ddp_by_module,
+            dtype_policy=strategy.precision_plugin.dtype_policy,
         )
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
@@ -121,7 +117,8 @@ class MimoModule(pl.LightningModule):
         Megatron's OptimizerParamScheduler is advanced by 1: its ``lr_decay_steps`` and the like are optimizer steps.
         """
         interval = next(each.interval for each in self.trainer.lr_scheduler_configs if each.scheduler is scheduler)
-        outcome = self.optimizers(use_pl_optimizer=False).outcome
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        outcome = optimizer.outcome if isinstance(optimizer, MimoTorchOptimizer) else None
         if interval == "step" and outcome is not None and not outcome.updated:
             return
         if isinstance(scheduler, OptimizerParamScheduler):
@@ -158,7 +155,7 @@ class MimoModule(pl.LightningModule):
         Returns:
             Logits ``[b, s, vocabulary / tp]`` on the language module's last stage, what goes to the next stage before.
         """
-        output, _ = self.model(
+        output, _ = self.mimo_model(
             input_ids=batch["input_ids"],
             position_ids=batch["position_ids"],
             attention_mask=None,
@@ -223,19 +220,44 @@ class MimoModule(pl.LightningModule):
             )
         return infra
 
+    @property
+    def mimo_model(self) -> RaggedMimoModel:
+        """This rank's part of the model, once :meth:`configure_model` has built it."""
+        assert self.model is not None, "configure_model() builds it"
+        return self.model
+
     def configure_model(self) -> None:
         """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
         if self.model is None:
-            seed = self.trainer.strategy.seed if self.infra else 0
-            dtype_policy = self.trainer.precision_plugin.dtype_policy
+            strategy: Any = self.trainer.strategy
             self.model = build_mimo_model(
-                self.configure_mimo(self.infra), self.infra, seed=seed, dtype_policy=dtype_policy
+                self.configure_mimo(self.infra),
+                self.infra,
+                seed=strategy.seed,
+                dtype_policy=strategy.precision_plugin.dtype_policy,
             )
             freeze(self.model, self.infra, self.frozen)
 
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: the schedule ran the backward passes of all microbatches, after the forward pass of each."""
+
     def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""
+        """Do nothing: Megatron's optimizer clips by the norm over all modules, inside its step."""
 
     def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Only the first pipeline stage of an encoder takes images; later ones get hidden states."""
-        return {name: value for name, value in inputs.items() if self.model.role.is_first_stage(name)}
+        return {name: value for name, value in inputs.items() if self.mimo_model.role.is_first_stage(name)}
+
+
+def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
+    """The module of a Trainer whose strategy is MimoStrategy.
+
+    Raises:
+        ConfigError: if it is no MimoModule.
+    """
+    if not isinstance(module, MimoModule):
+        raise ConfigError(
+            f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
+            f"lightning_mimo.MimoModule and override configure_mimo."
+        )
+    return module

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, override
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -49,7 +48,7 @@ class MimoPrecision(Precision):
             raise ConfigError(
                 f"Trainer(precision={precision!r}) is not supported by MimoStrategy; supported: {', '.join(SUPPORTED)}."
             )
-        self.precision = precision
+        self.precision = precision  # type: ignore[assignment]  # one of Lightning's literals, as was checked
 
     @classmethod
     def convert(cls, plugin: Precision) -> MimoPrecision:
@@ -79,18 +78,6 @@ class MimoPrecision(Precision):
             if (inputs := microbatch.get("modality_inputs"))
             else microbatch
             for microbatch in data
-        )
-
-    @override
-    def _after_closure(self, model: pl.LightningModule, optimizer: Any) -> None:
-        """The hooks between the backward passes and the update, as far as somebody has them."""
-        hooks, trainer = model.trainer.strategy.hooks, model.trainer
-        hooks.call("on_before_optimizer_step", optimizer)
-        hooks.call(
-            "configure_gradient_clipping",
-            optimizer,
-            gradient_clip_val=trainer.gradient_clip_val,
-            gradient_clip_algorithm=trainer.gradient_clip_algorithm,
         )
 
     def _convert(self, value: torch.Tensor) -> torch.Tensor:

@@ -3,72 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 
 
-class StepMetrics(_ResultCollection):
-    """What is logged in training: by the user's hooks as in Lightning, and by the strategy, anew in every batch.
+class StepMetrics:
+    """Shows metrics of a step as Lightning's own LearningRateMonitor does: without ``log``.
 
-    To ``log`` one number takes Lightning longer than all that is left of a step, and at its end it goes through all of
-    them once more, each with a read of its own from the device. The strategy has its numbers on the host already, and
-    makes tensors of them where somebody looks.
+    ``log`` makes a tensor on the device of every number and reads it back for the progress bar, one after the other.
+    The strategy has its numbers on the host already. What a user logs under one of these names comes later and wins.
     """
 
-    def __init__(self) -> None:
-        super().__init__(training=True)
-        self._values: Mapping[str, torch.Tensor | float] = {}  # of the last batch
-        self._last: dict[str, torch.Tensor | float] = {}  # of every name, for callbacks
-        self._in_bar: dict[str, float] = {}
+    def __init__(self, trainer: pl.Trainer) -> None:
+        """
+        Args:
+            trainer: the one that trains.
+        """
+        self._trainer = trainer
 
     def show(self, values: Mapping[str, float], *, prog_bar: Collection[str]) -> None:
-        """What ``log(name, value, on_step=True, on_epoch=False)`` would do for each.
-
-        Loggers and the progress bar get these only; callbacks keep the last number of every name.
+        """Show the metrics of an optimizer step: to loggers (every ``log_every_n_steps``), callbacks and the bar.
 
         Args:
             values: names of metrics and numbers, the same on every rank.
             prog_bar: names of those that the progress bar shows.
         """
-        self._values = values
-        self._last.update(values)
-        self._in_bar = {name: values[name] for name in prog_bar}
+        trainer, connector = self._trainer, self._trainer._logger_connector
+        metrics = {name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+        trainer.callback_metrics.update(metrics)
+        trainer.logged_metrics.update(metrics)
+        trainer.progress_bar_metrics.update({name: values[name] for name in prog_bar})
+        if connector.should_update_logs:
+            connector.log_metrics(metrics)
 
     def show_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """The same of numbers that are still on the device, but for the progress bar, which would have to read them.
+        """Show metrics that are still on the device: to callbacks only, since all others would have to read them.
 
         Args:
             tensors: names of metrics and float32 scalars, the same on every rank.
         """
-        self._values = tensors
-        self._last.update(tensors)
-
-    @override
-    def metrics(self, on_step: bool) -> Any:
-        metrics = super().metrics(on_step)
-        if on_step:
-            own = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in self._last.items()}
-            # What a hook has logged under the same name came later.
-            metrics["callback"] = own | metrics["callback"]
-            metrics["log"] = {name: own[name] for name in self._values} | metrics["log"]
-            metrics["pbar"] = self._in_bar | metrics["pbar"]
-        return metrics
-
-    @override
-    def reset(self, metrics: bool | None = None, fx: str | None = None) -> None:
-        super().reset(metrics, fx)
-        if fx is None:
-            self._values, self._last, self._in_bar = {}, {}, {}
-
-    def __bool__(self) -> bool:
-        # Also where only the strategy has logged: the Trainer does not look into an empty collection.
-        return True
-
-
-def collect_step_metrics(trainer: pl.Trainer) -> StepMetrics:
-    """Have a Trainer take what is logged in training from a collection that the strategy fills, too."""
-    trainer.fit_loop.epoch_loop._results = collection = StepMetrics()
-    return collection
+        self._trainer.callback_metrics.update(tensors)

@@ -1,61 +1,47 @@
-"""MimoStrategy: its arguments, what is checked before a process exists, and what is set up before a run."""
+"""MimoStrategy, from top to bottom in the order in which the Trainer calls it."""
 
 from __future__ import annotations
 
 import contextlib
-import signal
-from datetime import timedelta
-from functools import partial
-from typing import Literal, override
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, override
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
-from lightning.fabric.utilities.distributed import (
-    _get_default_process_group_backend_for_device,
-    _init_dist_connection,
-)
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
+from torch.utils.data import DataLoader
 
-from lightning_mimo.callbacks.model_summary import replace_model_summary
-from lightning_mimo.checkpoint.manager import RunCheckpoints
-from lightning_mimo.data.run_data import RunData
+from lightning_mimo.cpu import megatron_on
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.known_warnings import hush_known_warnings
-from lightning_mimo.launch.fork_launcher import ForkLauncher, can_fork
-from lightning_mimo.launch.preemption import Preemption
-from lightning_mimo.layout.batch_plan import RankBatchPlan, validate_batch_sizes
+from lightning_mimo.launch.fork_launcher import make_launcher
+from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
-from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
+from lightning_mimo.mimo.replica_check import check_replicas
 from lightning_mimo.observe.spans import Spans, clock_of
-from lightning_mimo.observe.watchdog import Watchdog
-from lightning_mimo.optim.ddp import check_options, options_by_module, wrap_with_ddp
+from lightning_mimo.optim.ddp import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
-from lightning_mimo.strategy.batch_runner import BatchRunner
-from lightning_mimo.strategy.epoch_loop import replace_epoch_loop
-from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.no_profiler import replace_no_profiler
+from lightning_mimo.strategy.batch_runner import Batch, StepListener
+from lightning_mimo.strategy.module import MimoModule, as_mimo_module
+from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
 from lightning_mimo.strategy.precision import MimoPrecision
-from lightning_mimo.strategy.running_strategy import RunningStrategy
-from lightning_mimo.strategy.step_metrics import collect_step_metrics
+from lightning_mimo.strategy.run import Run, the_only
 from lightning_mimo.strategy.trainer_check import check_trainer
-from lightning_mimo.strategy.used_hooks import UsedHooks
-
-_CHOICES = {
-    "check_samples": ("first", "always", "never"),
-    "on_nonfinite": ("raise", "skip"),
-    "on_save_error": ("raise", "warn"),
-}
+from lightning_mimo.strategy.trainer_setup import set_up_trainer
+from lightning_mimo.strategy.world import WorldCollectives, build_infra, join_world, start_watchdog
 
 
-class MimoStrategy(RunningStrategy):
+class MimoStrategy(ParallelStrategy):
     """Trains a :class:`MimoModule` with every module on a HyperCommGrid of its own.
 
     Example::
@@ -63,13 +49,23 @@ class MimoStrategy(RunningStrategy):
         strategy = MimoStrategy(
             modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
             global_batch_size=64,
-            num_microbatches=4,
+            saving=Saving(asynchronous=True),
         )
         Trainer(devices=4, strategy=strategy).fit(model, datamodule)
+
+    Attributes:
+        spans: what this rank does is noted here.
+        infra: layout, grids and process groups; ``None`` before there are any.
+        plan: this rank's share of every global batch; ``None`` before there are ranks.
+        seed: of initial weights, the order of samples and their augmentation, the same on every rank.
     """
 
-    strategy_name = "mimo"
+    num_nodes = 1  # set by the Trainer
+    is_distributed = True  # or log(sync_dist=True) would do nothing
+    restore_checkpoint_after_setup = True  # into the shards that setup() makes
+    lightning_restore_optimizer = False  # load_checkpoint() does it
 
+    @refuse_moved
     def __init__(
         self,
         modules: dict[str, ModuleParallelism],
@@ -78,18 +74,12 @@ class MimoStrategy(RunningStrategy):
         *,
         colocate: bool = False,
         encoder_run_ahead: int = 1,
-        check_samples: Literal["first", "always", "never"] = "first",
-        on_nonfinite: Literal["raise", "skip"] = "raise",
-        async_save: bool = False,
-        on_save_error: Literal["raise", "warn"] = "raise",
-        telemetry: bool = True,
         ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
+        checks: Checks = Checks(),
+        saving: Saving = Saving(),
+        monitoring: Monitoring = Monitoring(),
         process_group_backend: str | None = None,
-        timeout: timedelta = timedelta(minutes=30),
-        accelerator: Accelerator | None = None,
-        parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
     ) -> None:
         """
@@ -103,51 +93,72 @@ class MimoStrategy(RunningStrategy):
             encoder_run_ahead: microbatches that an encoder on ranks of its own computes before 1F1B asks for them, so
                 that the language module need not wait for one that takes longer than others. Each costs an encoder
                 rank the memory of one more microbatch's activations.
-            check_samples: when to check that all ranks hold the same samples: in the first batch of every epoch and
-                evaluation, in every batch, or never. It costs one small all-reduce.
-            on_nonfinite: what to do where a loss or a gradient is not finite: stop on all ranks, with the module, rank,
-                microbatch and samples in the message; or leave out the step, on all ranks alike. A loss scale that is
-                too large is no reason to stop: the step is left out and the scale halved.
-            async_save: go on training while a checkpoint is being written; at most one is at a time.
-            on_save_error: what to do where a checkpoint cannot be written: stop on all ranks, or warn and go on.
-            telemetry: log what each module does, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
             ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
                 always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
                 the precision.
+            checks: what is checked in every run.
+            saving: how checkpoints are saved.
+            monitoring: telemetry, and how long a rank may wait for another.
             process_group_backend: torch.distributed backend; ``None`` is nccl on GPUs and gloo on CPUs.
-            timeout: how long a rank may wait for another, in a collective or a transfer. After it, every rank says
-                what it does and waits for, and the run ends with exit code 1.
-            accelerator: as for every ParallelStrategy; set by the Trainer.
-            parallel_devices: as for every ParallelStrategy; set by the Trainer.
             cluster_environment: as for every ParallelStrategy; set by the Trainer.
-            checkpoint_io: not used: checkpoints are written by all ranks, see ``lightning_mimo.checkpoint``.
             precision_plugin: as for every ParallelStrategy; set by the Trainer.
         """
-        super().__init__(
-            global_batch_size=global_batch_size,
-            accelerator=accelerator,
-            parallel_devices=parallel_devices,
-            cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io,
-            precision_plugin=precision_plugin,
-        )
+        super().__init__(cluster_environment=cluster_environment, precision_plugin=precision_plugin)
+        check_run_ahead(encoder_run_ahead)
         self.modules = dict(modules)
+        self.global_batch_size = global_batch_size
         self.num_microbatches = num_microbatches
         self.colocate = colocate
         self.encoder_run_ahead = encoder_run_ahead
-        self.check_samples = check_samples
-        self.on_nonfinite = on_nonfinite
-        self.async_save = async_save
-        self.on_save_error = on_save_error
-        self.log_telemetry = telemetry
         self.ddp = ddp
+        self.checks = checks
+        self.saving = saving
+        self.monitoring = monitoring
+        self.process_group_backend = process_group_backend
         self.spans = Spans()
-        self._backend = process_group_backend
-        self._timeout = timeout
-        self._plan: RankBatchPlan | None = None
+        self.infra: MimoModelInfra | None = None
+        self.plan: RankBatchPlan | None = None
+        self.seed = 0
+        self._world = WorldCollectives(self.spans)
+        self._run: Run | None = None
         self._open = contextlib.ExitStack()  # what teardown has to close
 
-    # ------------------------------------------------------- before a process
+    # ------------------------------------------------- the Trainer is made: precision, devices, launcher
+
+    @property
+    @override
+    def precision_plugin(self) -> MimoPrecision:
+        plugin = self._precision_plugin
+        return plugin if isinstance(plugin, MimoPrecision) else MimoPrecision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        # None is kept: with a plugin of its own, the Trainer would not look at its precision argument.
+        self._precision_plugin = None if plugin is None else MimoPrecision.convert(plugin)
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        assert self.parallel_devices is not None
+        return self.parallel_devices[self.local_rank]
+
+    @property
+    def num_processes(self) -> int:
+        """Ranks on this node."""
+        return len(self.parallel_devices or [])
+
+    @override
+    def _configure_launcher(self) -> None:
+        assert self.cluster_environment is not None and self.parallel_devices is not None
+        self._launcher = make_launcher(
+            self.cluster_environment,
+            self.parallel_devices,
+            num_nodes=self.num_nodes,
+            timeout=self.monitoring.timeout,
+            validate=self.validate,
+        )
+
+    # ------------------------------------------------- before other ranks are started
 
     def validate(self, trainer: pl.Trainer | None = None) -> MimoLayout:
         """Check layout and batch sizes against the Trainer's devices and nodes. Needs no process and no device.
@@ -164,16 +175,8 @@ class MimoStrategy(RunningStrategy):
         layout = MimoLayout.resolve(
             self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
         )
-        self._micro_batch_sizes(layout)
+        micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
-        for argument, choices in _CHOICES.items():
-            if (value := getattr(self, argument)) not in choices:
-                raise ConfigError(f"MimoStrategy({argument}={value!r}): choose one of {choices}.")
-        ahead = self.encoder_run_ahead
-        if not isinstance(ahead, int) or isinstance(ahead, bool) or ahead < 0:
-            raise ConfigError(
-                f"MimoStrategy(encoder_run_ahead={ahead!r}) must be a whole number of microbatches, 0 or more."
-            )
         return layout
 
     @property
@@ -181,148 +184,235 @@ class MimoStrategy(RunningStrategy):
         """How each module is wrapped in DDP."""
         return options_by_module(self.ddp, self.modules)
 
-    def _micro_batch_sizes(self, layout: MimoLayout) -> dict[str, int]:
-        return validate_batch_sizes(
-            {name: sizes.dp for name, sizes in layout.modules.items()},
-            global_batch_size=self.global_batch_size,
-            num_microbatches=self.num_microbatches,
-        )
-
-    @override
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        if self.cluster_environment.creates_processes_externally or can_fork(self.parallel_devices[0]):
-            self._launcher = ForkLauncher(
-                self.cluster_environment,
-                num_processes=self.num_processes,
-                num_nodes=self.num_nodes,
-                timeout=self._timeout.total_seconds(),
-                validate=self.validate,
-            )
-        else:
-            self._launcher = _SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
-
-    # ------------------------------------------------------------------ setup
+    # ------------------------------------------------- on every rank: process groups, model, optimizer
 
     @override
     def connect(self, model: pl.LightningModule) -> None:
         hush_known_warnings()
         super().connect(model)
 
+    @property
+    def _module(self) -> MimoModule:
+        return as_mimo_module(self.lightning_module)
+
     @override
     def setup_environment(self) -> None:
-        layout = self.validate(self.lightning_module.trainer)
+        """Process groups and seeds. The groups outlive ``fit``, so that ``test`` can follow it."""
+        layout = self.validate(self._module.trainer)
         super().setup_environment()
-        self._set_world_ranks()
+        assert self.cluster_environment is not None
+        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]  # an attribute of the function
         reset_seed()
-        self._open.enter_context(self._megatron_on_device())
+        self._open.enter_context(megatron_on(self.root_device))
         if self.infra is None:
             self.spans.clock = clock_of(self.root_device)
-            self._build_infra(layout)
+            join_world(self.cluster_environment, self.root_device, self.process_group_backend, self.monitoring.timeout)
+            self.infra, self.plan = build_infra(
+                layout, self.spans, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches
+            )
+            self.seed = self.broadcast(torch.initial_seed() % 2**63)
         seed_megatron(layout, self.global_rank, seed=self.seed)
 
-    def _build_infra(self, layout: MimoLayout) -> None:
-        """Process groups, and each rank's share of the data. They outlive ``fit``, so that ``test`` can follow it."""
-        backend = self._backend or _get_default_process_group_backend_for_device(self.root_device)
-        patience = Watchdog.patience_after(self._timeout)
-        _init_dist_connection(self.cluster_environment, backend, timeout=patience)
-        self.seed = self.broadcast(torch.initial_seed() % 2**63)
-        self.infra = MimoModelInfra.build(layout, spans=self.spans)
-        self._plan = RankBatchPlan.build(
-            layout,
-            self.global_rank,
-            global_batch_size=self.global_batch_size,
-            num_microbatches=self.num_microbatches,
-        )
-        validate_no_stub_ranks(self.infra.module_to_grid_map, self.world_size)
-        validate_data_loader_contract(
-            self.infra, self.global_batch_size, self._micro_batch_sizes(layout), self.num_microbatches
-        )
+    @contextlib.contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Around ``configure_model``: build on the CPU on every accelerator, as a GPU draws other initial weights."""
+        with super().tensor_init_context(empty_init=empty_init), torch.device("cpu"):
+            yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
+        """Called after the module's ``configure_model``: wrap the model, and make what this stage needs."""
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        module = self._module
-        # The strategy is distributed, but Lightning's sampler would give every rank samples of its own.
-        trainer._accelerator_connector.use_distributed_sampler = False
-        replace_model_summary(trainer.callbacks)
-        self.hooks = UsedHooks(trainer, MimoModule)
-        replace_epoch_loop(trainer, self.hooks)
-        replace_no_profiler(trainer)
-        # Megatron caches rotary embeddings, and those made in inference mode could not be trained with afterwards.
-        fit_validation = trainer.fit_loop.epoch_loop.val_loop
-        for loop in (fit_validation, trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
-            loop.inference_mode = False
+        module, infra, plan, is_fitting = self._module, self.infra, self.plan, trainer.state.fn == TrainerFn.FITTING
+        assert infra is not None and plan is not None
+        signals = set_up_trainer(trainer, self.cluster_environment, must_stop=lambda: self.run.batches.must_stop)
         # Megatron builds its layers on this rank's device, torch's own (layer norms) come from the CPU.
-        module.model.to(self.root_device)
-        if trainer.state.fn == TrainerFn.FITTING:
-            wrap_with_ddp(module.model, self.infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
-        self._checkpoints = RunCheckpoints(
-            async_save=self.async_save, on_save_error=self.on_save_error, timeout=self._timeout
-        )
-        self._open.callback(self._checkpoints.close)
-        self._data = RunData(self._plan)
-        self._runner = BatchRunner(
+        module.mimo_model.to(self.root_device)
+        if is_fitting:
+            wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
+        self._run = Run.build(
             module,
-            self.infra,
-            global_batch_size=self.global_batch_size,
+            infra,
+            plan,
             encoder_run_ahead=self.encoder_run_ahead,
+            checks=self.checks,
+            saving=self.saving,
+            monitoring=self.monitoring,
+            signals=signals,
             device=self.root_device,
-            check_samples=self.check_samples,
-            on_nonfinite=self.on_nonfinite,
-            signals=self._signals,
-            telemetry=self.log_telemetry and trainer.state.fn == TrainerFn.FITTING,
-            load_ahead=self._data.load_ahead,
-            metrics=None if trainer.barebones else collect_step_metrics(trainer),
         )
-        self._watch()
-        if not any(isinstance(callback, Preemption) for callback in trainer.callbacks):
-            trainer.callbacks.append(
-                Preemption(lambda: self._runner.must_stop, self._signals, self.cluster_environment)
-            )
-        if trainer.state.fn == TrainerFn.FITTING:
-            self.setup_optimizers(trainer)
-        self.setup_precision_plugin()
-
-    def _watch(self) -> None:
-        """Watch over the waiting of this rank, now that all of its process groups exist."""
-        self.infra.set_timeout(Watchdog.patience_after(self._timeout))
-        launcher = self._launcher
-        forked = isinstance(launcher, ForkLauncher)
-        watchdog = Watchdog(
-            self.spans,
-            self.infra.layout,
-            timeout=self._timeout,
-            end_node=launcher.kill_node if forked else partial(launcher.kill, signal.SIGKILL),
+        self._open.callback(self._run.end)
+        watchdog = start_watchdog(
+            infra,
+            self.launcher,
+            device=self.root_device,
+            timeout=self.monitoring.timeout,
             leaves_first=self.local_rank == 0,
         )
-        watchdog.start()
         self._open.callback(watchdog.stop)
+        if is_fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
 
     @override
     def model_to_device(self) -> None:
         """Nothing: :meth:`setup` does it before it wraps the modules."""
 
-    @property
+    # ------------------------------------------------- a checkpoint to go on from
+
     @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin or MimoPrecision()
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read what any layout wrote, and Lightning's own state. Collective over the world."""
+        trainer, resumed = self.run.load(Path(self.broadcast(str(checkpoint_path))), self.optimizers)
+        if resumed is not None:
+            self.seed = resumed.data_state.seed
+        return trainer
 
-    @precision_plugin.setter
-    def precision_plugin(self, plugin: Precision | None) -> None:
-        # None is kept: with a plugin of its own, the Trainer would not look at its precision argument.
-        self._precision_plugin = None if plugin is None else MimoPrecision.convert(plugin)
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: :meth:`load_checkpoint` has put the weights in place."""
 
-    # --------------------------------------------------------------- the end
+    # ------------------------------------------------- data and batches
+
+    @override
+    def process_dataloader(self, dataloader: object) -> DataLoader:
+        """Rebuild a user's DataLoader for this rank."""
+        return self.run.shard(dataloader, seed=self.seed)
+
+    @override
+    def on_train_start(self) -> None:
+        """Compare the weights of replicas, and draw from here on what the saved run would have drawn."""
+        complete_gathering(self._module.mimo_model)
+        check_replicas(self._module.mimo_model, self._module.infra)
+        self.run.restore_generators(self.global_rank)
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
+        """Forward and backward of one global batch; the global loss, the same on every rank."""
+        return self.run.batches.train(batch, batch_idx, the_only(self.optimizers))
+
+    @contextlib.contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate gradients unreduced: more batches follow before the optimizer steps."""
+        self.run.batches.is_accumulating = True
+        try:
+            yield
+        finally:
+            self.run.batches.is_accumulating = False
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.run.batches.end_accumulation(optimizer)
+        return result
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
+        return self.run.batches.evaluate("val", self._module.validation_step, batch, batch_idx, *args)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, *args: Any) -> torch.Tensor:
+        return self.run.batches.evaluate("test", self._module.test_step, batch, batch_idx, *args)
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
+        """Greedy answers: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        return self.run.batches.predict(batch, batch_idx)
+
+    def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
+        """Write tokens for every sample of a global batch. Collective over the world.
+
+        Returns:
+            int64 ``[global_batch_size, max_new_tokens]``, by position in the global batch.
+        """
+        return self.run.batches.generate(batch, max_new_tokens=max_new_tokens)
+
+    @property
+    def step_listeners(self) -> list[StepListener]:
+        """Are called with the spans of this rank whenever an optimizer step is done."""
+        return self.run.batches.listeners
+
+    @property
+    def run(self) -> Run:
+        """What belongs to the stage that is running, or was the last one."""
+        assert self._run is not None, "setup() makes it"
+        return self._run
+
+    # ------------------------------------------------- between batches: collectives over all ranks
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        return self._world.reduce(tensor, group, reduce_op)
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        self._world.barrier(self.root_device)
+
+    @override
+    def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:
+        return self._world.broadcast(obj, src)
+
+    # ------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing: weights go to the checkpoint directory piece by piece, see :meth:`save_checkpoint`."""
+        return {}
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """What is no tensor of a parameter; those go to the checkpoint directory piece by piece."""
+        return optimizer.plain_state()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write weights, the optimizer's state and Lightning's own into a directory. Collective over the world.
+
+        Raises:
+            ConfigError: for storage options, which belong to a CheckpointIO.
+            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+        """
+        if storage_options is not None:
+            raise ConfigError(
+                "save_checkpoint(storage_options=...) is not supported by MimoStrategy, which uses no CheckpointIO."
+            )
+        path = Path(self.broadcast(str(filepath)))
+        with megatron_on(self.root_device):
+            self.run.save(path, checkpoint, self.optimizers, seed=self.seed)
+
+    @override
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint; with asynchronous saving not before the one that is being written is there."""
+        if self.is_global_zero:
+            self.run.checkpoints.remove(Path(filepath))
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written. Collective over the world.
+
+        Raises:
+            CheckpointWriteError: on every rank, if it failed on any.
+        """
+        self.run.checkpoints.finish()
+
+    # ------------------------------------------------- the end
+
+    @override
+    def on_train_end(self) -> None:
+        """Weights and checkpoints are whole from here on. Not in ``teardown``, which must not wait for other ranks."""
+        complete_gathering(self._module.mimo_model)
+        self.finish_saving()
 
     @override
     def teardown(self) -> None:
         """Also after an exception, so without collectives. Process groups stay, for the next call of the Trainer."""
-        # Not the base class's: it would move parameters to the CPU, out of DDP's buffers, under the next call's feet.
+        # Not the base class's: it would move parameters to the CPU, out of DDP's buffers.
+        assert self.cluster_environment is not None and self.accelerator is not None
         self.cluster_environment.teardown()
         self.precision_plugin.teardown()
         self.accelerator.teardown()
-        self._runner = None
-        self._signals.remove()
         self._open.close()

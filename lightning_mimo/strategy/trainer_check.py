@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,11 +60,12 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     Raises:
         ConfigError: naming the callback or option, the reason and the remedy.
     """
-    for callback in tuple(trainer.callbacks):
+    callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
+    for callback in tuple(callbacks):
         try:
             _check_callback(callback)
         except ValueError:
-            trainer.callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
+            callbacks.remove(callback)  # or one that saves at exceptions would try to, and hide this one
             raise
     strategy: Any = trainer.strategy
     if strategy._layer_sync is not None:
@@ -76,17 +78,37 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
             "Trainer(gradient_clip_algorithm='value') is not supported by MimoStrategy: Megatron clips by the norm "
             "over all modules. Leave it out, or set it to 'norm'."
         )
-    if strategy._checkpoint_io is not None and type(strategy._checkpoint_io) is not TorchCheckpointIO:
+    if type(strategy.checkpoint_io) is not TorchCheckpointIO:
         raise ConfigError(
-            f"{type(strategy._checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
-            f"that all ranks write at once. Leave the plugin out; MimoStrategy(async_save=True) writes behind the "
-            f"training."
+            f"{type(strategy.checkpoint_io).__name__} is not supported by MimoStrategy: checkpoints are directories "
+            f"that all ranks write at once. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
+            f"writes behind the training."
         )
-    if module is not None and not module.automatic_optimization:
+    if module is not None:
+        _check_module(module)
+
+
+def _check_module(module: pl.LightningModule) -> None:
+    if not module.automatic_optimization:
         raise ConfigError(
             f"{type(module).__name__}.automatic_optimization=False is not supported by MimoStrategy: the pipeline "
             f"schedule runs the backward passes. Leave it out, and override loss() and configure_optimizers()."
         )
+    for name in ("training_step", "validation_step", "test_step", "predict_step"):
+        signature = inspect.signature(getattr(module, name))
+        if not (_accepts(signature, 2) or _accepts(signature, 3)):  # the third is dataloader_idx
+            raise ConfigError(
+                f"{type(module).__name__}.{name}{signature} does not take what MimoStrategy gives it, a microbatch and "
+                f"the number of its batch. Write def {name}(self, batch, batch_idx)."
+            )
+
+
+def _accepts(signature: inspect.Signature, arguments: int) -> bool:
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True
 
 
 def _check_callback(callback: pl.Callback) -> None:

@@ -19,6 +19,7 @@ BENCHMARKS = {
     "against_ddp": "time and memory against Lightning's DDPStrategy",
     "memory": "what each rank holds, also while the model is being built and loaded",
     "checkpoints": "seconds and bytes of a checkpoint",
+    "attention": "time and memory of a GPT with torch's attention, with Megatron's own, and of a Llama of transformers",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,17 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch.utils.data import DataLoader
 
 from lightning_mimo.data.loader import shard_dataloader
-from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.model import build_mimo_model
-from lightning_mimo.mimo_parallel_utils import build_pg_collection_for_schedule, multimodule_no_sync
+from lightning_mimo.mimo_parallel_utils import (
+    build_pg_collection_for_schedule,
+    gradient_scale,
+    multimodule_no_sync,
+    scale_gradients,
+)
 from lightning_mimo.optim.ddp import wrap_with_ddp
 from lightning_mimo.optim.param_groups import pass_on
+from lightning_mimo.optim.step_reduction import StepReduction
 from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.strategy.module import MimoModule
 
@@ -75,14 +81,13 @@ class BareLoop:
         # Not by the strategy, which would take it for what the Trainer trains on.
         loader = shard_dataloader(
             loader,
-            strategy._plan,
+            strategy.plan,
             special_token_ids=self._model.special_token_ids,
             pad_token_id=module.pad_token_id,
             seed=strategy.seed,
         )
         self._batches = _forever(loader)
-        language = self._infra.layout.modules[LANGUAGE]
-        self._counts = self._schedule.computes_loss and language.coordinates(dist.get_rank())["tp"] == 0
+        self._counts = self._schedule.counts_loss
         self.losses: list[float] = []
 
     def step(self) -> None:
@@ -117,9 +122,8 @@ class BareLoop:
 
     def _divide(self, tokens: torch.Tensor) -> torch.Tensor:
         """Divide the gradients by a number of tokens, float64 scalar; by what they have been multiplied."""
-        scale = tokens.clamp(min=1).reciprocal()
-        for module, _ in self._modules:
-            module.scale_gradients(scale)
+        scale = gradient_scale(tokens)
+        scale_gradients(self._infra, self._modules, scale)
         return scale
 
     def _step(self) -> None:
@@ -152,20 +156,22 @@ class OneCollectiveLoop(BareLoop):
 
     def _update(self, sums: torch.Tensor) -> float:
         mimo = self._optimizer.mimo
-        together = torch.cat([sums, mimo.gradient_squares()])
-        dist.all_reduce(together)
-        loss, tokens, squares = together.split([1, 1, len(mimo.parts)])
-        scale = self._divide(tokens.squeeze(0))
-        mimo.receive(squares=squares * scale.square(), loss=loss, stops=torch.zeros(1, dtype=torch.float64))
+        loss, tokens = sums
+        own = StepReduction(accumulated_loss=loss, accumulated_tokens=tokens, group_squares=mimo.gradient_squares())
+        packed = own.pack()
+        dist.all_reduce(packed)
+        totals = own.unpack(packed)
+        scale = self._divide(totals.accumulated_tokens)
+        self._optimizer.reduction = replace(totals, group_squares=totals.group_squares * scale.square())
         self._optimizer.step()
-        return self._optimizer.outcome.loss
+        return self._optimizer.outcome.totals.accumulated_loss
 
 
 class BridgeLoop(BareLoop):
     """Tells the ranks what Megatron-Bridge tells them, one after the other, beside what MimoOptimizer does."""
 
     def _update(self, sums: torch.Tensor) -> float:
-        source = self._schedule._last_stage.start
+        source = next(filter(self._infra.layout.counts_loss, range(dist.get_world_size())))
         loss, tokens = sums.split(1)
         dist.broadcast(tokens, src=source)
         self._divide(tokens.squeeze(0))

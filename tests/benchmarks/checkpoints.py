@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from examples.digits.data import DigitsData
 from examples.digits.model import DigitsModule
-from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoStrategy, ModuleParallelism, Saving
 from lightning_mimo.models.sizes import TransformerSize
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Report
@@ -72,7 +72,8 @@ def _save_and_load(model: str, layout: str, path: str, async_save: bool) -> tupl
     """Seconds that training waits, until the checkpoint is there, and of a load."""
     vision, language = MODELS[model]
     measures = Measures(path)
-    strategy = MimoStrategy(dict(LAYOUTS[layout][0]), 8, async_save=async_save, cluster_environment=PoolEnvironment())
+    saving = Saving(asynchronous=async_save)
+    strategy = MimoStrategy(dict(LAYOUTS[layout][0]), 8, saving=saving, cluster_environment=PoolEnvironment())
     trainer = quiet_trainer(strategy, max_steps=1, callbacks=[measures])
     data = DigitsData(global_batch_size=8, train_samples=64, val_samples=8)
     data.setup("fit")

@@ -121,13 +121,13 @@ class TakesTurns(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: MimoModule) -> None:
         _, loader = self._case.make()
-        self._telemetry = trainer.strategy._runner._telemetry
+        self._telemetry = trainer.strategy.run.batches._telemetry
         self._loops = {kind: loop(trainer, pl_module, loader) for kind, loop in LOOPS.items()}
         self._begin()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self._mark()
-        self._losses.append(trainer.optimizers[0].outcome.loss)
+        self._losses.append(trainer.optimizers[0].outcome.totals.accumulated_loss)
         if len(self._marks) <= self._case.steps:
             return
         self._end_block()
@@ -137,7 +137,7 @@ class TakesTurns(pl.Callback):
                 self._loops[self._kind].step()
                 self._mark()
             self._end_block()
-        trainer.strategy._runner._telemetry = self._telemetry if self._kind == TRAINER else None
+        trainer.strategy.run.batches._telemetry = self._telemetry if self._kind == TRAINER else None
         trainer.should_stop = self._kind == ""
         self._begin()
 

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoStrategy, ModuleParallelism, Saving
 from lightning_mimo.checkpoint import tools
 from tests.kill import STEPS
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
@@ -53,7 +53,7 @@ def main() -> None:
         Progress(folder, arguments.pause),
         ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=2, enable_version_counter=False),
     ]
-    strategy = MimoStrategy(PARTS, 12, 2, async_save=arguments.async_save)
+    strategy = MimoStrategy(PARTS, 12, 2, saving=Saving(asynchronous=arguments.async_save))
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=4,

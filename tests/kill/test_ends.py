@@ -86,7 +86,7 @@ NAMED = {
     "kill_in_teardown": ("was killed by signal 9", 1),
     "kill_after_fit": ("was killed by signal 9", 1),
     "work_after_fit": (f"was still running {TIMEOUT:g} s after the first rank had ended", 1),
-    "stop_in_setup": ("stands still: it was stopped by a signal", 1),
+    "stop_in_setup": ("hangs: it was stopped by a signal", 1),
 }
 """Case -> what is said of the rank, and the exit code of the run."""
 ALWAYS = {

@@ -44,5 +44,5 @@ def test_signal_saves_after_the_step_and_ends_all_ranks(tmp_path: Path, number: 
     log = (tmp_path / "log").read_text()
     saved = tmp_path / "checkpoints" / "last-preempted.ckpt"
     step = read_manifest(saved)["step"]
-    assert f"Told to end by a signal: saved {saved} after step {step}." in log
+    assert f"Ended by a signal: saved {saved} after step {step}." in log
     assert "Traceback" not in log

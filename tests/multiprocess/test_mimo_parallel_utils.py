@@ -270,7 +270,12 @@ def check_finalized_gradients(layout: Layout) -> None:
             model = tiny_model(infra)
             wrap_averaging(model, infra, averaging)
             wrap_with_ddp(model, infra, options_by_module(None, infra.layout.modules))
-            for num_tokens, divisor in ((tokens, layout.total_tokens), (no_tokens, 1), (None, language_dp)):
+            for num_tokens, divisor in (
+                (tokens, layout.total_tokens),
+                (tokens / 64, layout.total_tokens / 64),  # less than 1
+                (no_tokens, 1),
+                (None, language_dp),
+            ):
                 finalize_local_gradients(model, infra, num_tokens)
                 for gradient in gradients(model, infra):
                     replicas = layout.replicas_of(gradient.module, here)

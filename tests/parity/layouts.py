@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_mimo import MimoModelInfra, MimoPrecision, MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoModelInfra, MimoModule, MimoPrecision, MimoStrategy, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
@@ -145,7 +145,7 @@ def train(
     task: Task,
     layout: Layout,
     *,
-    module: ParityModule | None = None,
+    module: MimoModule | None = None,
     dataset: Dataset | None = None,
     validation: Dataset | None = None,
     callbacks: Sequence[pl.Callback] = (),
@@ -153,7 +153,7 @@ def train(
     logger: Logger | bool = False,
     ckpt_path: str | None = None,
     **trainer_options: Any,
-) -> tuple[Recorder, ParityModule, MimoStrategy]:
+) -> tuple[Recorder, MimoModule, MimoStrategy]:
     """Run a task in a layout on the ranks of the pool. Collective over the world.
 
     Args:
@@ -212,9 +212,24 @@ def ddp_config(layout: Layout) -> DistributedDataParallelConfig | dict[str, Dist
     return DistributedDataParallelConfig(**layout.ddp)
 
 
-def errors(task: Task, layout: Layout, expected: Truth) -> Errors:
-    """Run a task in a layout and compare this rank's part of everything. Collective over the world."""
-    recorder, module, strategy = train(task, layout)
+def errors(
+    task: Task,
+    layout: Layout,
+    expected: Truth,
+    *,
+    module: MimoModule | None = None,
+    dataset: Dataset | None = None,
+) -> Errors:
+    """Run a task in a layout and compare this rank's part of everything. Collective over the world.
+
+    Args:
+        task: what is trained.
+        layout: on which ranks.
+        expected: what it must come to.
+        module: as for :func:`train`.
+        dataset: as for :func:`train`.
+    """
+    recorder, module, strategy = train(task, layout, module=module, dataset=dataset)
     infra = strategy.infra
     final = weights(module.model, infra)
     shards = {name: (parameter, groups) for name, parameter, groups in parameters(module.model, infra)}

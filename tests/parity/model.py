@@ -144,6 +144,20 @@ class Model:
     overrides: Mapping[str, OptimizerOverride] = field(default_factory=dict)
 
 
+def optimizer_config(model: Model) -> OptimizerConfig:
+    """How a model is trained."""
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        adam_beta1=BETAS[0],
+        adam_beta2=BETAS[1],
+        adam_eps=EPSILON,
+        clip_grad=model.clip_grad,
+        initial_loss_scale=LOSS_SCALE,
+    )
+
+
 class ParityModule(MimoModule):
     """The model of a case; four language layers, and of everything four heads."""
 
@@ -208,16 +222,4 @@ class ParityModule(MimoModule):
         return config
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.build_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=LR,
-                weight_decay=WEIGHT_DECAY,
-                adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1],
-                adam_eps=EPSILON,
-                clip_grad=self._choice.clip_grad,
-                initial_loss_scale=LOSS_SCALE,
-            ),
-            overrides=self._choice.overrides,
-        )
+        return self.build_optimizer(optimizer_config(self._choice), overrides=self._choice.overrides)

@@ -63,7 +63,7 @@ def test_job_that_is_told_to_end_is_queued_again_and_ends_as_if_left_alone(
     manifest = read_manifest(saved)
     assert not list(damaged_files(saved, manifest, rank=0, ranks=1))
     assert 5 <= manifest["step"] < STEPS
-    assert f"Told to end by a signal: saved {saved} after step {manifest['step']}." in log
+    assert f"Ended by a signal: saved {saved} after step {manifest['step']}." in log
     assert f"Restoring states from the checkpoint path at {saved}" in log
     assert "Traceback" not in log
     check_same(tmp_path, one_node)
@@ -102,8 +102,8 @@ def test_task_that_is_killed_ends_the_job_and_is_named(cluster: Slurm, tmp_path:
         (
             ["srun", "--nodes=2", "--ntasks=2"],
             ["--trainer.num_nodes=2", "--trainer.devices=1"],
-            "srun started 2 tasks on 2 nodes, but Lightning must be told how many a node has. Give --nodes=2 "
-            "--ntasks-per-node=1 to sbatch or srun in place of --ntasks, with trainer.num_nodes=2 and "
+            "srun started 2 tasks on 2 nodes, but Lightning needs the number of tasks per node. Give --nodes=2 "
+            "--ntasks-per-node=1 to sbatch or srun instead of --ntasks, with trainer.num_nodes=2 and "
             "trainer.devices=1.",
         ),
         (
@@ -117,7 +117,7 @@ def test_task_that_is_killed_ends_the_job_and_is_named(cluster: Slurm, tmp_path:
             ["salloc", "--job-name=forgotten", *TWO_BY_TWO],
             ["--trainer.num_nodes=2", "--trainer.devices=2"],
             "This is a Slurm job of 4 tasks, but the command was not started by srun, so it would wait for 3 ranks "
-            "that nobody starts. Put srun in front of it.",
+            "that are never started. Put srun in front of it.",
         ),
         (
             ["salloc", *TWO_BY_TWO],  # Lightning takes no notice of Slurm in an interactive job

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoPrecision, MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoPrecision, MimoStrategy, ModuleParallelism, Saving
 from lightning_mimo.checkpoint.directory import describe_file, read_manifest
 from lightning_mimo.mimo.initialization import cut_shard
 from tests.parity.cases import OVERLAP, apart, task, together
@@ -230,7 +230,7 @@ def test_saving_after_fit_is_saving_at_its_last_step(rank_pool: RankPool, tmp_pa
     layout = apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2))
     run = task(dropout=0.3, steps=5, **MIXED)
     path = str(tmp_path / "after.ckpt")
-    options = {"strategy_options": {"async_save": True}}
+    options = {"strategy_options": {"saving": Saving(asynchronous=True)}}
     rank_pool.run(save_afterwards, replace(run, steps=2), layout, path, world_size=4, **options)
     whole = rank_pool.run(trained, run, layout, world_size=4)
     rest = rank_pool.run(resume, run, layout, path, world_size=4)
@@ -250,7 +250,7 @@ def test_saving_behind_the_training_changes_nothing(rank_pool: RankPool, tmp_pat
     layout = apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2))
     run = task(dropout=0.3, steps=5, **MIXED)
     here, behind = str(tmp_path / "here.ckpt"), str(tmp_path / "behind.ckpt")
-    options = {"strategy_options": {"async_save": True}}
+    options = {"strategy_options": {"saving": Saving(asynchronous=True)}}
     whole = rank_pool.run(save, run, layout, here, world_size=4)
     assert str(rank_pool.run(save, run, layout, behind, world_size=4, **options)) == str(whole)
     assert sorted(each.name for each in Path(behind).iterdir()) == sorted(each.name for each in Path(here).iterdir())
@@ -312,7 +312,7 @@ def test_any_layout_validates_what_another_one_trained(rank_pool: RankPool, tmp_
         found = rank_pool.run(validate_from, layout, weights_only, everything, world_size=layout.ranks)
         assert all(losses == pytest.approx([expected, expected], rel=1e-6) for losses in found)
     assert _size(tmp_path / "weights.ckpt") < _size(tmp_path / "all.ckpt") / 2
-    refused(rank_pool, r"it holds weights only, so training cannot go on from it", RUN, tmp_path / "weights.ckpt")
+    refused(rank_pool, r"holds weights only, so training cannot resume from it", RUN, tmp_path / "weights.ckpt")
 
 
 def _size(path: Path) -> int:
@@ -331,12 +331,13 @@ def with_model_checkpoint(run: Task, folder: str, last: bool | str, **options: A
     return sorted(each.name for each in Path(folder).iterdir())
 
 
-@pytest.mark.parametrize(("last", "async_save"), [(True, True), ("link", False)], ids=["last-behind", "link-waits"])
+@pytest.mark.parametrize(("last", "asynchronous"), [(True, True), ("link", False)], ids=["last-behind", "link-waits"])
 def test_model_checkpoint_keeps_the_best_and_the_last(
-    rank_pool: RankPool, tmp_path: Path, last: bool | str, async_save: bool
+    rank_pool: RankPool, tmp_path: Path, last: bool | str, asynchronous: bool
 ) -> None:
     folder = str(tmp_path)
-    names = rank_pool.run(with_model_checkpoint, RUN, folder, last, async_save=async_save, world_size=4)[0]
+    saving = Saving(asynchronous=asynchronous)
+    names = rank_pool.run(with_model_checkpoint, RUN, folder, last, saving=saving, world_size=4)[0]
     assert len(names) == 3 and names[-1] == "last.ckpt" and all(name.endswith(".ckpt") for name in names)
     assert (tmp_path / "last.ckpt").is_symlink() == (last == "link")
     more = replace(RUN, steps=7)
@@ -470,15 +471,16 @@ def on_full_disk(path: str, **strategy_options: Any) -> list[float]:
     return recorder.losses
 
 
-@pytest.mark.parametrize("async_save", [False, True], ids=["waits", "behind"])
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "behind"])
 def test_full_disk_is_one_error_on_all_ranks_and_the_old_checkpoint_stays(
-    rank_pool: RankPool, tmp_path: Path, async_save: bool
+    rank_pool: RankPool, tmp_path: Path, asynchronous: bool
 ) -> None:
     path = tmp_path / "some.ckpt"
     with pytest.raises(RankFailure, match=r"some\.ckpt could not be written \(.*rank 1: .*File too large"):
-        rank_pool.run(on_full_disk, str(path), async_save=async_save, world_size=4)
+        rank_pool.run(on_full_disk, str(path), saving=Saving(asynchronous=asynchronous), world_size=4)
     assert read_manifest(path)["step"] == 1
-    losses = rank_pool.run(on_full_disk, str(path), on_save_error="warn", async_save=async_save, world_size=4)[0]
+    saving = Saving(asynchronous=asynchronous, on_error="warn")
+    losses = rank_pool.run(on_full_disk, str(path), saving=saving, world_size=4)[0]
     assert len(losses) == RUN.steps
     assert read_manifest(path)["step"] == 1
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo import Checks, MimoStrategy, ModuleParallelism
 from tests.parity.layouts import PoolEnvironment, weights
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 from tests.support.rank_pool import RankFailure, RankPool
@@ -74,7 +74,7 @@ def fit(
     torch.manual_seed(1)
     np.random.seed(dist.get_rank())
     strategy = MimoStrategy(
-        modules, 12, 2, colocate=colocate, check_samples=check, cluster_environment=PoolEnvironment()
+        modules, 12, 2, colocate=colocate, checks=Checks(samples=check), cluster_environment=PoolEnvironment()
     )
     reached = Reached()
     trainer = pl.Trainer(

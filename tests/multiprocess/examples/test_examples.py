@@ -79,6 +79,12 @@ def test_torch_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> N
     assert "VisionModalitySubmodules" in text and "GPTModel" in text
 
 
+def test_model_family_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
+    text = printed_by("model_family", tmp_path)
+    assert number_after("loss:", text) < 0.1
+    assert "series" in text and "13.6 K" in text, "tensor parallelism divides the encoder"
+
+
 def test_language_ranks_open_no_image(rank_pool: RankPool, tmp_path: Path) -> None:
     assert "images opened by ranks 0 to 3: 32, 32, 0, 0" in printed_by("own_dataset", tmp_path)
 
@@ -89,7 +95,7 @@ def test_hugging_face_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Pat
 
 
 def test_every_example_is_run_here_and_is_short() -> None:
-    here = ["four_processes", "hugging_face_encoder", "own_dataset", "single_process", "torch_encoder"]
+    here = ["four_processes", "hugging_face_encoder", "model_family", "own_dataset", "single_process", "torch_encoder"]
     assert sorted([*here, ELSEWHERE]) == EXAMPLES
     for name in EXAMPLES:
         text = Path(f"examples/{name}.py").read_text()

@@ -41,7 +41,7 @@ def test_a_rank_that_stops_is_named_and_all_end(module: str, missing: int, said:
         *(sys.executable, "-W", "ignore", "-m", "lightning_mimo", "fit", "--config", "configs/digits_vlm.yaml"),
         *(f"--model.class_path=tests.support.failing.{module}", "--trainer.max_steps=3"),
         *(f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"),
-        *(f"--trainer.strategy.init_args.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
+        *(f"--trainer.strategy.init_args.monitoring.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
     ]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
         stopped_at = None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_mimo import ModuleParallelism, StepTrace
+from lightning_mimo import ModuleParallelism, Monitoring, StepTrace
 from lightning_mimo.observe.clocks import offset_to_rank_0
 from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train
@@ -32,7 +32,7 @@ def traced(task: Task, layout: Layout, folder: Path) -> tuple[dict[str, float], 
         task,
         layout,
         callbacks=[StepTrace(folder, step=1)],
-        strategy_options={"timeout": timedelta(seconds=77)},
+        strategy_options={"monitoring": Monitoring(timeout=timedelta(seconds=77))},
         logger=CSVLogger(folder, name="logs", version=0),
         log_every_n_steps=2,
     )
@@ -136,7 +136,7 @@ def test_trace_of_modules_that_share_their_ranks_tells_them_apart(rank_pool: Ran
 
 def test_step_that_never_comes_is_refused_before_training(rank_pool: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="matplotlib is in the integrations dependency group")
-    message = r"StepTrace\(step=1\) lets 1 steps pass and records the next, but this run has 1 \(max_steps=1\)"
+    message = r"StepTrace\(step=1\) skips 1 steps and records the next, but this run has 1 \(max_steps=1\)"
     with pytest.raises(RankFailure, match=message):
         rank_pool.run(traced, task(steps=1), together(ModuleParallelism(), ModuleParallelism()), tmp_path, world_size=1)
 

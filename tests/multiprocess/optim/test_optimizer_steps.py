@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from lightning_mimo import ModuleParallelism, OptimizerOverride, PerModuleLR
+from lightning_mimo import Checks, ModuleParallelism, OptimizerOverride, PerModuleLR
 from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, parameters, train, weights
 from tests.parity.model import LOSS_SCALE, LR, ParityModule, PicturesSoundsAndText, Samples
@@ -243,7 +243,7 @@ def test_gradient_that_is_not_finite_is_named(rank_pool: RankPool, module: str, 
 def test_steps_that_are_not_finite_can_be_left_out(rank_pool: RankPool, layout: Layout) -> None:
     run = task(precision="bf16-mixed", steps=4, samples=Samples(number=60))
     poison = Poison("images", 1, batches=(1,))
-    for steps in rank_pool.run(diary, run, layout, poison, on_nonfinite="skip", world_size=layout.ranks):
+    for steps in rank_pool.run(diary, run, layout, poison, checks=Checks(on_nonfinite="skip"), world_size=layout.ranks):
         assert [step.changed for step in steps] == [True, False, True, True]
         assert [step.skipped for step in steps] == [0, 1, 1, 1]
         assert all(step.finite for step in steps)

@@ -141,12 +141,12 @@ def test_step_has_one_collective_over_all_ranks_and_one_read(rank_pool: RankPool
     for collectives, reads in rank_pool.run(count_step, task(precision=precision), layout, world_size=layout.ranks):
         assert collectives == {"allreduce_ schedule/forward_backward": 1}
         del reads[GENERATOR], reads[LOADER]
-        assert reads == {"optim/mimo_optimizer": 1}
+        assert reads == {"optim/step_reduction": 1}
 
 
-def test_held_batches_of_a_window_read_nothing(rank_pool: RankPool) -> None:
-    held = task(accumulate=3, samples=Samples(number=48))
-    for collectives, reads in rank_pool.run(count_step, held, LAYOUTS["images_dp2-language_tp2"], world_size=4):
+def test_accumulated_batches_read_nothing(rank_pool: RankPool) -> None:
+    accumulating = task(accumulate=3, samples=Samples(number=48))
+    for collectives, reads in rank_pool.run(count_step, accumulating, LAYOUTS["images_dp2-language_tp2"], world_size=4):
         assert collectives == {"allreduce_ schedule/forward_backward": 1}, "the loss"
         assert reads.keys() <= {GENERATOR, LOADER}
 

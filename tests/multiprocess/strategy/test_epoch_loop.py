@@ -1,17 +1,14 @@
-"""A batch goes by a shorter way than Lightning's: with the same hooks in the same order, and the same counts."""
+"""What callbacks, loggers and the progress bar find in every batch, and where an epoch ends before its time."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.profilers import SimpleProfiler
 
 from lightning_mimo import ModuleParallelism
 from tests.parity.cases import apart, task
@@ -22,46 +19,20 @@ from tests.support.rank_pool import RankPool
 
 LAYOUT = apart(ModuleParallelism(), ModuleParallelism(tp=2))
 BATCHES, WINDOW, STEPS = 5, 2, 7  # the last window of an epoch has one batch; the third epoch ends early
-Record = tuple[Any, ...]
-HOOKS = (
-    "on_train_epoch_start",
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-    "on_validation_start",
-    "on_validation_end",
-    "on_train_epoch_end",
-    "on_train_end",
-)
 
 
-class Records(pl.Callback):
-    """Every hook, where the run is, and what callbacks see then."""
+Seen = list[tuple[int, int, float, dict[str, float]]]
+"""In every ``on_train_batch_end``: the batch, the steps that are done, its loss, and the metrics of callbacks."""
 
+
+class Sees(pl.Callback):
     def __init__(self) -> None:
-        self.found: list[Record] = []
+        self.found: Seen = []
 
-
-def _recording(name: str) -> Any:
-    def hook(self: Records, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
-        metrics = {
-            key: float(value)
-            for key, value in trainer.callback_metrics.items()
-            if not key.startswith("telemetry/") and not key.endswith("_per_sec")
-        }
-        where = trainer.current_epoch, trainer.global_step, module._current_fx_name
-        of_batch = ()
-        if name == "on_train_batch_end":
-            outputs, batch, batch_idx = args
-            of_batch = float(outputs["loss"]), len(batch), batch_idx
-        self.found.append((name, *where, *of_batch, metrics))
-
-    return hook
-
-
-for _name in HOOKS:
-    setattr(Records, _name, _recording(_name))
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        outputs, _, batch_idx = args
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        self.found.append((batch_idx, trainer.global_step, float(outputs["loss"]), metrics))
 
 
 class Logs(ParityModule):
@@ -69,7 +40,7 @@ class Logs(ParityModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.9)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -79,70 +50,55 @@ class Logs(ParityModule):
         self.log("own/batch", float(batch_idx), on_step=True, on_epoch=True, prog_bar=True, batch_size=1)
 
 
-class StartsItself(Logs):
-    """One of the hooks that Lightning's own way is taken for."""
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
-        return None
-
-
 class EndsEarly(Logs):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         return -1 if batch_idx == 3 else None
 
 
-def run(
-    kind: type[ParityModule], folder: Path, *, short: bool, profiler: SimpleProfiler | None = None
-) -> tuple[list[Record], dict[str, Any], Logged]:
-    """What was recorded, Lightning's counts at the end, and what was written down."""
-    records = Records()
-    theirs = _TrainingEpochLoop.advance
-    with mock.patch.object(_TrainingEpochLoop, "advance", autospec=True, side_effect=theirs) as advance:
-        _, module, strategy = train(
-            task(accumulate=WINDOW, steps=STEPS, samples=Samples(number=BATCHES * 6), batch=6),
-            LAYOUT,
-            module=kind(Model()),
-            validation=PicturesSoundsAndText(Samples(number=6)),
-            callbacks=[records],
-            logger=CSVLogger(folder),
-            log_every_n_steps=2,
-            profiler=profiler,
-        )
-    assert (advance.call_count == 0) == short
+def run(kind: type[ParityModule], folder: Path) -> tuple[Seen, Logged, dict[str, Any]]:
+    """What callbacks saw, what was written down, and Lightning's counts at the end."""
+    sees = Sees()
+    _, module, strategy = train(
+        task(accumulate=WINDOW, steps=STEPS, samples=Samples(number=BATCHES * 6), batch=6),
+        LAYOUT,
+        module=kind(Model()),
+        validation=PicturesSoundsAndText(Samples(number=6)),
+        callbacks=[sees],
+        logger=CSVLogger(folder),
+        log_every_n_steps=2,
+    )
     counts = module.trainer.fit_loop.state_dict()
     strategy.infra.destroy()
-    return records.found, counts, in_csv(folder) if strategy.is_global_zero else {}
+    return sees.found, in_csv(folder) if strategy.is_global_zero else {}, counts
 
 
-def without_times(logged: Logged) -> Logged:
-    return {
-        name: values
-        for name, values in logged.items()
-        if not name.endswith("_per_sec") and not name.startswith("telemetry/")
-    }
-
-
-@pytest.mark.parametrize(("kind", "profiled"), [(StartsItself, False), (Logs, True)], ids=["own hook", "profiler"])
-def test_short_way_is_lightnings(rank_pool: RankPool, tmp_path: Path, kind: type[Logs], profiled: bool) -> None:
-    profiler = SimpleProfiler() if profiled else None
-    short = rank_pool.run(run, Logs, tmp_path / "short", short=True, world_size=LAYOUT.ranks)
-    long = rank_pool.run(run, kind, tmp_path / "long", short=False, profiler=profiler, world_size=LAYOUT.ranks)
-    for (records, counts, logged), (records_of_long, counts_of_long, logged_of_long) in zip(short, long, strict=True):
-        assert records == records_of_long
-        assert counts == counts_of_long
-        assert without_times(logged) == without_times(logged_of_long)
-    records, _, logged = short[0]
-    ends = [record for record in records if record[0] == "on_train_batch_end"]
-    assert [record[5 + 1] for record in ends] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1], "the batch's number"
-    assert [record[2] for record in ends] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7], "optimizer steps"
+def test_every_batch_is_seen_and_every_second_step_logged(rank_pool: RankPool, tmp_path: Path) -> None:
+    ranks = rank_pool.run(run, Logs, tmp_path, world_size=LAYOUT.ranks)
+    for seen, _, counts in ranks:
+        assert [batch for batch, *_ in seen] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+        assert [steps for _, steps, *_ in seen] == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6, 6, 7]
+        assert counts["epoch_loop.batch_progress"]["total"]["completed"] == 12
+        done = counts["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        assert done["step"]["total"] == {"ready": STEPS, "completed": STEPS}
+        assert done["zero_grad"]["total"] == {"ready": STEPS, "started": STEPS, "completed": STEPS}
+        for _, _, loss, metrics in seen:
+            # Lightning divides the loss that it hands to callbacks.
+            assert metrics["train/loss"] / WINDOW == pytest.approx(loss), "of this batch, not of an earlier one"
+        norms = [metrics.get("train/grad_norm") for *_, metrics in seen]
+        assert norms[0] is None and norms[1] is not None, "there is none before the first step"
+        assert norms[1] == norms[2] != norms[3], "callbacks keep the last one"
+        assert [metrics["own/lr"] for *_, metrics in seen[1:4]] == pytest.approx([1e-2, 1e-2, 5e-3])
+    logged = ranks[0][1]
     assert {"own/lr", "own/batch_step", "train/loss", "train/grad_norm/language"} <= logged.keys()
-    assert [step for step, _ in logged["train/loss"]] == [1, 3, 5]
+    after = {steps: metrics for _, steps, _, metrics in reversed(ranks[0][0])}
+    for name in ("train/loss", "train/grad_norm", "own/lr"):
+        assert [step for step, _ in logged[name]] == [1, 3, 5], name
+        assert [value for _, value in logged[name]] == pytest.approx([after[step + 1][name] for step in (1, 3, 5)])
 
 
 def test_a_module_may_end_the_epoch(rank_pool: RankPool, tmp_path: Path) -> None:
-    for records, *_ in rank_pool.run(run, EndsEarly, tmp_path, short=False, world_size=LAYOUT.ranks):
-        ends = [record for record in records if record[0] == "on_train_batch_end"]
-        assert [record[5 + 1] for record in ends][:6] == [0, 1, 2, 0, 1, 2]
+    for seen, *_ in rank_pool.run(run, EndsEarly, tmp_path, world_size=LAYOUT.ranks):
+        assert [batch for batch, *_ in seen][:6] == [0, 1, 2, 0, 1, 2]
 
 
 class Breaks(pl.Callback):

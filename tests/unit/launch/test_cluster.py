@@ -98,7 +98,7 @@ def test_job_script_without_srun_is_refused_in_place_of_waiting(monkeypatch: pyt
     check_slurm_tasks()
     for name in ("SLURM_STEP_ID", "SLURM_STEP_TASKS_PER_NODE"):  # not set in the script itself
         monkeypatch.delenv(name)
-    with pytest.raises(ConfigError, match=r"a Slurm job of 4 tasks, but .* wait for 3 ranks that nobody starts"):
+    with pytest.raises(ConfigError, match=r"a Slurm job of 4 tasks, but .* wait for 3 ranks that are never started"):
         check_slurm_tasks()
     with pytest.raises(ConfigError, match="srun started 1 node with 1 rank, but"):
         check_ranks(SLURMEnvironment(), num_nodes=2, devices=2)
@@ -109,7 +109,7 @@ def test_job_script_without_srun_is_refused_in_place_of_waiting(monkeypatch: pyt
 def test_ntasks_alone_is_not_enough_for_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     started_by_srun(monkeypatch, "3,1")
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
-    with pytest.raises(ConfigError, match=r"4 tasks on 2 nodes, .* --nodes=2 --ntasks-per-node=2 .* in place of"):
+    with pytest.raises(ConfigError, match=r"4 tasks on 2 nodes, .* --nodes=2 --ntasks-per-node=2 .* instead of"):
         check_slurm_tasks()
 
 
@@ -130,7 +130,7 @@ def test_only_the_first_rank_speaks_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 def test_job_is_queued_again_by_its_name_in_an_array(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "there is no scontrol on the PATH of this node to put job 7" in str(requeue_job())
+    assert "scontrol, which requeues job 7, is not on the PATH of this node" in str(requeue_job())
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\necho "$@" >&2\nexit 1\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)

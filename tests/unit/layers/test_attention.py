@@ -235,10 +235,10 @@ def test_a_packed_row_of_a_gpt_is_its_sequences(style: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cu_seqlens_q": ends_of([3, 4])}, r"must cover all 9 tokens .* cu_seqlens say \[0, 3, 7\]"),
+        ({"cu_seqlens_q": ends_of([3, 4])}, r"must cover all 9 tokens .* cu_seqlens are \[0, 3, 7\]"),
         ({"cu_seqlens_q": torch.tensor([0, 7, 5, 9])}, "must cover all 9 tokens"),
         ({"cu_seqlens_q": None}, "cu_seqlens_q is None"),
-        ({"cu_seqlens_kv": ends_of([5, 4])}, "cu_seqlens of keys must be those of queries"),
+        ({"cu_seqlens_kv": ends_of([5, 4])}, "cu_seqlens of keys must equal those of queries"),
         ({"qkv_format": "sbhd"}, "qkv_format is 'sbhd'"),
     ],
     ids=["short", "backwards", "none", "keys", "format"],
@@ -334,11 +334,11 @@ def test_memory_grows_with_the_sequence_and_not_with_its_square() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"softmax_type": "off-by-one"}, r"Layer 3: SdpaAttention cannot do softmax_type='off-by-one'"),
-        ({"window_size": (4, 0)}, r"cannot do window_size=\(4, 0\)"),
-        ({"context_parallel_size": 2}, "cannot do context_parallel_size=2"),
-        ({"qk_clip": True}, "cannot do qk_clip=True"),
-        ({"mask_type": AttnMaskType.causal_bottom_right}, "cannot do attn_mask_type=causal_bottom_right"),
+        ({"softmax_type": "off-by-one"}, r"Layer 3: SdpaAttention does not support softmax_type='off-by-one'"),
+        ({"window_size": (4, 0)}, r"does not support window_size=\(4, 0\)"),
+        ({"context_parallel_size": 2}, "does not support context_parallel_size=2"),
+        ({"qk_clip": True}, "does not support qk_clip=True"),
+        ({"mask_type": AttnMaskType.causal_bottom_right}, "does not support attn_mask_type=causal_bottom_right"),
     ],
     ids=["softmax_offset", "window", "context_parallel", "qk_clip", "bottom_right"],
 )

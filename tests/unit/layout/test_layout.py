@@ -102,6 +102,15 @@ def test_explicit_offsets_override_the_order():
     assert [layout.modules_on(rank) for rank in range(4)] == [("language",)] * 2 + [("images",)] * 2
 
 
+def test_loss_is_computed_on_the_last_stage_and_counted_once_for_each_replica():
+    layout = resolve({"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=3, pp=2)}, 13)
+    assert [rank for rank in range(13) if layout.is_last_stage(rank)] == [7, 8, 9, 10, 11, 12]
+    assert [rank for rank in range(13) if layout.counts_loss(rank)] == [7, 9, 11]
+    colocated = resolve({"images": ModuleParallelism(dp=4), "language": ModuleParallelism(tp=2)}, 4, colocate=True)
+    assert [rank for rank in range(4) if colocated.is_last_stage(rank)] == [0, 1, 2, 3]
+    assert [rank for rank in range(4) if colocated.counts_loss(rank)] == [0, 2]
+
+
 def test_coordinates_run_tp_fastest_then_dp_then_pp():
     sizes = resolve({"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=3, pp=2)}, 13).modules[
         "language"
@@ -233,13 +242,13 @@ REFUSALS = {
     "cp": Refusal(
         {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, cp=2)},
         5,
-        ("Module 'language': cp=2 is not supported", "cannot cut a sequence", "Set cp=1 and tp=4"),
+        ("Module 'language': cp=2 is not supported", "cannot split a sequence", "Set cp=1 and tp=4"),
         (({"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=4)}, 5, False),),
     ),
     "dp-does-not-come-out": Refusal(
         {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
         5,
-        ("Module 'language': 5 ranks - (images 2) leaves 3", "multiple of tp=2 = 2 ranks a replica", "devices=4"),
+        ("Module 'language': 5 ranks - (images 2) leaves 3", "multiple of tp=2 = 2 ranks per replica", "devices=4"),
         ((TWO_ALONE, 4, False),),
     ),
     "nothing-left-for-dp": Refusal(
@@ -251,7 +260,7 @@ REFUSALS = {
         8,
         (
             "Module 'language': 8 ranks - (images 8 + audio 4) leaves -4, which is not a positive multiple of "
-            "tp=2 * pp=2 = 4 ranks a replica",
+            "tp=2 * pp=2 = 4 ranks per replica",
             "devices=16, or devices=8 with num_nodes=2",
         ),
         (
@@ -284,7 +293,7 @@ REFUSALS = {
         (
             "dp is left out for 'images' and 'language'",
             "how 6 ranks are to be divided",
-            "Give dp for all of these but one. Possible: images dp=2, language dp=2; images dp=4, language dp=1.",
+            "Give dp for all of these except one. Possible: images dp=2, language dp=2; images dp=4, language dp=1.",
         ),
         (
             ({"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}, 6, False),
@@ -505,7 +514,7 @@ REFUSALS = {
         {"images": ModuleParallelism(), "language": ModuleParallelism(tp=2)},
         5,
         (
-            "Module 'language': tp=2 = 2 ranks a replica does not divide the 5 ranks",
+            "Module 'language': tp=2 = 2 ranks per replica do not divide the 5 ranks",
             "Choose a tp that divides 5",
             "run with 4 or 6 ranks (devices * num_nodes)",
         ),
@@ -520,7 +529,7 @@ REFUSALS = {
         {"images": ModuleParallelism(tp=2), "language": ModuleParallelism(tp=4)},
         6,
         (
-            "Module 'language': tp=4 = 4 ranks a replica does not divide the 6 ranks",
+            "Module 'language': tp=4 = 4 ranks per replica do not divide the 6 ranks",
             "run with 4 or 8 ranks (devices * num_nodes)",
         ),
         (
@@ -534,7 +543,7 @@ REFUSALS = {
         4,
         (
             "Module 'images': tp=1 * dp=2 = 2 ranks, but colocate=True puts it on all 4",
-            "Set dp=4, or leave dp out to have it fill the ranks, or run with devices=2.",
+            "Set dp=4, or leave dp out so that it fills the ranks, or run with devices=2.",
         ),
         (
             ({"images": ModuleParallelism(dp=4), "language": ModuleParallelism(tp=2)}, 4, True),
@@ -547,7 +556,7 @@ REFUSALS = {
         {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(tp=2, dp=1, ep=4)},
         3,
         (
-            "Module 'language': tp * dp = 2 * 1 = 2 ranks a stage is not a multiple of expt_tp * ep = 1 * 4 = 4",
+            "Module 'language': tp * dp = 2 * 1 = 2 ranks per stage is not a multiple of expt_tp * ep = 1 * 4 = 4",
             "Choose expt_tp and ep whose product divides 2, or change 'language' to dp=2 (devices=5)",
         ),
         (
@@ -559,7 +568,7 @@ REFUSALS = {
         {"images": ModuleParallelism(dp=3, expt_tp=2), "language": ModuleParallelism(dp=3)},
         6,
         (
-            "Module 'images': tp * dp = 1 * 3 = 3 ranks a stage is not a multiple of expt_tp * ep = 2 * 1 = 2",
+            "Module 'images': tp * dp = 1 * 3 = 3 ranks per stage is not a multiple of expt_tp * ep = 2 * 1 = 2",
             "change 'images' to dp=6 (devices=9)",
         ),
         (({"images": ModuleParallelism(dp=6, expt_tp=2), "language": ModuleParallelism(dp=3)}, 9, False),),
@@ -567,7 +576,7 @@ REFUSALS = {
     "colocated-experts": Refusal(
         {"images": ModuleParallelism(), "language": ModuleParallelism(tp=2, ep=4)},
         6,
-        ("Module 'language': tp * dp = 2 * 3 = 6 ranks a stage", "Choose expt_tp and ep whose product divides 6."),
+        ("Module 'language': tp * dp = 2 * 3 = 6 ranks per stage", "Choose expt_tp and ep whose product divides 6."),
         (({"images": ModuleParallelism(), "language": ModuleParallelism(tp=2, ep=3)}, 6, True),),
         colocate=True,
     ),

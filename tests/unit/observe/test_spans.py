@@ -36,6 +36,9 @@ class CountingClock:
     def is_past(self, mark: float) -> bool:
         return mark <= self.done
 
+    def is_idle(self) -> bool:
+        return self.now <= self.done
+
     def anchor(self) -> tuple[float, float]:
         return 0.0, 0.0
 
@@ -120,7 +123,7 @@ def test_an_arrow_leads_from_the_send_to_the_receive():
 
 
 def test_step_trace_refuses_a_step_before_the_first(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"StepTrace\(step=-1\): write how many optimizer steps to let pass first"):
+    with pytest.raises(ValueError, match=r"StepTrace\(step=-1\): step is the number of optimizer steps to skip"):
         StepTrace(tmp_path, step=-1)
 
 
@@ -134,7 +137,7 @@ def test_trace_goes_with_fit_only(capsys: pytest.CaptureFixture[str], monkeypatc
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     with pytest.raises(SystemExit, match="2"):
         main(["validate", "--config", "configs/digits_vlm.yaml", "--trace", "traces"])
-    assert "--trace records a step of training: it goes with fit, not with validate." in capsys.readouterr().err
+    assert "--trace records a training step: it works with fit, not with validate." in capsys.readouterr().err
 
 
 def test_command_line_names_missing_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

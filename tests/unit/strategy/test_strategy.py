@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.precision import (
     BitsandbytesPrecision,
     MixedPrecision,
@@ -15,8 +17,9 @@ from lightning.pytorch.plugins.precision import (
 )
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_mimo import LayoutError, MimoStrategy, ModuleParallelism
+from lightning_mimo import Checks, ConfigError, LayoutError, MimoStrategy, ModuleParallelism, Monitoring, Saving
 from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.strategy.options import MOVED, key_now
 from lightning_mimo.strategy.precision import MimoPrecision
 
 
@@ -119,14 +122,38 @@ def test_ddp_options_of_a_module_that_is_not_there_are_refused() -> None:
         trainer(strategy(ddp={"pictures": DistributedDataParallelConfig()})).strategy.validate()
 
 
-def test_unknown_reaction_to_what_is_not_finite_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"on_nonfinite='ignore'\): choose one of \('raise', 'skip'\)"):
-        trainer(strategy(on_nonfinite="ignore")).strategy.validate()
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (Checks, {"on_nonfinite": "ignore"}, r"Checks\(on_nonfinite='ignore'\): choose one of \('raise', 'skip'\)"),
+        (Checks, {"samples": "some"}, r"Checks\(samples='some'\): choose one of \('first', 'always', 'never'\)"),
+        (Saving, {"on_error": "skip"}, r"Saving\(on_error='skip'\): choose one of \('raise', 'warn'\)"),
+        (Monitoring, {"timeout": 30}, r"Monitoring\(timeout=30\) must be a positive datetime.timedelta, such as"),
+        (Monitoring, {"timeout": timedelta()}, r"Monitoring\(timeout=datetime.timedelta\(0\)\) must be a positive"),
+    ],
+)
+def test_unknown_options_name_the_choices(group: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        group(**values)
 
 
-def test_unknown_sample_check_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"check_samples='sometimes'\): choose one of \('first', 'always', 'never'\)"):
-        trainer(strategy(check_samples="sometimes")).strategy.validate()
+@pytest.mark.parametrize("name", MOVED)
+def test_arguments_that_have_moved_name_their_new_place(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"^MimoStrategy\({name}=\.\.\.\) has moved: write MimoStrategy\("
+    ) as refused:
+        strategy(**{name: None})
+    argument, _, field = key_now(name).partition(".")
+    group = type(getattr(strategy(), argument))
+    assert f"MimoStrategy({argument}={group.__name__}({field}=...))" in str(refused.value)
+    assert field in group.__dataclass_fields__
+
+
+def test_storage_options_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"save_checkpoint\(storage_options=\.\.\.\) is not supported by MimoStrategy"
+    ):
+        strategy().save_checkpoint({}, "some.ckpt", storage_options={"region": "north"})
 
 
 def test_plain_lightning_modules_are_refused_by_name() -> None:
@@ -134,3 +161,13 @@ def test_plain_lightning_modules_are_refused_by_name() -> None:
     connected.connect(pl.LightningModule())
     with pytest.raises(ValueError, match=r"trains a MimoModule, but got a LightningModule"):
         _ = connected._module
+
+
+def test_layout_is_checked_on_gpus_before_the_script_is_started_again() -> None:
+    connected = strategy()  # for two ranks
+    connected.parallel_devices = [torch.device("cuda", index) for index in range(3)]
+    connected.cluster_environment = LightningEnvironment()
+    connected._configure_launcher()
+    with pytest.raises(LayoutError, match="how 3 ranks are to be divided between them is not determined"):
+        connected.launcher.launch(pytest.fail, "was started")
+    assert connected.launcher.procs == []

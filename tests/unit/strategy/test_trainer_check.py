@@ -64,7 +64,10 @@ def test_callback_is_refused_with_its_name_and_a_remedy(callback: pl.Callback, m
     [
         ({"sync_batchnorm": True}, r"sync_batchnorm=True\) is not supported.*LayerNorm or GroupNorm"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, r"gradient_clip_algorithm='value'\) is not"),
-        ({"plugins": AsyncCheckpointIO()}, r"AsyncCheckpointIO is not supported.*MimoStrategy\(async_save=True\)"),
+        (
+            {"plugins": AsyncCheckpointIO()},
+            r"AsyncCheckpointIO is not supported.*MimoStrategy\(saving=Saving\(asynchronous=True\)\)",
+        ),
     ],
     ids=["sync_batchnorm", "clip_by_value", "checkpoint_io"],
 )
@@ -76,6 +79,33 @@ def test_option_is_refused_with_a_remedy(options: dict[str, Any], message: str) 
 def test_manual_optimization_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Manual.automatic_optimization=False is not supported by MimoStrategy"):
         trainer().fit(Manual(), [])
+
+
+class TakesNoNumber(MimoModule):
+    """As Lightning allows it."""
+
+    def training_step(self, batch: Any) -> Any:
+        return self(batch)
+
+
+class TakesAnIterator(MimoModule):
+    def validation_step(self, dataloader_iter: Any) -> Any:
+        return self(next(dataloader_iter))
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (TakesNoNumber, r"TakesNoNumber.training_step\(batch: .*def training_step\(self, batch, batch_idx\)\."),
+        (
+            TakesAnIterator,
+            r"TakesAnIterator.validation_step\(dataloader_iter: .* does not take what",
+        ),
+    ],
+)
+def test_steps_that_take_something_else_are_refused(module: type[MimoModule], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer().fit(module(), [])
 
 
 def test_other_modules_are_refused_before_any_process_starts() -> None:

@@ -1,0 +1,193 @@
+"""One fit, validate, test or predict: its data, its batches, and what of it goes into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import DataLoader
+
+from lightning_mimo.checkpoint.manager import Resumed, RunCheckpoints
+from lightning_mimo.checkpoint.saving import set_generators
+from lightning_mimo.data.data_state import rewind_to_last_step
+from lightning_mimo.data.run_data import RunData
+from lightning_mimo.launch.preemption import Signals
+from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.optim.optimizer import MimoTorchOptimizer
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.random import seed_for, seed_megatron
+from lightning_mimo.strategy.batch_runner import BatchRunner
+from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.options import Checks, Monitoring, Saving
+from lightning_mimo.strategy.step_metrics import StepMetrics
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What MimoStrategy sets up for one stage of the Trainer. Also there afterwards, so that it can be saved.
+
+    Attributes:
+        module: the user's module.
+        infra: layout, grids and process groups.
+        plan: this rank's share of every global batch.
+        data: the DataLoaders, divided.
+        batches: runs the batches.
+        checkpoints: writes and reads checkpoints.
+        is_over: whether the stage has ended.
+    """
+
+    module: MimoModule
+    infra: MimoModelInfra
+    plan: RankBatchPlan
+    data: RunData
+    batches: BatchRunner
+    checkpoints: RunCheckpoints
+    is_over: bool = False
+    _resumed: Resumed | None = None
+
+    @classmethod
+    def build(
+        cls,
+        module: MimoModule,
+        infra: MimoModelInfra,
+        plan: RankBatchPlan,
+        *,
+        encoder_run_ahead: int,
+        checks: Checks,
+        saving: Saving,
+        monitoring: Monitoring,
+        signals: Signals,
+        device: torch.device,
+    ) -> Run:
+        """For the stage that the module's Trainer is about to run. Collective over the world: builds the bridges.
+
+        Args:
+            module: the user's module, its model ready to run.
+            infra: grids and process groups.
+            plan: this rank's share of every global batch.
+            encoder_run_ahead: as for MimoStrategy.
+            checks: as for MimoStrategy.
+            saving: as for MimoStrategy.
+            monitoring: as for MimoStrategy.
+            signals: what this rank is told.
+            device: of this rank.
+        """
+        trainer, data = module.trainer, RunData(plan)
+        batches = BatchRunner(
+            module,
+            infra,
+            global_batch_size=plan.global_batch_size,
+            encoder_run_ahead=encoder_run_ahead,
+            device=device,
+            check_samples=checks.samples,
+            on_nonfinite=checks.on_nonfinite,
+            signals=signals,
+            telemetry=monitoring.telemetry and trainer.state.fn == TrainerFn.FITTING,
+            load_ahead=data.load_ahead,
+            metrics=None if trainer.barebones else StepMetrics(trainer),
+        )
+        checkpoints = RunCheckpoints(
+            async_save=saving.asynchronous, on_save_error=saving.on_error, timeout=monitoring.timeout
+        )
+        return cls(module=module, infra=infra, plan=plan, data=data, batches=batches, checkpoints=checkpoints)
+
+    def shard(self, loader: object, *, seed: int) -> DataLoader:
+        """Rebuild a user's DataLoader for this rank. Collective over the world.
+
+        Args:
+            loader: as for one process.
+            seed: of the order of samples and their augmentation, the same on all ranks.
+
+        Raises:
+            DataError: if it cannot be divided.
+        """
+        module = self.module
+        return self.data.shard(
+            loader,
+            special_token_ids=module.mimo_model.special_token_ids,
+            pad_token_id=module.pad_token_id,
+            seed=seed,
+            training=module.trainer.training,
+        )
+
+    def save(
+        self, path: Path, trainer: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer], *, seed: int
+    ) -> None:
+        """Write a checkpoint. Collective over the world.
+
+        Args:
+            path: the directory, the same on every rank.
+            trainer: what Lightning keeps; left as it is.
+            optimizers: the one that trains, if any.
+            seed: of the order of samples.
+
+        Raises:
+            CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
+        """
+        held, generators = (0, None) if self.is_over else self.batches.accumulation
+        trainer, batches = rewind_to_last_step(trainer, held=held, training=not self.is_over)
+        data_state = self.data.data_state(seed=seed, batches=batches)
+        if data_state is not None:
+            trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": batches}]
+        self.checkpoints.save(
+            path,
+            self.module.mimo_model,
+            self.infra,
+            the_only(optimizers) if "optimizer_states" in trainer and data_state is not None else None,
+            trainer=trainer,
+            data_state=data_state,
+            window=generators,
+        )
+        if self.is_over:
+            self.checkpoints.finish()
+
+    def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Any], Resumed | None]:
+        """Read what any layout wrote. Collective over the world.
+
+        Args:
+            path: the directory, the same on every rank.
+            optimizers: the one that goes on, if this is training.
+
+        Returns:
+            What Lightning kept; and where training goes on, if this is training.
+
+        Raises:
+            CheckpointError: if the checkpoint does not fit, or training cannot go on from it.
+        """
+        is_fitting = self.module.trainer.state.fn == TrainerFn.FITTING
+        trainer, self._resumed = self.checkpoints.load(
+            path,
+            self.module.mimo_model,
+            self.infra,
+            the_only(optimizers) if is_fitting else None,
+            global_batch_size=self.plan.global_batch_size,
+        )
+        if self._resumed is not None:
+            self.data.resume_from(self._resumed.data_state)
+        return trainer, self._resumed
+
+    def restore_generators(self, rank: int) -> None:
+        """After :meth:`load`: draw from here on what the saved run would have drawn."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is None:
+            return
+        if resumed.states is not None:
+            set_generators(resumed.states)
+        else:
+            seed_megatron(self.infra.layout, rank, seed=seed_for(resumed.data_state.seed, f"step {resumed.step}"))
+
+    def end(self) -> None:
+        """The stage has ended, perhaps by an exception. Needs no other rank."""
+        self.is_over = True
+        self.checkpoints.close()
+
+
+def the_only(optimizers: Sequence[torch.optim.Optimizer]) -> MimoTorchOptimizer:
+    """Lightning keeps a list, also of one."""
+    (optimizer,) = optimizers
+    assert isinstance(optimizer, MimoTorchOptimizer)
+    return optimizer
