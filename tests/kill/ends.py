@@ -1,7 +1,7 @@
 """Short runs that end badly on one rank, started by a process that has imported everything once.
 
-``python -m tests.kill.ends`` reads lines ``FOLDER CASE RANK`` and forks a run for each: it trains two steps on three
-ranks, writes to ``FOLDER/log``, and its exit code is printed when it has ended.
+``python -m tests.kill.ends`` says that it is ready, reads lines ``FOLDER CASE RANK`` and forks a run for each: it
+trains two steps on three ranks, writes to ``FOLDER/log``, and its exit code is printed when it has ended.
 """
 
 from __future__ import annotations
@@ -163,6 +163,7 @@ def run(case: str, rank: int) -> None:
 
 def _fork_runs() -> tuple[str, int] | None:
     """Case and rank, in a process forked for them; ``None`` at the end, in the one that forks."""
+    print("ready", flush=True)
     for line in sys.stdin:
         folder, case, rank = line.split()
         pid = os.fork()
