@@ -69,6 +69,7 @@ def fit(
     *,
     colocate: bool = False,
     check: Literal["first", "always", "never"] = "first",
+    workers: int = 0,
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Train for an epoch of two batches; how many of them were reached, and the weights."""
     torch.manual_seed(1)
@@ -89,7 +90,7 @@ def fit(
         enable_model_summary=False,
     )
     module = ParityModule(Model())
-    trainer.fit(module, DataLoader(dataset, batch_size=12, sampler=sampler))
+    trainer.fit(module, DataLoader(dataset, batch_size=12, sampler=sampler, num_workers=workers))
     result = reached.batches, weights(module.model, strategy.infra)
     strategy.infra.destroy()
     return result
@@ -223,3 +224,14 @@ def test_a_sample_of_another_length_is_found_before_it_is_learned_from(rank_pool
     message = r"Sample 20 \(position 8 of the global batch\) has other input_ids (?!.*This step)"
     with pytest.raises(RankFailure, match=message):
         rank_pool.run(fit, None, dataset, modules, colocate=colocate, world_size=2 if colocate else 4)
+
+
+def test_batches_of_workers_are_compared_as_well(rank_pool: RankPool) -> None:
+    plain = rank_pool.run(fit, None, PicturesSoundsAndText(Samples(images=(3, 1, 2))), APART, world_size=4)
+    loaded = rank_pool.run(fit, None, PicturesSoundsAndText(Samples(images=(3, 1, 2))), APART, workers=2, world_size=4)
+    for (reached, mine), (_, theirs) in zip(plain, loaded, strict=True):
+        assert reached == 2 and mine.keys() == theirs.keys()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in mine.items())
+    dataset = AnotherSampleWhereOneIsBad(Samples(images=(3, 1, 2)), rank=0)
+    with pytest.raises(RankFailure, match=r"Sample 20 \(position 8 of the global batch\) has other input_ids "):
+        rank_pool.run(fit, None, dataset, APART, workers=2, world_size=4)
