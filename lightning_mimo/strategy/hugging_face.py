@@ -17,8 +17,6 @@ from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
-from lightning_mimo.mimo.freezing import freeze
-from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
 from lightning_mimo.models.hugging_face.folder import check_tokenizer, read_config
 from lightning_mimo.models.hugging_face.registry import model_of
@@ -47,6 +45,8 @@ class HuggingFaceModule(MimoModule):
         strategy = MimoStrategy({"images": ModuleParallelism(tp=2), "language": ModuleParallelism(tp=4)}, 128)
         Trainer(devices=6, strategy=strategy, precision="bf16-mixed").fit(model, data)
     """
+
+    _initialize_weights = False
 
     def __init__(
         self,
@@ -126,20 +126,6 @@ class HuggingFaceModule(MimoModule):
         return self.build_optimizer(config, overrides=self.overrides)
 
     @override
-    def configure_model(self) -> None:
-        """Build this rank's modules, with room for weights that are not there yet."""
-        if self.model is None:
-            infra = self.infra
-            self.model = build_mimo_model(
-                self.configure_mimo(infra),
-                infra,
-                seed=self.trainer.strategy.seed,
-                dtype_policy=self.trainer.precision_plugin.dtype_policy,
-                initialize=False,
-            )
-            freeze(self.model, infra, self.frozen)
-
-    @override
     def forward(self, batch: Microbatch) -> Any:
         """As MimoModule's.
 
@@ -162,7 +148,7 @@ class HuggingFaceModule(MimoModule):
     @override
     def configure_callbacks(self) -> list[pl.Callback]:
         """Puts the callback that reads the weights before all others, which may look at them."""
-        callbacks = self.trainer.callbacks
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, _LoadPretrained) for callback in callbacks):
             callbacks.insert(0, _LoadPretrained())
         return []
@@ -182,12 +168,12 @@ class HuggingFaceModule(MimoModule):
         """
         if self._has_weights:
             return
-        strategy = self.trainer.strategy
+        strategy: Any = self.trainer.strategy
         optimizer = strategy.optimizers[0].mimo if strategy.optimizers else None
-        complete_gathering(self.model)
+        complete_gathering(self.mimo_model)
         with SafetensorsFolder(self.pretrained) as folder:
             reader = PretrainedReader(folder, self._table(folder, self.infra.layout))
-            load_shards(self.model, self.infra, reader, optimizer)
+            load_shards(self.mimo_model, self.infra, reader, optimizer)
         self._has_weights = True
 
     def _table(self, folder: SafetensorsFolder, layout: MimoLayout) -> RuleTable:

@@ -50,6 +50,8 @@ class MimoModule(pl.LightningModule):
     :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
+    _initialize_weights = True  # not where all of them are read from files before the first batch
+
     def __init__(self, *, pad_token_id: int = 0, max_new_tokens: int = 16, frozen: Sequence[str] = ()) -> None:
         """
         Args:
@@ -246,6 +248,7 @@ class MimoModule(pl.LightningModule):
                 self.infra,
                 seed=strategy.seed,
                 dtype_policy=strategy.precision_plugin.dtype_policy,
+                initialize=self._initialize_weights,
             )
             freeze(self.model, self.infra, self.frozen)
 
