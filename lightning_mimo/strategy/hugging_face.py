@@ -17,8 +17,6 @@ from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
-from lightning_mimo.mimo.freezing import freeze
-from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
 from lightning_mimo.models.hugging_face.folder import check_tokenizer, read_config
 from lightning_mimo.models.hugging_face.registry import model_of
@@ -47,6 +45,8 @@ class HuggingFaceModule(MimoModule):
         strategy = MimoStrategy({"images": ModuleParallelism(tp=2), "language": ModuleParallelism(tp=4)}, 128)
         Trainer(devices=6, strategy=strategy, precision="bf16-mixed").fit(model, data)
     """
+
+    _initialize_weights = False
 
     def __init__(
         self,
@@ -124,21 +124,6 @@ class HuggingFaceModule(MimoModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = OptimizerConfig(optimizer="adam", lr=self.lr, weight_decay=self.weight_decay)
         return self.build_optimizer(config, overrides=self.overrides)
-
-    @override
-    def configure_model(self) -> None:
-        """Build this rank's modules, with room for weights that are not there yet."""
-        if self.model is None:
-            infra = self.infra
-            strategy: Any = self.trainer.strategy
-            self.model = build_mimo_model(
-                self.configure_mimo(infra),
-                infra,
-                seed=strategy.seed,
-                dtype_policy=strategy.precision_plugin.dtype_policy,
-                initialize=False,
-            )
-            freeze(self.model, infra, self.frozen)
 
     @override
     def forward(self, batch: Microbatch) -> Any:

@@ -55,6 +55,8 @@ class MimoModule(pl.LightningModule):
     similar, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
+    _initialize_weights = True  # False where all of them are read from files before the first batch
+
     def __init__(
         self,
         *,
@@ -279,6 +281,7 @@ class MimoModule(pl.LightningModule):
                 self.infra,
                 seed=strategy.seed,
                 dtype_policy=strategy.precision_plugin.dtype_policy,
+                initialize=self._initialize_weights,
             )
             freeze(self.model, self.infra, self.frozen)
 

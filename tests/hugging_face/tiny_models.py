@@ -12,6 +12,14 @@ import transformers
 IMAGE_TOKEN = 99
 VOCABULARY = 130  # 2 divides it, 4 does not
 
+
+def _rope(*, rope_type: str, rope_theta: float, **scaling: float) -> dict[str, Any]:
+    """Rotary positions as the installed version of transformers wants them."""
+    if int(transformers.__version__.partition(".")[0]) >= 5:
+        return {"rope_parameters": {"rope_type": rope_type, "rope_theta": rope_theta, **scaling}}
+    return {"rope_theta": rope_theta, "rope_scaling": {"rope_type": rope_type, **scaling} if scaling else None}
+
+
 _TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -21,21 +29,21 @@ _TEXT = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-6,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    **_rope(rope_type="default", rope_theta=500000.0),
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
 # The frequencies of 8 numbers lie on both sides of, and within, what is interpolated.
-_LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+_LLAMA3_ROPE = _rope(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
 VISION = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -67,7 +75,7 @@ def _llava(vision: Any, *, tie: bool = False, text: Any = None, **changes: Any) 
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
-    "llama3": _text("Llama", rope_parameters=_LLAMA3_ROPE),
+    "llama3": _text("Llama", **_LLAMA3_ROPE),
     "llama_biases": _text("Llama", attention_bias=True),
     "mistral": _text("Mistral", head_dim=16, sliding_window=None),
     "qwen2": _text("Qwen2", tie_word_embeddings=True),
