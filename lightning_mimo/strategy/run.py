@@ -144,15 +144,16 @@ class Run:
         if self.is_over:
             self.checkpoints.finish()
 
-    def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Any], Resumed | None]:
+    def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer], *, seed: int) -> tuple[dict[str, Any], int]:
         """Read a checkpoint that was written by any layout. Collective over the world.
 
         Args:
             path: the directory, the same on every rank.
             optimizers: the optimizer to restore, if this stage trains.
+            seed: seed of this run.
 
         Returns:
-            Lightning's own state; and the point at which training resumes, if this stage trains.
+            Lightning's own state; and the seed from here on, which is the saved one if training resumes.
 
         Raises:
             CheckpointError: if the checkpoint does not fit, or training cannot resume from it.
@@ -165,9 +166,10 @@ class Run:
             the_only(optimizers) if is_fitting else None,
             global_batch_size=self.plan.global_batch_size,
         )
-        if self._resumed is not None:
-            self.data.resume_from(self._resumed.data_state)
-        return trainer, self._resumed
+        if self._resumed is None:
+            return trainer, seed
+        self.data.resume_from(self._resumed.data_state)
+        return trainer, self._resumed.data_state.seed
 
     def restore_generators(self, rank: int) -> None:
         """Set the random generators to the state of the loaded checkpoint. No effect if none was loaded."""

@@ -46,11 +46,8 @@ class MimoStrategy(ParallelStrategy):
 
     Example::
 
-        strategy = MimoStrategy(
-            modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
-            global_batch_size=64,
-            saving=Saving(asynchronous=True),
-        )
+        modules = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
+        strategy = MimoStrategy(modules, global_batch_size=64, saving=Saving(asynchronous=True))
         Trainer(devices=4, strategy=strategy).fit(model, datamodule)
 
     Attributes:
@@ -150,13 +147,8 @@ class MimoStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
-        self._launcher = make_launcher(
-            self.cluster_environment,
-            self.parallel_devices,
-            num_nodes=self.num_nodes,
-            timeout=self.monitoring.timeout,
-            validate=self.validate,
-        )
+        environment, devices, timeout = self.cluster_environment, self.parallel_devices, self.monitoring.timeout
+        self._launcher = make_launcher(environment, devices, self.num_nodes, timeout, self.validate)
 
     # ------------------------------------------------- before other ranks start
 
@@ -170,14 +162,12 @@ class MimoStrategy(ParallelStrategy):
             The complete layout.
 
         Raises:
-            LayoutError: if the layout cannot run; names the module, the arithmetic and the remedy.
-            ConfigError: if an option is unsupported; names the option, the reason and the remedy.
+            ConfigError: names the module or option, the arithmetic and the remedy; a LayoutError for sizes.
         """
         if trainer is not None:
             check_trainer(trainer, None if self.lightning_module is None else self._module)
-        layout = MimoLayout.resolve(
-            self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
-        )
+        world_size = self.num_nodes * self.num_processes
+        layout = MimoLayout.resolve(self.modules, world_size=world_size, colocate=self.colocate)
         micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
         if self.lightning_module is not None:
             self._module.check_layout(layout)
@@ -251,13 +241,7 @@ class MimoStrategy(ParallelStrategy):
             device=self.root_device,
         )
         self._open.callback(self._run.end)
-        watchdog = start_watchdog(
-            infra,
-            self.launcher,
-            device=self.root_device,
-            timeout=self.monitoring.timeout,
-            leaves_first=self.local_rank == 0,
-        )
+        watchdog = start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout)
         self._open.callback(watchdog.stop)
         if is_fitting:
             self.setup_optimizers(trainer)
@@ -272,9 +256,8 @@ class MimoStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint that was written by any layout, and return Lightning's state. Collective over the world."""
-        trainer, resumed = self.run.load(Path(self.broadcast(str(checkpoint_path))), self.optimizers)
-        if resumed is not None:
-            self.seed = resumed.data_state.seed
+        path = Path(self.broadcast(str(checkpoint_path)))
+        trainer, self.seed = self.run.load(path, self.optimizers, seed=self.seed)
         return trainer
 
     @override
@@ -384,7 +367,7 @@ class MimoStrategy(ParallelStrategy):
         """
         if storage_options is not None:
             raise ConfigError(
-                "save_checkpoint(storage_options=...) is not supported by MimoStrategy, which uses no CheckpointIO."
+                "save_checkpoint(storage_options=...) is not supported: MimoStrategy has no CheckpointIO."
             )
         path = Path(self.broadcast(str(filepath)))
         with megatron_on(self.root_device):

@@ -113,7 +113,7 @@ def build_infra(
 
 
 def start_watchdog(
-    infra: MimoModelInfra, launcher: Any, *, device: torch.device, timeout: timedelta, leaves_first: bool
+    infra: MimoModelInfra, launcher: Any, device: torch.device, local_rank: int, timeout: timedelta
 ) -> Watchdog:
     """Start the watchdog that ends the run if this rank waits too long. Requires that all process groups exist.
 
@@ -121,8 +121,8 @@ def start_watchdog(
         infra: layout, process groups, and the spans of this rank.
         launcher: launcher on this node, which ends the other ranks of the node.
         device: device of this rank.
+        local_rank: rank on this node. The first one started the others, which must be gone before it reports their end.
         timeout: longest time that a rank may wait for another.
-        leaves_first: whether this rank started others and so ends them first; otherwise it would report their exits.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)
@@ -131,7 +131,7 @@ def start_watchdog(
         infra.layout,
         timeout=timeout,
         end_node=kill,
-        leaves_first=leaves_first,
+        leaves_first=local_rank == 0,
         on_gpu=device.type == "cuda",
     )
     watchdog.start()
