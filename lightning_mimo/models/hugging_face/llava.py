@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 from megatron.core.models.mimo import MimoModelConfig
@@ -54,7 +55,7 @@ class LlavaModel:
             raise refuse(config, f"vision_feature_layer={layer}", "Supported: one layer.")
         self.config = config
         self.text = text
-        self.text.tied = bool(config.tie_word_embeddings or config.text_config.tie_word_embeddings)
+        self.text.tied = _is_tied(config)
         layers = config.vision_config.num_hidden_layers
         self.tower = tower_of(
             config.vision_config,
@@ -144,6 +145,13 @@ class LlavaModel:
                 source = Source(name=f"{prefix}linear_{number + 1}.{kind}", shape=shape)
                 rules.append(Rename(f"{target}linear_fc{number + 1}.{kind}", source))
         return rules
+
+
+def _is_tied(config: Any) -> bool:
+    """Whether the head shares the word embeddings."""
+    # Version 4 goes by the text's config alone; that of the whole says True wherever the file says nothing.
+    counts = int(version("transformers").partition(".")[0]) >= 5
+    return bool(config.text_config.tie_word_embeddings or (counts and config.tie_word_embeddings))
 
 
 def _is_used(prefix: str, names: Mapping[str, object]) -> bool:
