@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -21,6 +21,7 @@ from lightning_mimo.errors import DataError
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
+from lightning_mimo.mimo.encoders import check_one_encoder
 from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
 from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -164,7 +165,8 @@ class RaggedMimoModel(MimoModel):
         """Requirements of the modules, as fields of :class:`lightning_mimo.data.sample_format.SampleFormat`."""
         language = self.mimo_config.language_model_spec.params
         return {
-            "vocab_size": language.get("vocab_size"),
+            # Padding of the vocabulary is no token.
+            "vocab_size": language.get("true_vocab_size") or language.get("vocab_size"),
             "max_sequence_length": language.get("max_sequence_length"),
             "position_type": language.get("position_embedding_type"),
             "modules": tuple(self.mimo_config.modality_submodules_spec),
@@ -186,7 +188,7 @@ class RaggedMimoModel(MimoModel):
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
             )
-            _check_one_encoder(name, _encoders_of(self, name))
+            check_one_encoder(name, _encoders_of(self, name))
 
     def _initialize_language_model(self) -> None:
         _seed_generators(seed_for(self._seed, LANGUAGE))
@@ -337,17 +339,6 @@ def construct_mimo_model(
 
 def _encoders_of(model: MimoModel, name: str) -> list[torch.nn.Module]:
     return list(unwrap_model(model.modality_submodules[name]).encoders.values())
-
-
-def _check_one_encoder(name: str, encoders: Sequence[torch.nn.Module]) -> None:
-    """Check that a module has one encoder. Embeddings of several would be assigned to the wrong samples."""
-    if len(encoders) > 1:
-        raise DataError(
-            f"Module {name!r} has {len(encoders)} encoders ({', '.join(type(each).__name__ for each in encoders)}): "
-            f"MimoModel concatenates the embeddings of all samples by the first encoder and then those by the second, "
-            f"so samples would get embeddings of other samples. Give each encoder a module and a placeholder of its "
-            f"own, or write one encoder that calls both and concatenates their tokens: [items, tokens, hidden]."
-        )
 
 
 def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:

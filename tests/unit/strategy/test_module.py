@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mimo import ConfigError, MimoModule
-from lightning_mimo.mimo.model import _check_one_encoder
+from lightning_mimo.mimo.encoders import check_one_encoder
 
 
 @pytest.mark.parametrize("key", ["labels", "attention_mask", "token_order", "sample_indices"])
@@ -23,8 +23,8 @@ def test_one_name_is_no_list_of_names() -> None:
 
 
 def test_encoders_that_share_a_module_are_refused() -> None:
-    _check_one_encoder("images", [torch.nn.Linear(1, 1)])
+    check_one_encoder("images", [torch.nn.Linear(1, 1)])
     with pytest.raises(
         ValueError, match=r"Module 'images' has 2 encoders \(Linear, Identity\).*a module and a placeholder"
     ):
-        _check_one_encoder("images", [torch.nn.Linear(1, 1), torch.nn.Identity()])
+        check_one_encoder("images", [torch.nn.Linear(1, 1), torch.nn.Identity()])
