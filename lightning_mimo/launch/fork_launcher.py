@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
@@ -153,7 +153,10 @@ class ForkLauncher(_Launcher):
         supervisor = os.getpid()
         children: dict[int, int] = {}
         for local_rank in range(1, self._num_processes):
-            child = _fork_process()
+            try:
+                child = _fork_process()
+            except OSError as error:
+                self._give_up(children, local_rank, error)
             if child == 0:
                 board.ranks[local_rank].pid = os.getpid()
                 NodeRank.become(board, local_rank=local_rank, supervisor=supervisor)
@@ -168,6 +171,17 @@ class ForkLauncher(_Launcher):
             timeout=self._timeout,
         ).run()
         os._exit(0)
+
+    def _give_up(self, children: dict[int, int], local_rank: int, error: OSError) -> NoReturn:
+        """In the supervisor: end the ranks that were forked before the machine refused another one."""
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+        line = (
+            f"lightning-mimo: error: starting rank {local_rank} of {self._num_processes} on this node failed: "
+            f"{error.strerror}. Use fewer devices, or raise the limits for processes and memory.\n"
+        )
+        os.write(2, line.encode())
+        os._exit(1)
 
 
 def _fork_process() -> int:

@@ -6,6 +6,7 @@ trains two steps on three ranks, writes to ``FOLDER/log``, and its exit code is 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_mimo import MimoStrategy, ModuleParallelism
+from lightning_mimo import MimoStrategy, ModuleParallelism, Monitoring
 from tests.support.evaluation import PicturesAndText, TinyModule
 
 RANKS = 3
@@ -94,6 +95,7 @@ CASES: dict[str, tuple[str, Callable[[], None]]] = {
     "kill_while_workers_load": ("on_train_batch_end", _kill),
     "stop_in_setup": ("setup", _stop),
     "kill_supervisor": ("on_train_batch_end", _kill_supervisor),
+    "fork_fails": ("", lambda: None),
     "all_exit_with_0_in_training": ("on_train_batch_end", _exit_with_0),
     "nothing": ("", lambda: None),
 }
@@ -144,7 +146,7 @@ def run(case: str, rank: int) -> None:
         strategy=MimoStrategy(
             {"images": ModuleParallelism(), "language": ModuleParallelism(tp=2)},
             12,
-            timeout=timedelta(seconds=TIMEOUT if waits else 300),
+            monitoring=Monitoring(timeout=timedelta(seconds=TIMEOUT if waits else 300)),
         ),
         max_steps=2,
         limit_val_batches=0,
@@ -156,9 +158,23 @@ def run(case: str, rank: int) -> None:
     )
     workers = case == "kill_while_workers_load"
     data = SlowFile(36) if workers else PicturesAndText(24)
+    if case == "fork_fails":
+        _let_fork_fail_after(2)
     trainer.fit(TinyModule(), DataLoader(data, batch_size=12, num_workers=int(workers)))
     misbehaves.reach("after_fit", trainer.global_rank)
     _say(f"rank {trainer.global_rank} is done")
+
+
+def _let_fork_fail_after(forks: int) -> None:
+    real, done = os.fork, []
+
+    def fork() -> int:
+        if len(done) == forks:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        done.append(None)
+        return real()
+
+    os.fork = fork
 
 
 def _fork_runs() -> tuple[str, int] | None:

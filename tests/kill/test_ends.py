@@ -141,7 +141,15 @@ def test_run_that_ends_well_has_exit_code_0_and_says_nothing(host: Host, tmp_pat
 def test_run_ends_when_the_process_that_watches_over_it_is_killed(host: Host, tmp_path: Path) -> None:
     end = host.run(tmp_path, "kill_supervisor", 2)
     assert end.code == 1, end.log
-    assert "The process that watches over the ranks (process " in end.log
+    assert "The supervisor of the ranks (process " in end.log
+    assert not end.left
+
+
+def test_rank_that_cannot_be_started_ends_the_run(host: Host, tmp_path: Path) -> None:
+    end = host.run(tmp_path, "fork_fails", 0)
+    assert end.code == 1, end.log
+    assert "error: starting rank 2 of 3 on this node failed: Resource temporarily unavailable." in end.log
+    assert "Traceback" not in end.log
     assert not end.left
 
 
