@@ -39,7 +39,6 @@ def can_fork(root_device: torch.device) -> bool:
 def make_launcher(
     environment: ClusterEnvironment,
     devices: Sequence[torch.device],
-    *,
     num_nodes: int,
     timeout: timedelta,
     validate: Callable[[Any], object],

@@ -145,15 +145,16 @@ class Run:
         if self.is_over:
             self.checkpoints.finish()
 
-    def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer]) -> tuple[dict[str, Any], Resumed | None]:
+    def load(self, path: Path, optimizers: Sequence[torch.optim.Optimizer], *, seed: int) -> tuple[dict[str, Any], int]:
         """Read what any layout wrote. Collective over the world.
 
         Args:
             path: the directory, the same on every rank.
             optimizers: the one that goes on, if this is training.
+            seed: of this run.
 
         Returns:
-            What Lightning kept; and where training goes on, if this is training.
+            What Lightning kept; and the seed from here on, which is the saved one if training goes on.
 
         Raises:
             CheckpointError: if the checkpoint does not fit, or training cannot go on from it.
@@ -166,9 +167,10 @@ class Run:
             the_only(optimizers) if is_fitting else None,
             global_batch_size=self.plan.global_batch_size,
         )
-        if self._resumed is not None:
-            self.data.resume_from(self._resumed.data_state)
-        return trainer, self._resumed
+        if self._resumed is None:
+            return trainer, seed
+        self.data.resume_from(self._resumed.data_state)
+        return trainer, self._resumed.data_state.seed
 
     def restore_generators(self, rank: int) -> None:
         """After :meth:`load`: draw from here on what the saved run would have drawn."""

@@ -46,11 +46,8 @@ class MimoStrategy(ParallelStrategy):
 
     Example::
 
-        strategy = MimoStrategy(
-            modules={"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
-            global_batch_size=64,
-            saving=Saving(asynchronous=True),
-        )
+        modules = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
+        strategy = MimoStrategy(modules, global_batch_size=64, saving=Saving(asynchronous=True))
         Trainer(devices=4, strategy=strategy).fit(model, datamodule)
 
     Attributes:
@@ -91,8 +88,7 @@ class MimoStrategy(ParallelStrategy):
             num_microbatches: pipeline microbatches that a global batch is cut into.
             colocate: put every module on all ranks instead.
             encoder_run_ahead: microbatches that an encoder on ranks of its own computes before 1F1B asks for them, so
-                that the language module need not wait for one that takes longer than others. Each costs an encoder
-                rank the memory of one more microbatch's activations.
+                that the language module need not wait for a long one. Each costs memory for its activations.
             ddp: settings of Megatron's DistributedDataParallel: one for all modules, or by module name. Gradients are
                 always summed and then divided by the tokens of the global batch; ``grad_reduce_in_fp32`` follows from
                 the precision.
@@ -150,13 +146,8 @@ class MimoStrategy(ParallelStrategy):
     @override
     def _configure_launcher(self) -> None:
         assert self.cluster_environment is not None and self.parallel_devices is not None
-        self._launcher = make_launcher(
-            self.cluster_environment,
-            self.parallel_devices,
-            num_nodes=self.num_nodes,
-            timeout=self.monitoring.timeout,
-            validate=self.validate,
-        )
+        environment, devices, timeout = self.cluster_environment, self.parallel_devices, self.monitoring.timeout
+        self._launcher = make_launcher(environment, devices, self.num_nodes, timeout, self.validate)
 
     # ------------------------------------------------- before other ranks are started
 
@@ -167,14 +158,12 @@ class MimoStrategy(ParallelStrategy):
             trainer: whose callbacks and options are checked, too.
 
         Raises:
-            LayoutError: naming the module, the arithmetic and the remedy.
-            ConfigError: the same for an option that cannot be.
+            ConfigError: naming the module or option, the arithmetic and the remedy; a LayoutError for sizes.
         """
         if trainer is not None:
             check_trainer(trainer, None if self.lightning_module is None else self._module)
-        layout = MimoLayout.resolve(
-            self.modules, world_size=self.num_nodes * self.num_processes, colocate=self.colocate
-        )
+        world_size = self.num_nodes * self.num_processes
+        layout = MimoLayout.resolve(self.modules, world_size=world_size, colocate=self.colocate)
         micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
         return layout
@@ -246,13 +235,7 @@ class MimoStrategy(ParallelStrategy):
             device=self.root_device,
         )
         self._open.callback(self._run.end)
-        watchdog = start_watchdog(
-            infra,
-            self.launcher,
-            device=self.root_device,
-            timeout=self.monitoring.timeout,
-            leaves_first=self.local_rank == 0,
-        )
+        watchdog = start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout)
         self._open.callback(watchdog.stop)
         if is_fitting:
             self.setup_optimizers(trainer)
@@ -267,9 +250,8 @@ class MimoStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read what any layout wrote, and Lightning's own state. Collective over the world."""
-        trainer, resumed = self.run.load(Path(self.broadcast(str(checkpoint_path))), self.optimizers)
-        if resumed is not None:
-            self.seed = resumed.data_state.seed
+        path = Path(self.broadcast(str(checkpoint_path)))
+        trainer, self.seed = self.run.load(path, self.optimizers, seed=self.seed)
         return trainer
 
     @override
@@ -378,9 +360,7 @@ class MimoStrategy(ParallelStrategy):
             CheckpointWriteError: on every rank, if it failed on any; unless errors are to be warnings.
         """
         if storage_options is not None:
-            raise ConfigError(
-                "save_checkpoint(storage_options=...) is not supported by MimoStrategy, which uses no CheckpointIO."
-            )
+            raise ConfigError("save_checkpoint(storage_options=...) is not supported: there is no CheckpointIO.")
         path = Path(self.broadcast(str(filepath)))
         with megatron_on(self.root_device):
             self.run.save(path, checkpoint, self.optimizers, seed=self.seed)

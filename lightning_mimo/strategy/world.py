@@ -112,7 +112,7 @@ def build_infra(
 
 
 def start_watchdog(
-    infra: MimoModelInfra, launcher: Any, *, device: torch.device, timeout: timedelta, leaves_first: bool
+    infra: MimoModelInfra, launcher: Any, device: torch.device, local_rank: int, timeout: timedelta
 ) -> Watchdog:
     """Watch over the waiting of this rank. To be called when all of its process groups exist.
 
@@ -120,8 +120,8 @@ def start_watchdog(
         infra: layout, process groups, and where this rank notes what it does.
         launcher: of this rank's node; ends the others on it.
         device: of this rank.
+        local_rank: on its node. The first one started the others, which are to be gone before it reports their end.
         timeout: how long a rank may wait for another.
-        leaves_first: whether this rank started others, which are to be gone before it would report their end.
     """
     infra.set_timeout(Watchdog.patience_after(timeout))
     kill = launcher.kill_node if isinstance(launcher, ForkLauncher) else partial(launcher.kill, signal.SIGKILL)
@@ -130,7 +130,7 @@ def start_watchdog(
         infra.layout,
         timeout=timeout,
         end_node=kill,
-        leaves_first=leaves_first,
+        leaves_first=local_rank == 0,
         on_gpu=device.type == "cuda",
     )
     watchdog.start()
