@@ -366,9 +366,7 @@ class MimoStrategy(ParallelStrategy):
             CheckpointWriteError: on every rank, if writing failed on any rank and ``Saving(on_error="raise")`` is set.
         """
         if storage_options is not None:
-            raise ConfigError(
-                "save_checkpoint(storage_options=...) is not supported: MimoStrategy has no CheckpointIO."
-            )
+            raise ConfigError("save_checkpoint(storage_options=...) is not supported: there is no CheckpointIO.")
         path = Path(self.broadcast(str(filepath)))
         with megatron_on(self.root_device):
             self.run.save(path, checkpoint, self.optimizers, seed=self.seed)
