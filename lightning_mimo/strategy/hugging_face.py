@@ -12,7 +12,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo.checkpoint.state import load_shards
-from lightning_mimo.errors import ConfigError, DataError
+from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -130,18 +130,11 @@ class HuggingFaceModule(MimoModule):
         """As MimoModule's.
 
         Raises:
-            DataError: if a sample is longer than ``max_sequence_length``.
             ConfigError: if the weights have not been read, because of an override of :meth:`configure_callbacks`.
         """
         if not self._has_weights:
             raise ConfigError(
                 f"{type(self).__name__} has no weights yet: its configure_callbacks() must call super()'s."
-            )
-        length, limit = batch["input_ids"].size(1), self._pretrained.max_sequence_length(self._options)
-        if length > limit:
-            raise DataError(
-                f"A sample of {list(batch['sample_indices'])} has {length} tokens, but max_sequence_length={limit}. "
-                f"Cut it, or set a larger max_sequence_length in HuggingFaceModule if the model was made for it."
             )
         return super().forward(batch)
 
