@@ -24,10 +24,7 @@ SERIES, QUESTION = 8, 9  # tokens, of which 0 to 3 are the answers
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesPatches:
-    """Splits a time series into tokens: ``steps_per_patch`` consecutive steps are a patch, and each patch is a token.
-
-    Example: 8 steps of 4 channels with ``steps_per_patch=4`` are 2 tokens of 16 values.
-    """
+    """Splits a time series into tokens: 8 steps of 4 channels with ``steps_per_patch=4`` are 2 tokens of 16 values."""
 
     steps: int
     channels: int

@@ -76,7 +76,7 @@ def test_four_processes_print_what_one_does(rank_pool: RankPool, tmp_path: Path)
 def test_torch_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
     text = printed_by("torch_encoder", tmp_path)
     assert number_after("loss:", text) < 0.1
-    assert "VisionModalitySubmodules" in text and "GPTModel" in text
+    assert "VisionModalitySubmodules" in text and "LanguageModel" in text
 
 
 def test_model_family_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
