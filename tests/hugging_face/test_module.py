@@ -88,9 +88,7 @@ def _fit_with_long_sample(folder: Path) -> None:
 
 
 def test_samples_that_are_too_long_are_named(rank_pool: RankPool, folder: Path) -> None:
-    with pytest.raises(
-        RankFailure, match=r"Sample 0: input_ids has \d+ tokens, but .* max_sequence_length=4"
-    ):
+    with pytest.raises(RankFailure, match=r"Sample 0: input_ids has \d+ tokens, but .* max_sequence_length=4"):
         rank_pool.run(_fit_with_long_sample, folder, world_size=1)
 
 
