@@ -183,7 +183,7 @@ name                       type                        parameters   trainable   
 images                     PipelinedVisionSubmodules   30.9 K       all         0       30.9 K
 images.encoders            ModuleDict                  25.8 K       all         0       25.8 K
 images.input_projections   ModuleList                  5.2 K        all         0       5.2 K
-language                   GPTModel                    27.5 K       all         1-2     13.7 K to 13.8 K
+language                   LanguageModel               27.5 K       all         1-2     13.7 K to 13.8 K
 language.embedding         LanguageModelEmbedding      1.0 K        all         1       1.0 K
 language.decoder           TransformerBlock            25.5 K       all         1-2     12.7 K to 12.8 K
 language.output_layer      ColumnParallelLinear        1.0 K        all         2       1.0 K
