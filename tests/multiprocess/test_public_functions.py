@@ -30,6 +30,7 @@ from lightning_mimo import (
 )
 from lightning_mimo.comm.pipeline import MimoPipelineCommunicator
 from lightning_mimo.data.loader import shard_dataloader
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layers.vocab_parallel import token_losses
 from lightning_mimo.layout.batch_plan import RankBatchPlan, validate_batch_sizes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -157,7 +158,8 @@ def _batches(task: Task, layout: Layout, infra: MimoModelInfra, model: RaggedMim
     )
     loader = DataLoader(PicturesSoundsAndText(task.samples), batch_size=task.batch)
     tokens, precision = model.special_token_ids, MimoPrecision(task.precision)
-    for batch in shard_dataloader(loader, plan, special_token_ids=tokens, pad_token_id=0, seed=SEED):
+    sample_format = SampleFormat(special_token_ids=tokens, pad_token_id=0)
+    for batch in shard_dataloader(loader, plan, sample_format=sample_format, seed=SEED):
         yield precision.convert_input(batch)
 
 
