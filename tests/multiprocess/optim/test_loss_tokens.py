@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_mimo import ModuleParallelism
+from lightning_mimo import Checks, ModuleParallelism
 from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train, weights
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
@@ -82,7 +82,8 @@ def test_counts_below_one_are_divided_by(rank_pool: RankPool, name: str, accumul
 
 def train_negative(layout: Layout, precision: str, on_nonfinite: str) -> None:
     what = task(precision=precision, samples=SAMPLES)
-    train(what, layout, module=Weighted(what.model, -1.0), strategy_options={"on_nonfinite": on_nonfinite})
+    options = {"checks": Checks(on_nonfinite=on_nonfinite)}
+    train(what, layout, module=Weighted(what.model, -1.0), strategy_options=options)
 
 
 @pytest.mark.parametrize(("precision", "on_nonfinite"), [("32-true", "raise"), ("16-mixed", "skip")])

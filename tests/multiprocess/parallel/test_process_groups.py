@@ -98,7 +98,7 @@ def test_groups_of_the_same_ranks_are_one(
 
 
 def before_it_is_made() -> None:
-    grid = PooledGrid("language", ModuleParallelism(dp=2, rank_offset=0), GroupPool(None))
+    grid = PooledGrid("language", ModuleParallelism(dp=2, rank_offset=0).resolved(), GroupPool(None))
     with pytest.raises(KeyError, match=r"The group of \['dp', 'pp'\] .* has not been created"):
         grid.get_pg(["dp", "pp"])
 
