@@ -15,7 +15,7 @@ from lightning_mimo.models.hugging_face.registry import model_of
 from lightning_mimo.weights.files import SafetensorsFolder
 from tests.hugging_face.reference import Conversation, Tensors, Truth, conversations, exactly, load, logits_of, truth
 from tests.hugging_face.runs import Found, Layout
-from tests.hugging_face.tiny_models import TOKENS_PER_IMAGE, VISION, save_model
+from tests.hugging_face.tiny_models import ITEMS, save_model
 
 SAMPLES = 6
 _EMBEDDINGS = "language.embedding.word_embeddings.weight"
@@ -58,7 +58,7 @@ def make_pretrained(kind: str, folder: Path) -> Pretrained:
     """Make a tiny model and run it in transformers."""
     # The files have float64, too: an export then shows every digit of the training.
     save_model(kind, folder, dtype=torch.float64)
-    samples = conversations(SAMPLES, image_size=VISION["image_size"], tokens_per_image=TOKENS_PER_IMAGE.get(kind, 0))
+    samples = conversations(SAMPLES, ITEMS.get(kind))
     return Pretrained(folder, samples, truth(folder, samples))
 
 

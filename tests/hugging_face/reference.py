@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from tests.hugging_face.tiny_models import IMAGE_TOKEN, VOCABULARY
+from tests.hugging_face.tiny_models import IMAGE_TOKEN, VOCABULARY, Items
 
 LEARNING_RATE = 1e-3
 STEPS = 2
@@ -29,12 +29,14 @@ class Conversation:
     Attributes:
         ids: int64 ``[S]``, prompt with placeholders and answer.
         answer: tokens of the answer, which alone counts.
-        images: ``[n, 3, size, size]``.
+        inputs: what a processor gives beside tokens; empty where there are no items.
+        items: where they belong in this package; ``None`` for text alone.
     """
 
     ids: torch.Tensor
     answer: int
-    images: torch.Tensor
+    inputs: Tensors
+    items: Items | None
 
     @property
     def labels(self) -> torch.Tensor:
@@ -42,8 +44,8 @@ class Conversation:
         return torch.where(torch.arange(len(self.ids)) >= len(self.ids) - self.answer, self.ids, -100)
 
 
-def conversations(number: int, *, image_size: int, tokens_per_image: int) -> list[Conversation]:
-    """Samples with 0, 1 and 2 images; text alone where images have no tokens."""
+def conversations(number: int, items: Items | None = None) -> list[Conversation]:
+    """Samples with 0, 1 and 2 items; text alone where there are none."""
     generator = torch.Generator().manual_seed(3)
 
     def text(length: int) -> list[int]:
@@ -51,14 +53,13 @@ def conversations(number: int, *, image_size: int, tokens_per_image: int) -> lis
 
     result = []
     for i in range(number):
-        images = i % 3 if tokens_per_image else 0
+        placeholders, inputs = items.make(i % 3, generator) if items and i % 3 else ([], {})
         ids = [1]
-        for _ in range(images):
-            ids += text(2) + [IMAGE_TOKEN] * tokens_per_image
+        for tokens in placeholders:
+            ids += text(2) + [IMAGE_TOKEN] * tokens
         answer = 3 + i % 2
         ids += text(3 + i) + text(answer)
-        pixels = torch.randn(images, 3, image_size, image_size, generator=generator, dtype=torch.float64)
-        result.append(Conversation(torch.tensor(ids), answer, pixels))
+        result.append(Conversation(torch.tensor(ids), answer, inputs, items))
     return result
 
 
@@ -100,8 +101,7 @@ def load(folder: Path) -> transformers.PreTrainedModel:
 
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:
     """transformers' output for one sample alone."""
-    images = {"pixel_values": sample.images} if len(sample.images) else {}
-    return model(input_ids=sample.ids[None], use_cache=False, **images, **options)
+    return model(input_ids=sample.ids[None], use_cache=False, **sample.inputs, **options)
 
 
 @dataclass(frozen=True)
@@ -151,15 +151,14 @@ def truth(folder: Path, samples: Sequence[Conversation], *, frozen: Sequence[str
 
 def _answer(model: transformers.PreTrainedModel, sample: Conversation) -> list[int]:
     prompt = sample.ids[: len(sample.ids) - sample.answer][None]
-    images = {"pixel_values": sample.images} if len(sample.images) else {}
     model.generation_config.eos_token_id = None
     written = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=NEW_TOKENS,
         do_sample=False,
-        suppress_tokens=[IMAGE_TOKEN] if len(sample.images) or hasattr(model.config, "vision_config") else None,
-        **images,
+        suppress_tokens=[IMAGE_TOKEN] if sample.items else None,
+        **sample.inputs,
     )
     return written[0, prompt.size(1) :].tolist()
 

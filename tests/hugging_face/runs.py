@@ -17,6 +17,7 @@ from lightning_mimo import HuggingFaceModule, MimoPrecision, MimoStrategy, Modul
 from lightning_mimo.checkpoint.shards import ShardSpec
 from lightning_mimo.mimo.parameter_names import named_parameters_of
 from tests.hugging_face.reference import LEARNING_RATE, NEW_TOKENS, STEPS, Conversation, conversations, exactly
+from tests.hugging_face.tiny_models import ITEMS
 from tests.parity.layouts import PoolEnvironment
 
 
@@ -105,7 +106,7 @@ class Gradients(pl.Callback):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
 
-def as_samples(conversations: Sequence[Conversation], *, has_images: bool) -> list[dict[str, Any]]:
+def as_samples(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
     """Samples as this package wants them."""
     result = []
     for each in conversations:
@@ -114,8 +115,8 @@ def as_samples(conversations: Sequence[Conversation], *, has_images: bool) -> li
             "labels": each.ids[1:],
             "loss_mask": (each.labels[1:] != -100).float(),
         }
-        if has_images:
-            sample["modality_inputs"] = {"images": {"vision": {"pixel_values": each.images}}}
+        if each.items and each.inputs:
+            sample["modality_inputs"] = {each.items.module: {each.items.encoder: each.inputs}}
         result.append(sample)
     return result
 
@@ -158,8 +159,7 @@ def run(
         frozen: as for HuggingFaceModule.
     """
     torch.manual_seed(1)
-    has_images = "images" in layout.modules
-    samples = as_samples(conversations, has_images=has_images)
+    samples = as_samples(conversations)
     gradients = Gradients()
     trainer = make_trainer(layout, len(samples), max_steps=STEPS, max_epochs=STEPS, callbacks=[gradients])
     module = Observed(str(folder), frozen=frozen, **(layout.options or {}))
@@ -186,12 +186,9 @@ def run(
     return found
 
 
-def load_and_save(folder: Path, layout: Layout, checkpoint: Path, precision: str) -> None:
+def load_and_save(kind: str, folder: Path, layout: Layout, checkpoint: Path, precision: str) -> None:
     """Start a training, end it before the first step, and write a checkpoint. Collective over the world."""
-    has_images = "images" in layout.modules
-    samples = as_samples(
-        conversations(2, image_size=16, tokens_per_image=4 if has_images else 0), has_images=has_images
-    )
+    samples = as_samples(conversations(2, ITEMS.get(kind)))
     trainer = make_trainer(layout, len(samples), precision=precision, max_steps=1, callbacks=[_SaveAtStart(checkpoint)])
     trainer.fit(Observed(str(folder), **(layout.options or {})), DataLoader(samples, batch_size=len(samples)))
     trainer.strategy.infra.destroy()

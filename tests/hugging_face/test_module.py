@@ -51,7 +51,7 @@ class _Look(pl.Callback):
 
 
 def _fit(folder: Path, precision: str, *, steps: int, ckpt_path: Path | None = None, save: Path | None = None) -> Any:
-    samples = as_samples(conversations(2, image_size=0, tokens_per_image=0), has_images=False)
+    samples = as_samples(conversations(2))
     look = _Look()
     trainer = make_trainer(ALONE, 2, precision=precision, max_steps=steps, max_epochs=steps, callbacks=[look])
     module = Observed(str(folder))
@@ -82,7 +82,7 @@ def test_checkpoint_wins_when_a_run_goes_on(rank_pool: RankPool, folder: Path, t
 
 
 def _fit_with_long_sample(folder: Path) -> None:
-    samples = as_samples(conversations(2, image_size=0, tokens_per_image=0), has_images=False)
+    samples = as_samples(conversations(2))
     trainer = make_trainer(ALONE, 2, max_steps=1)
     trainer.fit(Observed(str(folder), max_sequence_length=4), DataLoader(samples, batch_size=2))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,31 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
 }
 
 
-TOKENS_PER_IMAGE = {kind: (VISION["image_size"] // VISION["patch_size"]) ** 2 for kind in MODELS if "llava" in kind}
+@dataclass(frozen=True, kw_only=True)
+class Items:
+    """What samples of a model have beside text.
+
+    Attributes:
+        make: number of items and generator -> placeholders of each item, and what the model's processor gives.
+        module: whose inputs these are.
+        encoder: of that module.
+    """
+
+    make: Callable[[int, torch.Generator], tuple[list[int], dict[str, torch.Tensor]]]
+    module: str = "images"
+    encoder: str = "vision"
+
+
+def _images(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
+    size, tokens = VISION["image_size"], (VISION["image_size"] // VISION["patch_size"]) ** 2
+    return [tokens] * number, {"pixel_values": _normal(number, 3, size, size, generator=generator)}
+
+
+def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+ITEMS = {kind: Items(make=_images) for kind in MODELS if kind.startswith("llava")}
 
 
 def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
