@@ -1,11 +1,11 @@
-"""Rotary embeddings at positions that a sample specifies, instead of 0, 1, 2, …."""
+"""Rotary embeddings at positions that a sample specifies, instead of 0, 1, 2, …, with every digit of float32."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import MultimodalRotaryEmbedding, RotaryEmbedding
 
 
 class RotaryPositions:
@@ -36,7 +36,27 @@ class RotaryPositions:
         return both.flatten(2).unsqueeze(2)
 
 
+def _in_full_precision(
+    rotary: MultimodalRotaryEmbedding, args: tuple[torch.Tensor, list[int]], angles: torch.Tensor
+) -> torch.Tensor:
+    """The angles ``[s, b, 1, dim]`` of positions ``[3, b, s]``, as products of single numbers.
+
+    megatron-core multiplies matrices, which torch.set_float32_matmul_precision("high") rounds to 11 bits: a position of
+    4097 would be 4096.
+    """
+    positions, section = args
+    frequencies = rotary.inv_freq
+    positions = positions.to(device=frequencies.device, dtype=frequencies.dtype)
+    if rotary.seq_len_interpolation_factor is not None:
+        positions = positions * (1 / rotary.seq_len_interpolation_factor)
+    halves = (positions.unsqueeze(-1) * frequencies).split(list(section), dim=-1)
+    half = torch.cat([part[axis % 3] for axis, part in enumerate(halves)], dim=-1)
+    return torch.cat((half, half), dim=-1).transpose(0, 1).unsqueeze(2).contiguous()
+
+
 def follow_positions(language_model: torch.nn.Module) -> RotaryPositions | None:
     """Make a language module use the positions of samples; ``None`` if it already does or has no rotary positions."""
     rotary = getattr(language_model, "rotary_pos_emb", None)
+    if isinstance(rotary, MultimodalRotaryEmbedding) and not rotary.rotary_interleaved:
+        rotary.register_forward_hook(_in_full_precision)
     return RotaryPositions(rotary) if isinstance(rotary, RotaryEmbedding) else None

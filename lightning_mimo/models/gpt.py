@@ -136,7 +136,7 @@ def gpt_spec(
             "rotary_base": size.rotary_base,
             "rotary_scaling": size.rope_scaling,
             "max_sequence_length": max_sequence_length,
-            "position_embedding_type": "rope",
+            "position_embedding_type": "rope" if size.mrope_section is None else "mrope",
             "share_embeddings_and_output_weights": tie_embeddings,
             # MimoModel divides the sequence itself, after text and images are combined.
             "scatter_embedding_sequence_parallel": False,

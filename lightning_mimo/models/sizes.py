@@ -13,7 +13,7 @@ from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import init_method_normal
 
-from lightning_mimo.errors import LayoutError
+from lightning_mimo.errors import ConfigError, LayoutError
 from lightning_mimo.layers.attention import AttentionKind, check_attention
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.initialization import fan_in_normal_
@@ -104,12 +104,15 @@ class TransformerSize:
         qk_norm: norms of each head's queries and keys.
         rotary_base: longest period of rotary positions, over 2 pi; language modules only.
         rope_scaling: of rotary positions; language modules only.
+        mrope_section: how many of the rotary frequencies turn with a token's position in time, in height and in width,
+            together head_dim / 2; ``None`` where a token has one position; language modules only.
         normalize_experts: whether the weights of the experts of a token add up to 1.
         first_stage_layers: layers of the first pipeline stage, where stages differ.
         last_stage_layers: layers of the last pipeline stage, where stages differ.
 
     Raises:
         ValueError: if ``attention`` is unknown, or is ``te`` but Transformer Engine is not installed.
+        ConfigError: if ``mrope_section`` does not add up.
     """
 
     num_layers: int
@@ -131,12 +134,19 @@ class TransformerSize:
     qk_norm: bool = False
     rotary_base: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    mrope_section: tuple[int, ...] | None = None
     normalize_experts: bool = True
     first_stage_layers: int | None = None
     last_stage_layers: int | None = None
 
     def __post_init__(self) -> None:
         check_attention(self.attention)
+        section = self.mrope_section
+        if section is not None and (len(section) != 3 or 2 * sum(section) != self.head):
+            raise ConfigError(
+                f"mrope_section={list(section)} must be three numbers (time, height, width) that add up to half of "
+                f"head_dim={self.head}, {self.head / 2:g}; they add up to {sum(section)}."
+            )
 
     @property
     def ffn(self) -> int:
@@ -176,6 +186,7 @@ def transformer_config(
         num_attention_heads=size.num_attention_heads,
         num_query_groups=size.query_groups,
         kv_channels=size.head,
+        mrope_section=list(size.mrope_section) if size.mrope_section else None,
         layernorm_epsilon=size.layernorm_epsilon,
         qk_layernorm=size.qk_norm,
         add_qkv_bias=size.qkv_bias,

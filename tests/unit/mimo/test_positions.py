@@ -53,6 +53,21 @@ def test_other_positions_are_those_of_a_multimodal_embedding_with_equal_rows() -
     assert rotary(5).shape == (5, 1, 1, 8)
 
 
+@pytest.mark.parametrize("options", [{}, {"seq_len_interpolation_factor": 2.0}], ids=str)
+def test_multimodal_positions_are_not_multiplied_as_matrices(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions = torch.randint(0, 30000, (3, 2, 5), generator=torch.Generator().manual_seed(0))
+    rotary = MultimodalRotaryEmbedding(kv_channels=8, rotary_percent=1.0, **options)
+    theirs = rotary(positions, [1, 2, 1])
+    assert follow_positions(Language(rotary)) is None
+    assert torch.equal(rotary(positions, [1, 2, 1]), theirs)
+    # What TF32 makes of the matrix product.
+    exact = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(a.bfloat16(), b.bfloat16()).float())
+    assert torch.equal(rotary(positions, [1, 2, 1]), theirs)
+
+
 def test_nothing_is_done_where_there_are_no_rotary_positions() -> None:
     assert follow_positions(Language(None)) is None
     assert follow_positions(Language(MultimodalRotaryEmbedding(kv_channels=8, rotary_percent=1.0))) is None
