@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from lightning_mimo.errors import DataError
 
 Sample = Mapping[str, Any]
 """What a dataset returns; see :class:`SampleFormat`."""
+
+Positions = Callable[[int, torch.Tensor, Mapping[str, Any]], torch.Tensor | None]
+"""Index of a sample, its tokens int64 ``[S]`` and its modality_inputs -> position_ids; ``None`` for 0, 1, 2, …."""
 
 IGNORED = -100
 """The label of a position where nothing is to be predicted, as in torch and transformers."""
@@ -29,7 +32,7 @@ class SampleFormat:
     ``input_ids``                whole numbers ``[S]``         tokens, one placeholder for each embedding of an encoder
     ``labels``                   whole numbers ``[S]``         the token to predict; -100 where there is none
     ``loss_mask`` (optional)     numbers ``[S]``, 0 or above   weight of each label; without it all but -100 count
-    ``position_ids`` (optional)  whole numbers ``[S], [3, S]`` without them 0, 1, 2, …
+    ``position_ids`` (optional)  whole numbers ``[S], [3, S]`` without them 0, 1, 2, …, or those of ``positions``
     ``attention_mask`` (opt.)    0 or 1, ``[S]``               ones, then zeros: what is padded is cut off
     ``modality_inputs`` (opt.)   nested dict                   ``{module: {encoder: {argument: [items, ...]}}}``
     keys of ``extra_keys``       anything                      reaches ``MimoModule.loss`` in the microbatch
@@ -43,6 +46,8 @@ class SampleFormat:
         vocab_size: tokens that the language module knows; ``None`` if unknown.
         max_sequence_length: longest sequence that it takes; ``None`` if unknown.
         position_type: its ``position_embedding_type``; ``None`` if unknown.
+        positions: gives a sample its ``position_ids`` where it has none; picklable.
+        refused_token_ids: token -> what it stands for and what to do, where the model has no input for it.
         labels_shifted: whether ``labels[t]`` is the token after ``input_ids[t]``; else ``labels[t]`` stands for
             ``input_ids[t]`` itself, as in transformers, and is shifted here, and ``loss_mask`` with it.
         labels_required: whether samples must have labels.
@@ -56,6 +61,8 @@ class SampleFormat:
     vocab_size: int | None = None
     max_sequence_length: int | None = None
     position_type: str | None = None
+    positions: Positions | None = None
+    refused_token_ids: Mapping[int, str] = field(default_factory=dict)
     labels_shifted: bool = True
     labels_required: bool = True
     extra_keys: tuple[str, ...] = ()
@@ -132,6 +139,9 @@ def read_ids(index: int, sample: Sample, expected: SampleFormat) -> torch.Tensor
         )
     if expected.vocab_size is not None:
         _check_vocabulary(index, "input_ids", ids.numpy(), expected, allowed=expected.special_token_ids.values())
+    for token, meaning in expected.refused_token_ids.items():
+        if bool((ids == token).any()):
+            raise DataError(f"Sample {index}: input_ids has the token {token}, {meaning}")
     return ids
 
 
@@ -311,6 +321,8 @@ def _positions(
 ) -> torch.Tensor | None:
     kind = expected.position_type
     if sample.get("position_ids") is None:
+        if expected.positions is not None:
+            return expected.positions(index, ids, sample.get("modality_inputs") or {})
         if kind == "mrope":
             _check_text_only(index, ids, expected)
         return None
