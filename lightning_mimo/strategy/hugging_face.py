@@ -12,6 +12,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
 from lightning_mimo.checkpoint.state import load_shards
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
@@ -33,8 +34,10 @@ from lightning_mimo.weights.rules import RuleTable
 class HuggingFaceModule(MimoModule):
     """A model of the Hugging Face hub: sizes come from the folder's config.json, the first weights from its files.
 
-    The layout has the modules of the model: ``language`` for a text model, ``images`` and ``language`` for a LLaVA. Its
-    samples hold ``{"images": {"vision": {"pixel_values": [n, 3, height, width]}}}``.
+    The layout has the modules of the model: ``language`` for a text model, ``images`` and ``language`` for a LLaVA or a
+    Qwen-VL. The ``modality_inputs`` of samples are ``{"images": {"vision": {"pixel_values": [n, 3, height, width]}}}``;
+    for a Qwen-VL ``{"images": {"vision": {"pixel_values": [patches, d], "image_grid_thw": [n, 3]}}}``, as its
+    processor makes them.
 
     Weights are read once, when a run starts at step 0; with ``ckpt_path`` the checkpoint has them. Each rank reads only
     the slices of the files that it holds.
@@ -119,6 +122,10 @@ class HuggingFaceModule(MimoModule):
     @override
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
         return self._pretrained.mimo_config(infra, self._options)
+
+    @override
+    def sample_format(self) -> SampleFormat:
+        return self._pretrained.complete_format(super().sample_format())
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -89,9 +89,14 @@ def compare(model: Pretrained, layout: Layout, found: Sequence[Found], checkpoin
         logits=_of_logits(found, "logits", expected.logits),
         loss=max(abs(a - b) / b for a, b in zip(losses, expected.losses[:: len(expected.losses) - 1], strict=True)),
         gradient=max(
-            _relative(ours[name], whole[name], floor=_FLOOR * max(float(each.abs().max()) for each in whole.values()))
-            for ours, whole in zip(gradients, expected.gradients, strict=True)
-            for name in ours
+            (
+                _relative(
+                    ours[name], whole[name], floor=_FLOOR * max(float(each.abs().max()) for each in whole.values())
+                )
+                for ours, whole in zip(gradients, expected.gradients, strict=True)
+                for name in ours
+            ),
+            default=0.0,
         ),
         weight=max(_relative(weights[name], expected.weights[name]) for name in weights),
         export=_of_logits(found, "trained_logits", theirs),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def conversations(number: int, items: Items | None = None) -> list[Conversation]
         placeholders, inputs = items.make(i % 3, generator) if items and i % 3 else ([], {})
         ids = [1]
         for tokens in placeholders:
-            ids += text(2) + [IMAGE_TOKEN] * tokens
+            ids += [*text(2), *items.before, *[IMAGE_TOKEN] * tokens]
         answer = 3 + i % 2
         ids += text(3 + i) + text(answer)
         result.append(Conversation(torch.tensor(ids), answer, inputs, items))
@@ -101,7 +102,14 @@ def load(folder: Path) -> transformers.PreTrainedModel:
 
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:
     """transformers' output for one sample alone."""
-    return model(input_ids=sample.ids[None], use_cache=False, **sample.inputs, **options)
+    ids = sample.ids[None]
+    return model(input_ids=ids, use_cache=False, **sample.inputs, **_token_types(model, ids), **options)
+
+
+def _token_types(model: transformers.PreTrainedModel, ids: torch.Tensor) -> Tensors:
+    """Which tokens are of images, for models that compute positions in space from it."""
+    wanted = "mm_token_type_ids" in inspect.signature(model.forward).parameters
+    return {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()} if wanted else {}
 
 
 @dataclass(frozen=True)
@@ -159,6 +167,7 @@ def _answer(model: transformers.PreTrainedModel, sample: Conversation) -> list[i
         do_sample=False,
         suppress_tokens=[IMAGE_TOKEN] if sample.items else None,
         **sample.inputs,
+        **_token_types(model, prompt),
     )
     return written[0, prompt.size(1) :].tolist()
 

@@ -19,7 +19,7 @@ from lightning_mimo import ConfigError, HuggingFaceModule, LayoutError, ModulePa
 from lightning_mimo.commands.export_hf import export_hf
 from lightning_mimo.layout.layout import MimoLayout
 from tests.hugging_face.runs import Layout, load_and_save
-from tests.hugging_face.tiny_models import VOCABULARY, save_model
+from tests.hugging_face.tiny_models import ITEMS, UNDIVIDED, VOCABULARY, save_model
 from tests.support.rank_pool import RankPool
 
 Edit = Callable[[dict], None]
@@ -166,6 +166,8 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(copied: Path) -> None:
         pytest.param("qwen3", {}, marks=pytest.mark.hugging_face),
         pytest.param("llava_mixtral", {"max_shard_size": "40KB"}, marks=pytest.mark.hugging_face),
         pytest.param("llava_dinov2", {}, marks=pytest.mark.hugging_face),
+        pytest.param("qwen2_vl", {"max_shard_size": "40KB"}, marks=pytest.mark.hugging_face),
+        pytest.param("qwen2_5_vl", {}, marks=pytest.mark.hugging_face),
     ],
 )
 def test_import_and_export_without_training_is_the_same_bit_for_bit(
@@ -175,8 +177,8 @@ def test_import_and_export_without_training_is_the_same_bit_for_bit(
     (source / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
     (source / "preprocessor_config.json").write_text("{}")
     modules = {"language": ModuleParallelism(tp=2)}
-    if kind.startswith("llava"):
-        images = ModuleParallelism(tp=1 if kind == "llava_dinov2" else 2)
+    if kind in ITEMS:
+        images = ModuleParallelism(tp=1 if kind in UNDIVIDED else 2)
         modules = {"images": images, "language": ModuleParallelism(pp=2)}
     layout, checkpoint = Layout(modules=modules, options={"sequence_parallel": True}), tmp_path / "weights.ckpt"
     for precision in ("32-true", "bf16-mixed"):

@@ -113,6 +113,16 @@ def test_family_of_a_users_own_can_be_registered() -> None:
     assert model_of(OwnConfig()).modules == ("language",)
 
 
+QWEN2_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+
+
 # Published numbers of parameters. Of LLaVA's encoder, what comes after the layer that is used is not built:
 # its last layer and the norm after it.
 @pytest.mark.parametrize(
@@ -132,17 +142,12 @@ def test_family_of_a_users_own_can_be_registered() -> None:
         ),
         (
             "Qwen2",
-            {
-                "vocab_size": 152064,
-                "hidden_size": 3584,
-                "intermediate_size": 18944,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 28,
-                "num_key_value_heads": 4,
-            },
+            QWEN2_7B,
             7_615_616_512,
         ),
         ("Llava", {}, 7_063_427_072 - 12_596_224 - 2_048),
+        # Half of the bytes that model.safetensors.index.json of Qwen/Qwen2.5-VL-7B-Instruct sums up, 16,584,333,312.
+        ("Qwen2_5_VL", {}, 8_292_166_656),
     ],
 )
 def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: dict, published: int) -> None:
@@ -151,10 +156,14 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
     if kind == "Llava":
         text = transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
         config = transformers.LlavaConfig(text_config=text)
+    elif kind == "Qwen2_5_VL":
+        config = transformers.Qwen2_5_VLConfig(text_config=QWEN2_7B, vision_config={"hidden_size": 1280})
     else:
         config = getattr(transformers, f"{kind}Config")(**sizes)
     model = model_of(config)
-    cuts = {name: ModuleParallelism(tp=4 if kind == "Qwen2" else 8, dp=1) for name in model.modules}
+    cuts = {name: ModuleParallelism(tp=4 if kind.startswith("Qwen2") else 8, dp=1) for name in model.modules}
+    if kind == "Qwen2_5_VL":
+        cuts["images"] = ModuleParallelism(dp=1)
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from lightning_mimo.models.hugging_face.decoder import BuildOptions

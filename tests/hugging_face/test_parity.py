@@ -75,10 +75,23 @@ LAYOUTS = {
     "llava_clip": IMAGES,
     "llava_qwen2_siglip": IMAGES,
     "llava_dinov2": WHOLE_IMAGES,
+    "qwen2_vl": WHOLE_IMAGES,
+    "qwen2_5_vl": {
+        **WHOLE_IMAGES,
+        "images_dp2-language_tp2dp2": apart(Cut(dp=2), Cut(tp=2, dp=2)),
+        "images_dp1-language_pp2": apart(Cut(), Cut(pp=2), num_microbatches=2),
+        "images_dp2-language_dp2pp2": apart(Cut(dp=2), Cut(dp=2, pp=2), num_microbatches=3),
+        "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
+    },
     "llava_qwen3": {**IN_LLAVA, "images_tp2-language_tp2pp2": apart(Cut(tp=2), Cut(tp=2, pp=2), num_microbatches=2)},
     "llava_mixtral": {**IN_LLAVA, "images_dp1-language_dp2pp2ep2": apart(Cut(), Cut(dp=2, pp=2, ep=2))},
 }
-QUICK = [("qwen3", "tp2-sequence_parallel"), ("mixtral", "ep2"), ("llava_clip", "images_tp2-language_pp2")]
+QUICK = [
+    ("qwen3", "tp2-sequence_parallel"),
+    ("mixtral", "ep2"),
+    ("llava_clip", "images_tp2-language_pp2"),
+    ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),
+]
 
 
 def _check(

@@ -11,10 +11,12 @@ import torch
 import transformers
 
 IMAGE_TOKEN = 99
+VIDEO_TOKEN = 100
+VISION_START = 101
 VOCABULARY = 130  # 2 divides it, 4 does not
 
 
-def _rope(*, rope_type: str, rope_theta: float, **scaling: float) -> dict[str, Any]:
+def _rope(*, rope_type: str, rope_theta: float, **scaling: float | list[int]) -> dict[str, Any]:
     """Rotary positions as the installed version of transformers wants them."""
     if int(transformers.__version__.partition(".")[0]) >= 5:
         return {"rope_parameters": {"rope_type": rope_type, "rope_theta": rope_theta, **scaling}}
@@ -74,6 +76,23 @@ def _llava(vision: Any, *, tie: bool = False, text: Any = None, **changes: Any) 
     return transformers.LlavaForConditionalGeneration(config)
 
 
+PATCH = {"patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def _qwen_vl(kind: str, *, tie: bool = False, **vision: Any) -> transformers.PreTrainedModel:
+    rope = _rope(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2])
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**_TEXT, **rope, "tie_word_embeddings": tie},
+        vision_config={"depth": 3, "num_heads": 2, **PATCH, **vision},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_START + 1,
+        tie_word_embeddings=tie,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
     "llama3": _text("Llama", **_LLAMA3_ROPE),
@@ -106,6 +125,17 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llava_dinov2": lambda: _llava(
         transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
     ),
+    "qwen2_vl": lambda: _qwen_vl("Qwen2VL", embed_dim=32, hidden_size=32, mlp_ratio=2),
+    # Windows of two by two embeddings, in which no image of GRIDS but the first ends.
+    "qwen2_5_vl": lambda: _qwen_vl(
+        "Qwen2_5_VL",
+        tie=True,
+        hidden_size=48,
+        intermediate_size=40,
+        out_hidden_size=32,
+        window_size=16,
+        fullatt_block_indexes=[1],
+    ),
 }
 
 
@@ -117,11 +147,13 @@ class Items:
         make: number of items and generator -> placeholders of each item, and what the model's processor gives.
         module: whose inputs these are.
         encoder: of that module.
+        before: tokens that precede the placeholders of an item.
     """
 
     make: Callable[[int, torch.Generator], tuple[list[int], dict[str, torch.Tensor]]]
     module: str = "images"
     encoder: str = "vision"
+    before: tuple[int, ...] = ()
 
 
 def _images(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -129,11 +161,28 @@ def _images(number: int, generator: torch.Generator) -> tuple[list[int], dict[st
     return [tokens] * number, {"pixel_values": _normal(number, 3, size, size, generator=generator)}
 
 
+# Patches of images, along time, height and width.
+GRIDS = [(1, 4, 4), (1, 6, 4), (1, 2, 10), (1, 8, 6)]
+
+
+def _grids(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
+    grids = [GRIDS[int(torch.randint(len(GRIDS), (), generator=generator))] for _ in range(number)]
+    patches = [time * height * width for time, height, width in grids]
+    values = 3 * PATCH["temporal_patch_size"] * PATCH["patch_size"] ** 2
+    return [each // PATCH["spatial_merge_size"] ** 2 for each in patches], {
+        "pixel_values": _normal(sum(patches), values, generator=generator),
+        "image_grid_thw": torch.tensor(grids),
+    }
+
+
 def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 ITEMS = {kind: Items(make=_images) for kind in MODELS if kind.startswith("llava")}
+ITEMS |= {kind: Items(make=_grids, before=(VISION_START,)) for kind in ("qwen2_vl", "qwen2_5_vl")}
+UNDIVIDED = ("llava_dinov2", "qwen2_vl", "qwen2_5_vl")
+"""Models whose vision encoder is taken from transformers as it is."""
 
 
 def save_model(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 from lightning_mimo.errors import ConfigError
@@ -41,8 +42,7 @@ def rotary_of(config: Any) -> tuple[float, RopeScaling | None]:
     Raises:
         ConfigError: for another kind than the plain one and Llama 3.1's.
     """
-    # transformers 5 has both in rope_parameters, version 4 has them apart.
-    fields = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    fields = _rope_fields(config)
     kind = fields.get("rope_type", fields.get("type", "default"))
     base = fields.get("rope_theta", getattr(config, "rope_theta", None))
     if kind not in ("default", "llama3") or base is None:
@@ -59,6 +59,25 @@ def rotary_of(config: Any) -> tuple[float, RopeScaling | None]:
         high_freq_factor=fields["high_freq_factor"],
         original_max_position_embeddings=fields["original_max_position_embeddings"],
     )
+
+
+def mrope_section_of(config: Any) -> tuple[int, ...]:
+    """How many rotary frequencies turn with positions in time, in height and in width."""
+    return tuple(_rope_fields(config).get("mrope_section", (16, 24, 24)))  # as transformers, where the file has none
+
+
+def _rope_fields(config: Any) -> dict[str, Any]:
+    # transformers 5 has everything in rope_parameters, version 4 has the base apart.
+    return getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+
+
+def is_tied(config: Any) -> bool:
+    """Whether the head shares the word embeddings, in a model whose config has a ``text_config``."""
+    # Version 4 goes by the text's config alone; that of the whole says True wherever the file says nothing.
+    counts = int(version("transformers").partition(".")[0]) >= 5
+    # transformers 5 keeps it on the outside alone, where the file has all fields there.
+    in_text = getattr(config.text_config, "tie_word_embeddings", False)
+    return bool(in_text or (counts and config.tie_word_embeddings))
 
 
 def sliding_window_of(config: Any) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
@@ -174,7 +175,7 @@ class TextModel:
         """
         self.config = config
         self.size = size
-        self.tied = bool(config.tie_word_embeddings)
+        self.tied = bool(getattr(config, "tie_word_embeddings", False))
         self._experts = experts
 
     @property
@@ -225,6 +226,10 @@ class TextModel:
     def mimo_config(self, infra: MimoModelInfra, options: BuildOptions) -> MimoModelConfig:
         """The whole model."""
         return MimoModelConfig(self.language_spec(infra, options), {}, {})
+
+    def complete_format(self, expected: SampleFormat) -> SampleFormat:
+        """What samples are read as: no more than all are."""
+        return expected
 
     def language_rules(
         self, padded_vocab_size: int, *, prefix: str = "model.", head: str = "lm_head.weight"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from megatron.core.models.mimo import MimoModelConfig
@@ -12,11 +11,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from lightning_mimo.errors import CheckpointError, ConfigError
+from lightning_mimo.data.sample_format import SampleFormat
+from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.models.hugging_face.config_values import activation_of, refuse
+from lightning_mimo.models.hugging_face.config_values import activation_of, is_tied, refuse
 from lightning_mimo.models.hugging_face.decoder import BuildOptions, TextModel
+from lightning_mimo.models.hugging_face.prefixes import first_used, is_used
 from lightning_mimo.models.hugging_face.towers import tower_of
 from lightning_mimo.models.sizes import TransformerSize, check_divides, transformer_config
 from lightning_mimo.models.vision import PipelinedVisionSubmodules
@@ -55,7 +56,7 @@ class LlavaModel:
             raise refuse(config, f"vision_feature_layer={layer}", "Supported: one layer.")
         self.config = config
         self.text = text
-        self.text.tied = _is_tied(config)
+        self.text.tied = is_tied(config)
         layers = config.vision_config.num_hidden_layers
         self.tower = tower_of(
             config.vision_config,
@@ -124,12 +125,15 @@ class LlavaModel:
             },
         )
 
+    def complete_format(self, expected: SampleFormat) -> SampleFormat:
+        return expected
+
     def rules(self, shapes: Mapping[str, Sequence[int]], padded_vocab_size: int) -> RuleTable:
-        prefix, head = next((each for each in _TEXT if _is_used(each[0], shapes)), _TEXT[0])
+        prefix, head = next((each for each in _TEXT if is_used(each[0], shapes)), _TEXT[0])
         rules, kept = self.text.language_rules(padded_vocab_size, prefix=prefix, head=head)
-        tower = _first_used(_TOWER, shapes)
+        tower = first_used(_TOWER, shapes)
         rules += self.tower.rules(f"{IMAGES}.encoders.{ENCODER}.", tower, shapes)
-        rules += self._projector_rules(_first_used(_PROJECTOR, shapes))
+        rules += self._projector_rules(first_used(_PROJECTOR, shapes))
         return RuleTable(rules, kept=[*kept, *self.tower.kept(tower)])
 
     def _projector_rules(self, prefix: str) -> list[Rule]:
@@ -145,21 +149,3 @@ class LlavaModel:
                 source = Source(name=f"{prefix}linear_{number + 1}.{kind}", shape=shape)
                 rules.append(Rename(f"{target}linear_fc{number + 1}.{kind}", source))
         return rules
-
-
-def _is_tied(config: Any) -> bool:
-    """Whether the head shares the word embeddings."""
-    # Version 4 goes by the text's config alone; that of the whole says True wherever the file says nothing.
-    counts = int(version("transformers").partition(".")[0]) >= 5
-    return bool(config.text_config.tie_word_embeddings or (counts and config.tie_word_embeddings))
-
-
-def _is_used(prefix: str, names: Mapping[str, object]) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def _first_used(prefixes: Sequence[str], names: Mapping[str, object]) -> str:
-    for prefix in prefixes:
-        if _is_used(prefix, names):
-            return prefix
-    raise CheckpointError(f"There are no tensors whose names begin with {' or '.join(map(repr, prefixes))}.")

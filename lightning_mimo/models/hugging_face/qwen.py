@@ -14,9 +14,9 @@ QWEN3_EXPERTS = ExpertNames(
 )
 
 
-def qwen2_size(config: Any) -> TransformerSize:
+def qwen2_size(config: Any, **changes: Any) -> TransformerSize:
     """Dimensions of a Qwen2Config: biases for queries, keys and values."""
-    return llama_size(config, qkv_bias=True, attention_output_bias=False)
+    return llama_size(config, qkv_bias=True, attention_output_bias=False, **changes)
 
 
 def qwen3_size(config: Any, **changes: Any) -> TransformerSize:

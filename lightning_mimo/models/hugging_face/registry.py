@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from megatron.core.models.mimo import MimoModelConfig
 
+from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.hugging_face.decoder import BuildOptions, text_model
@@ -14,6 +15,7 @@ from lightning_mimo.models.hugging_face.llama import llama_size
 from lightning_mimo.models.hugging_face.llava import LlavaModel
 from lightning_mimo.models.hugging_face.mixtral import MIXTRAL_EXPERTS, mixtral_size
 from lightning_mimo.models.hugging_face.qwen import QWEN3_EXPERTS, qwen2_size, qwen3_moe_size, qwen3_size
+from lightning_mimo.models.hugging_face.qwen_vl import QWEN2_5_VISION, QWEN2_VISION, QwenVLModel
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.weights.rules import RuleTable
 
@@ -40,6 +42,9 @@ class PretrainedModel(Protocol):
 
     def mimo_config(self, infra: MimoModelInfra, options: BuildOptions) -> MimoModelConfig:
         """Specs of all modules."""
+
+    def complete_format(self, expected: SampleFormat) -> SampleFormat:
+        """What its samples are read as, given what samples of all models are."""
 
     def rules(self, shapes: Mapping[str, Sequence[int]], padded_vocab_size: int) -> RuleTable:
         """The rules of all weights, given the shapes of the files' tensors and the rows of the embeddings."""
@@ -81,3 +86,5 @@ register("qwen3", text_model(qwen3_size))
 register("mixtral", text_model(mixtral_size, experts=MIXTRAL_EXPERTS))
 register("qwen3_moe", text_model(qwen3_moe_size, experts=QWEN3_EXPERTS))
 register("llava", lambda config: LlavaModel(config, model_of))
+register("qwen2_vl", lambda config: QwenVLModel(config, QWEN2_VISION))
+register("qwen2_5_vl", lambda config: QwenVLModel(config, QWEN2_5_VISION))

@@ -66,6 +66,20 @@ def tower_of(config: Any, *, layer: int, drop_first: bool) -> Tower:
     return family(config, layer=layer, drop_first=drop_first)
 
 
+def check_undivided(layout: MimoLayout, module: str, model_type: str) -> None:
+    """Refuse to divide an encoder that is taken from transformers.
+
+    Raises:
+        LayoutError: unless tp and pp are 1.
+    """
+    sizes = layout.modules[module]
+    if sizes.tp > 1 or sizes.pp > 1:
+        raise LayoutError(
+            f"Module {module!r}: tp={sizes.tp}, pp={sizes.pp}, but a vision encoder of the kind {model_type!r} is "
+            f"taken from transformers as it is, which cannot be divided. Set tp=1 and pp=1, and as many dp as you like."
+        )
+
+
 class HiddenStates(torch.nn.Module):
     """A vision model of transformers, of which the hidden states after one layer are taken."""
 
@@ -100,13 +114,7 @@ class TransformersTower:
         Raises:
             LayoutError: unless tp and pp are 1.
         """
-        sizes = layout.modules[module]
-        if sizes.tp > 1 or sizes.pp > 1:
-            raise LayoutError(
-                f"Module {module!r}: tp={sizes.tp}, pp={sizes.pp}, but a vision encoder of the kind "
-                f"{self._config.model_type!r} is taken from transformers as it is, which cannot be divided. Set tp=1 "
-                f"and pp=1, and as many dp as you like; these are divided: {', '.join(sorted(_FAMILIES))}."
-            )
+        check_undivided(layout, module, self._config.model_type)
 
     def encoder_spec(self, infra: MimoModelInfra, module: str, options: BuildOptions) -> ModuleSpec:
         params = {"config": self._config, "layer": self._layer, "drop_first": self._drop_first}
