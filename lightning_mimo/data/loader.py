@@ -9,12 +9,10 @@ the layout.
 from __future__ import annotations
 
 import operator
-import random
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import cast
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
@@ -24,12 +22,12 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     Sampler,
-    SequentialSampler,
     Subset,
     default_collate,
 )
 
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
+from lightning_mimo.data.order import SamplerStates, SeededSampler, seed_generators
 from lightning_mimo.data.prefetch import LoadsAhead
 from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
@@ -40,37 +38,6 @@ from lightning_mimo.parallel.random import seed_for
 from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 
 
-class SeededSampler(Sampler[int]):
-    """The order of samples over all ranks. Lightning tells it the epoch through ``set_epoch``."""
-
-    def __init__(self, sampler: Sampler[int], *, seed: int) -> None:
-        """
-        Args:
-            sampler: the user's sampler; what it draws from torch's, numpy's and Python's default generators is made to
-                depend on the seed and the epoch only.
-            seed: the run's seed, the same on all ranks.
-        """
-        self._sampler = sampler
-        self._seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(cast(Sized, self._sampler))
-
-    def __iter__(self) -> Iterator[int]:
-        if isinstance(self._sampler, SequentialSampler):
-            yield from self._sampler
-            return
-        with isolate_rng(include_cuda=False):
-            _seed_generators(seed_for(self._seed, f"order/{self.epoch}"))
-            # An endless sampler is taken at its word, its length.
-            order = list(islice(self._sampler, len(self)))
-        yield from order
-
-
 class RankBatchSampler(BatchSampler):
     """Cuts the global order into global batches and keeps this rank's samples of each.
 
@@ -79,20 +46,20 @@ class RankBatchSampler(BatchSampler):
 
     def __init__(self, order: SeededSampler, plan: RankBatchPlan, *, drop_last: bool) -> None:
         self.sampler = order  # the name under which Lightning looks for set_epoch
-        self._order = order
+        self.order = order
         self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
         self.batch_size = plan.global_batch_size
         self.drop_last = drop_last
         self._plan = plan
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self._order), self.batch_size)
+        full, rest = divmod(len(self.order), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # type: ignore[override]  # requests in place of indices
         batch: list[int] = []
         done, self.skip = self.skip * self.batch_size, 0
-        for index in islice(self._order, done, None):
+        for index in islice(self.order, done, None):
             batch.append(_as_index(index))
             if len(batch) == self.batch_size:
                 yield self._requests(batch)
@@ -106,7 +73,7 @@ class RankBatchSampler(BatchSampler):
                 index=batch[position] if position < len(batch) else batch[0],
                 position=position,
                 modules=self._plan.needed_by(position, microbatch),
-                epoch=self._order.epoch,
+                epoch=self.order.epoch,
                 is_padding=position >= len(batch),
             )
             for microbatch in range(self._plan.num_microbatches)
@@ -130,7 +97,7 @@ class ModalityDataset(Dataset):
             return [(request, self._load_seeded(request)) for request in requests]
 
     def _load_seeded(self, request: SampleRequest) -> Sample:
-        _seed_generators(seed_for(self._seed, f"sample/{request.epoch}/{request.index}"))
+        seed_generators(seed_for(self._seed, f"sample/{request.epoch}/{request.index}"))
         return self._load(request.index, request.modules)
 
 
@@ -142,13 +109,6 @@ def _as_index(index: object) -> int:
             f"The sampler yields {index!r}, a {type(index).__name__}, but must yield indices of the dataset, whole "
             f"numbers."
         ) from None
-
-
-def _seed_generators(seed: int) -> None:
-    """The default generators of Python, numpy and torch's CPU."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.random.default_generator.manual_seed(seed)
 
 
 class ResumableLoader(DataLoader):
@@ -163,12 +123,21 @@ class ResumableLoader(DataLoader):
         if self.num_workers and not isinstance(self.worker_init_fn, EndWithRank):
             # Here: Lightning sets one of its own until now.
             self.worker_init_fn = EndWithRank(self.worker_init_fn)
-        self._batches = LoadsAhead(super().__iter__())
+        self._batches = LoadsAhead(self._from_first_batch())
         return self._batches
+
+    def _from_first_batch(self) -> Iterator[list[Microbatch]]:
+        """Begin when the first batch is asked for, not before: Lightning then has set the epoch of the sampler."""
+        yield from super().__iter__()
 
     def load_ahead(self) -> list[Microbatch] | None:
         """Load the next batch now, or take it from a worker; ``None`` if there is none."""
         return None if self._batches is None else self._batches.load_ahead()
+
+    def sampler_states(self) -> SamplerStates:
+        """What the user's sampler needs to give the order of this epoch, or of the next one, again."""
+        assert isinstance(self.batch_sampler, RankBatchSampler)
+        return self.batch_sampler.order.states()
 
     def state_dict(self) -> dict[str, int]:
         """What the strategy fills in when it saves a checkpoint."""
@@ -181,7 +150,14 @@ class ResumableLoader(DataLoader):
 
 
 def shard_dataloader(
-    loader: DataLoader, plan: RankBatchPlan, *, sample_format: SampleFormat, seed: int
+    loader: DataLoader,
+    plan: RankBatchPlan,
+    *,
+    sample_format: SampleFormat,
+    seed: int,
+    first_epoch: int = 0,
+    resumed: bool = False,
+    sampler_states: SamplerStates = (),
 ) -> ResumableLoader:
     """Rebuild a DataLoader that was written for one process for one rank.
 
@@ -191,6 +167,9 @@ def shard_dataloader(
         plan: this rank's share.
         sample_format: what samples hold.
         seed: the run's seed, the same on all ranks.
+        first_epoch: epoch for which the loader is made.
+        resumed: as for SeededSampler.
+        sampler_states: as for SeededSampler.
 
     Returns:
         A loader that yields, per global batch, the list of this rank's microbatches.
@@ -201,7 +180,9 @@ def shard_dataloader(
     """
     _check_loader(loader, plan.global_batch_size)
     sampler = cast(BatchSampler, _batch_sampler_of(loader))
-    order = SeededSampler(cast(Sampler[int], sampler.sampler), seed=seed)
+    order = SeededSampler(
+        cast(Sampler[int], sampler.sampler), seed=seed, first_epoch=first_epoch, resumed=resumed, saved=sampler_states
+    )
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
         batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
@@ -292,12 +273,26 @@ def _batch_sampler_of(loader: DataLoader) -> object:
 def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
     """``load(index, modules)`` of any map-style dataset, through ``torch.utils.data.Subset``."""
     if isinstance(dataset, Subset):
-        inner = _loader_of(dataset.dataset)
-        return lambda index, modules: inner(dataset.indices[index], modules)
-    if callable(load := getattr(dataset, "load", None)):
-        return load
+        return _LoadSubset(_loader_of(dataset.dataset), dataset.indices)
+    load = getattr(dataset, "load", None)
+    return load if callable(load) else _LoadAll(dataset)
 
-    def load_all(index: int, modules: frozenset[str]) -> Sample:
-        return dataset[index]  # what is for other modules is not looked at
 
-    return load_all
+# Classes, not functions inside of functions, which spawned workers could not be given.
+
+
+class _LoadSubset:
+    def __init__(self, load: Callable[[int, frozenset[str]], Sample], indices: Sequence[int]) -> None:
+        self._load = load
+        self._indices = indices
+
+    def __call__(self, index: int, modules: frozenset[str]) -> Sample:
+        return self._load(self._indices[index], modules)
+
+
+class _LoadAll:
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __call__(self, index: int, modules: frozenset[str]) -> Sample:
+        return self._dataset[index]  # what is for other modules is not looked at

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo.data.data_state import DataState
 from lightning_mimo.data.loader import ResumableLoader, sampler_length, shard_dataloader
+from lightning_mimo.data.order import SamplerStates
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
@@ -28,10 +29,12 @@ class RunData:
         self._training_samples: int | None = None
         self._training: ResumableLoader | None = None
         self._saved: DataState | None = None
+        self._sampler_states: SamplerStates = ()
 
-    def resume_from(self, saved: DataState) -> None:
-        """Set the position of the checkpoint from which training resumes."""
+    def resume_from(self, saved: DataState, sampler_states: SamplerStates) -> None:
+        """Set the position of the checkpoint from which training resumes, and the states of the training sampler."""
         self._saved = saved
+        self._sampler_states = sampler_states
 
     def shard(
         self,
@@ -40,6 +43,7 @@ class RunData:
         sample_format: SampleFormat,
         seed: int,
         training: bool,
+        first_epoch: int = 0,
     ) -> DataLoader:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
@@ -48,6 +52,7 @@ class RunData:
             sample_format: keys, limits and modules of the samples.
             seed: seed of the order of samples and of their augmentation, the same on all ranks.
             training: whether the run trains on this DataLoader.
+            first_epoch: epoch in which a run that was never interrupted would have asked for it.
 
         Raises:
             DataError: if the DataLoader cannot be divided, its length differs between ranks, or its dataset differs in
@@ -58,7 +63,15 @@ class RunData:
                 f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(loader).__name__}. "
                 f"Return a DataLoader over a map-style dataset."
             )
-        sharded = shard_dataloader(loader, self._plan, sample_format=sample_format, seed=seed)
+        sharded = shard_dataloader(
+            loader,
+            self._plan,
+            sample_format=sample_format,
+            seed=seed,
+            first_epoch=first_epoch,
+            resumed=self._saved is not None,
+            sampler_states=self._sampler_states if training else (),
+        )
         samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))
         if training:
@@ -69,6 +82,10 @@ class RunData:
     def load_ahead(self) -> list[Microbatch] | None:
         """Load the next training batch now. Returns ``None`` if there are no more batches or loading failed."""
         return None if self._training is None else self._training.load_ahead()
+
+    def sampler_states(self) -> SamplerStates:
+        """States of the training sampler, for a checkpoint; plain if the sampler's own state is."""
+        return [] if self._training is None else self._training.sampler_states()
 
     def data_state(self, *, seed: int, batches: int) -> DataState | None:
         """Position after a number of batches of the current epoch; ``None`` if the run does not train."""

@@ -24,6 +24,7 @@ from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
 from lightning_mimo.mimo.encoders import check_one_encoder
 from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
 from lightning_mimo.mimo.positions import follow_positions
+from lightning_mimo.mimo.recompute import let_recomputed_layers_train
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
 from lightning_mimo.upstream.torch import _BatchNorm
@@ -334,6 +335,7 @@ def construct_mimo_model(
     _check_embedding(model)
     _check_dropout(model, infra)
     _check_batch_norm(model)
+    let_recomputed_layers_train(model)
     return model
 
 

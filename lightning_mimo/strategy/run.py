@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
@@ -105,12 +105,15 @@ class Run:
         Raises:
             DataError: if the DataLoader cannot be divided over the ranks.
         """
-        module = self.module
+        module, trainer = self.module, cast(Any, self.module.trainer)
+        epoch, period = trainer.fit_loop.epoch_progress.current.processed, trainer.reload_dataloaders_every_n_epochs
         return self.data.shard(
             loader,
             sample_format=module.sample_format(),
             seed=seed,
-            training=module.trainer.training,
+            training=trainer.training,
+            # Without reloading, the loader of epoch 0 serves all epochs.
+            first_epoch=epoch - epoch % period if period and trainer.state.fn == TrainerFn.FITTING else 0,
         )
 
     def save(
@@ -131,7 +134,9 @@ class Run:
         trainer, batches = rewind_to_last_step(trainer, held=held, training=not self.is_over)
         data_state = self.data.data_state(seed=seed, batches=batches)
         if data_state is not None:
-            trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [{"batches": batches}]
+            trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [
+                {"batches": batches, "sampler": self.data.sampler_states()}
+            ]
         self.checkpoints.save(
             path,
             self.module.mimo_model,
@@ -168,7 +173,8 @@ class Run:
         )
         if self._resumed is None:
             return trainer, seed
-        self.data.resume_from(self._resumed.data_state)
+        (loader_state,) = trainer["loops"]["fit_loop"]["state_dict"].get("combined_loader", [{}])
+        self.data.resume_from(self._resumed.data_state, loader_state.get("sampler", ()))
         return trainer, self._resumed.data_state.seed
 
     def restore_generators(self, rank: int) -> None:

@@ -42,6 +42,8 @@ RARE_AND_BARE = replace(RARE, bare=True)
 CHANGING_AND_BARE = Samples(number=48, images=(3, *[0] * 15, 2, 0, 0, 1), bare=True)
 OVERLAP = {"overlap_grad_reduce": True, "bucket_size": 100}
 PROJECTOR_ONLY = ("language", "images.encoders")
+PATCH_EMBEDDING = ("images.encoders.vit.patch_embedding", "images.encoders.vit.positions")
+FIRST_STAGE = ("images", "language.embedding", "language.decoder.layers.0")
 FIRST_HALF = ("images", "language.embedding", "language.decoder.layers.0", "language.decoder.layers.1")
 
 OVERRIDES = {
@@ -391,6 +393,22 @@ CASES = {
     "recompute_full-frozen_images": Case(
         task=task(frozen=("images",)),
         layout=apart(ModuleParallelism(dp=2), ModuleParallelism(pp=2), recompute=Recompute(method="block")),
+    ),
+    "recompute_full-frozen_embedding": Case(
+        task=task(frozen=("images", "language.embedding")),
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2), recompute=Recompute()),
+    ),
+    "recompute_full-frozen_first_half-language_pp4": Case(
+        task=task(frozen=FIRST_STAGE),
+        layout=apart(ModuleParallelism(), ModuleParallelism(pp=4), recompute=Recompute()),
+    ),
+    "recompute_full-frozen_patch_embedding": Case(
+        task=task(frozen=PATCH_EMBEDDING, image_layers=2),
+        layout=apart(ModuleParallelism(pp=2), ModuleParallelism(dp=2), recompute=Recompute(method="block")),
+    ),
+    "recompute_full-frozen_embedding-rare_images-colocated": Case(
+        task=task(frozen=("language.embedding",), samples=RARE_AND_BARE),
+        layout=together(ModuleParallelism(dp=2), ModuleParallelism(tp=2), recompute=Recompute(), num_microbatches=3),
     ),
     "recompute_selective-colocated": Case(
         layout=together(

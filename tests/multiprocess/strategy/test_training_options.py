@@ -163,6 +163,13 @@ def test_recomputed_activations_drop_the_same(rank_pool: RankPool, recompute: Re
         assert all(torch.equal(tensor, tensors_again[name]) for name, tensor in tensors.items())
 
 
+def test_recomputed_mlp_with_biases_is_refused(rank_pool: RankPool) -> None:
+    recompute = Recompute(granularity="selective", modules=("mlp",))
+    layout = together(ModuleParallelism(), ModuleParallelism(), recompute=recompute)
+    with pytest.raises(RankFailure, match=r"'mlp', \.\.\.\)\) does not work with an MLP that has biases.*'core_attn'"):
+        rank_pool.run(train, task(), layout, world_size=1)
+
+
 def test_dropout_leaves_what_tensor_parallel_ranks_share_the_same(rank_pool: RankPool) -> None:
     # With different masks for hidden states, layer norms would get other gradients on the other rank, and part.
     layout = apart(ModuleParallelism(tp=2), ModuleParallelism(tp=2))
