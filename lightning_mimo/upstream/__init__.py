@@ -1,4 +1,4 @@
-"""What is private in Lightning, torch and megatron-core and used here all the same: each name, with the reason.
+"""What is private in Lightning, torch, megatron-core and transformers and used all the same: each name and the reason.
 
 Functions and classes are imported from here. Attributes, and methods that a subclass overrides, are used where they
 are needed and listed here. Those that ``cpu.py`` replaces are listed there. Each module imports its own library only.

@@ -8,6 +8,7 @@ from inspect import Parameter
 import pytest
 
 import lightning_mimo
+import lightning_mimo.data
 import lightning_mimo.models
 
 PUBLIC_NAMES = [
@@ -67,6 +68,8 @@ MODEL_NAMES = [
     "vision_spec",
 ]
 
+DATA_NAMES = ["ChatData", "ChatDataset"]
+
 POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
 KEYWORD = Parameter.KEYWORD_ONLY
 REQUIRED = Parameter.empty
@@ -99,6 +102,7 @@ SIGNATURES = {
 def test_public_names_are_pinned():
     assert lightning_mimo.__all__ == dir(lightning_mimo) == PUBLIC_NAMES
     assert lightning_mimo.models.__all__ == dir(lightning_mimo.models) == MODEL_NAMES
+    assert lightning_mimo.data.__all__ == dir(lightning_mimo.data) == DATA_NAMES
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)
@@ -109,6 +113,11 @@ def test_public_name_is_importable_from_the_package(name):
 @pytest.mark.parametrize("name", MODEL_NAMES)
 def test_model_name_is_importable_from_models(name):
     assert getattr(lightning_mimo.models, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", DATA_NAMES)
+def test_data_name_is_importable_from_data(name):
+    assert getattr(lightning_mimo.data, name).__name__ == name
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -20,6 +20,7 @@ import lightning_mimo
 import lightning_mimo.upstream.lightning
 import lightning_mimo.upstream.megatron
 import lightning_mimo.upstream.torch
+import lightning_mimo.upstream.transformers
 from lightning_mimo.upstream import Attribute
 
 PACKAGE = Path(lightning_mimo.__file__).parent
@@ -29,6 +30,7 @@ ATTRIBUTES = (
     *lightning_mimo.upstream.lightning.ATTRIBUTES,
     *lightning_mimo.upstream.torch.ATTRIBUTES,
     *lightning_mimo.upstream.megatron.ATTRIBUTES,
+    *lightning_mimo.upstream.transformers.ATTRIBUTES,
 )
 LISTED = {each.name for each in ATTRIBUTES}
 # Python's own: public, for all their underscores. The last has been there since Python 2.
@@ -132,6 +134,8 @@ def test_every_name_in_the_list_is_used() -> None:
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda each: f"{each.owner.rpartition('.')[2]}.{each.name}")
 def test_attribute_is_there(attribute: Attribute) -> None:
+    if attribute.owner.startswith("transformers."):
+        pytest.importorskip("transformers", reason="an extra")
     owner = resolved(attribute.owner)
     bases = owner.__mro__ if inspect.isclass(owner) else ()
     assert hasattr(owner, attribute.name) or any(sets(base, attribute.name) for base in bases)

@@ -1,0 +1,243 @@
+"""Rows of conversations: JSON lines, a JSON list, parquet, a dataset of Hugging Face, or any sequence of dicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning_mimo.data.chat.packages import require
+from lightning_mimo.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row, as it was written.
+
+    Attributes:
+        value: its fields.
+        where: file and row, for messages.
+        folder: to which paths of images and the like are relative.
+    """
+
+    value: Mapping[str, Any]
+    where: str
+    folder: Path
+
+
+class Rows(Protocol):
+    """Rows that can be read in any order."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Row:
+        """One row; raises DataError if it cannot be read."""
+
+
+def open_rows(source: object) -> Rows:
+    """Open rows for reading.
+
+    Args:
+        source: path of a ``.jsonl``, ``.json`` (a list) or ``.parquet`` file, or of a folder of
+            ``datasets.Dataset.save_to_disk``; a pattern with ``*``; a list of these, which are read one after another;
+            a ``datasets.Dataset``; or any sequence of dicts.
+
+    Raises:
+        ConfigError: if there is no such file, it is of another kind, or a package is missing.
+        DataError: if the file cannot be read.
+    """
+    if isinstance(source, str | Path):
+        return _together([_open_path(path) for path in _matching(str(source))])
+    if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
+        return _together([open_rows(each) for each in source])
+    if _is_of_datasets(source):
+        return HuggingFaceRows(source)
+    if isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        raise ConfigError(
+            f"Rows of conversations are a {type(source).__name__}, but must be a path, a datasets.Dataset or a "
+            f"sequence of dicts."
+        )
+    return SequenceRows(source)  # type: ignore[arg-type]  # it has what a sequence needs
+
+
+class SequenceRows:
+    """Rows in memory, or of any object with ``__len__`` and ``__getitem__``. Paths in them start where Python does."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], where: str = "", folder: Path | None = None) -> None:
+        self._rows = rows
+        self._where = where
+        self._folder = folder or Path()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, index: int) -> Row:
+        where = f"{self._where}row {index}"
+        return Row(value=_as_row(self._rows[index], where), where=where, folder=self._folder)
+
+
+class JsonLines:
+    """A file with one JSON object a line. Only where the lines begin is kept in memory; empty lines do not count."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._begins: list[int] = []
+        self._lines: list[int] = []
+        begin = 0
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.isspace():
+                    self._begins.append(begin)
+                    self._lines.append(number)
+                begin += len(line)
+
+    def __len__(self) -> int:
+        return len(self._begins)
+
+    def read(self, index: int) -> Row:
+        where = f"{self._file}, row {index} (line {self._lines[index]})"
+        with self._file.open("rb") as lines:
+            lines.seek(self._begins[index])
+            text = lines.readline()
+        return Row(value=_as_row(_parse(text, where), where), where=where, folder=self._file.parent)
+
+
+class ParquetRows:
+    """A parquet file, which is held in memory."""
+
+    def __init__(self, file: Path) -> None:
+        parquet = require("pyarrow.parquet", what=f"{file}", install="pyarrow")
+        try:
+            self._table = parquet.read_table(file)
+        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
+            raise DataError(f"{file} cannot be read as parquet: {error}") from error
+        self._file = file
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def read(self, index: int) -> Row:
+        (value,) = self._table.slice(index, 1).to_pylist()
+        return Row(value=value, where=f"{self._file}, row {index}", folder=self._file.parent)
+
+
+class HuggingFaceRows:
+    """A ``datasets.Dataset``, of which images and sound are read as files, so that nothing is decoded early."""
+
+    def __init__(self, dataset: Any, where: str = "", folder: Path | None = None) -> None:
+        if not hasattr(dataset, "cast_column") or not hasattr(dataset, "__len__") or isinstance(dataset, Mapping):
+            kind = type(dataset).__name__
+            raise ConfigError(
+                f"Rows of conversations are a {kind}, but every rank must be able to read any row. Give a "
+                f"datasets.Dataset: one split of a DatasetDict, or an IterableDataset that has been saved."
+            )
+        for name, feature in (dataset.features or {}).items():
+            if (undecoded := _undecoded(feature)) != feature:
+                dataset = dataset.cast_column(name, undecoded)
+        self._dataset = dataset.with_format(None)
+        self._where = where
+        self._folder = folder or Path()
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, index: int) -> Row:
+        return Row(value=self._dataset[index], where=f"{self._where}row {index}", folder=self._folder)
+
+
+class RowsTogether:
+    """Several files, one after another."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self._parts = parts
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> Row:
+        part = bisect_right(self._ends, index)
+        return self._parts[part].read(index - (self._ends[part - 1] if part else 0))
+
+
+def _together(parts: Sequence[Rows]) -> Rows:
+    return parts[0] if len(parts) == 1 else RowsTogether(parts)
+
+
+def _matching(path: str) -> list[Path]:
+    if "*" not in path:
+        return [Path(path)]
+    parts = Path(path).parts
+    first = next(number for number, part in enumerate(parts) if "*" in part)
+    found = sorted(Path(*parts[:first]).glob("/".join(parts[first:])))
+    if not found:
+        raise ConfigError(f"There is no file that matches {path!r}.")
+    return found
+
+
+def _open_path(path: Path) -> Rows:
+    if not path.exists():
+        raise ConfigError(f"There is no file {str(path)!r} with conversations.")
+    if path.is_dir():
+        if not (path / "state.json").is_file():
+            raise ConfigError(
+                f"{str(path)!r} is a folder, but none of datasets.Dataset.save_to_disk: there is no state.json. Give "
+                f"the files in it, such as '{path}/*.jsonl'."
+            )
+        datasets = require("datasets", what=f"The folder {path}", install="datasets")
+        return HuggingFaceRows(datasets.load_from_disk(str(path)), f"{path}, ", path)
+    if path.suffix not in _OPENERS:
+        raise ConfigError(f"{str(path)!r} ends in {path.suffix!r}; conversations are in {', '.join(_OPENERS)}.")
+    return _OPENERS[path.suffix](path)
+
+
+def _json_list(file: Path) -> Rows:
+    rows = _parse(file.read_bytes(), str(file))
+    if not isinstance(rows, list):
+        raise DataError(
+            f"{file} holds a {type(rows).__name__}, but must hold a list of rows. One row a line is .jsonl."
+        )
+    return SequenceRows(rows, f"{file}, ", file.parent)
+
+
+_OPENERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": JsonLines,
+    ".json": _json_list,
+    ".parquet": ParquetRows,
+}
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:  # of the syntax, or of UTF-8
+        raise DataError(f"{where} is no JSON: {error}") from error
+
+
+def _as_row(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is a {type(value).__name__}, but must be a dict with 'messages' or 'conversations'.")
+    return value
+
+
+def _is_of_datasets(source: object) -> bool:
+    return any(kind.__module__.partition(".")[0] == "datasets" for kind in type(source).__mro__)
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature of ``datasets`` whose images and sounds come as ``{"bytes": ..., "path": ...}``."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(each) for name, each in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(each) for each in feature]
+    if dataclasses.is_dataclass(feature) and not isinstance(feature, type):
+        if hasattr(feature, "feature"):  # a list
+            return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+        if getattr(feature, "decode", None) is True:
+            return dataclasses.replace(feature, decode=False)
+    return feature
