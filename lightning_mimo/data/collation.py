@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from lightning_mimo.data.encoder_inputs import (
     EncoderInputs,
@@ -85,7 +86,8 @@ class MicrobatchCollator:
         for module in self._plan.loads - {LANGUAGE}:
             read = (sample.inputs.get(module) for sample in by_position.values())
             check_same_arguments(module, [inputs for inputs in read if inputs is not None])
-        return SharedMemoryBatch(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
+        batch = SharedMemoryBatch(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
+        return batch if get_worker_info() is None else batch.packed()
 
     def _read(self, request: SampleRequest, sample: Sample) -> LoadedSample:
         index, expected = request.index, self._expected

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lightning_mimo.errors import DataError
 from lightning_mimo.upstream.torch import tree_map
 
 _ALIGNMENT = 64  # bytes
@@ -20,6 +21,22 @@ _ALIGNMENT = 64  # bytes
 
 class SharedMemoryBatch(list):
     """A list that is pickled with all nested CPU tensors in one block of shared memory."""
+
+    _packed: tuple[Any, ...] | None = None
+
+    def packed(self) -> SharedMemoryBatch:
+        """Move all tensors into shared memory now. A worker does so before it hands the batch over.
+
+        torch pickles what a worker hands over in a thread, whose errors reach nobody: the rank would wait for the
+        batch until its timeout.
+
+        Raises:
+            DataError: if there is not enough shared memory.
+        """
+        arguments = self._pack()
+        result = _unpack(*arguments)
+        result._packed = arguments
+        return result
 
     def to(self, device: torch.device) -> list[Any]:
         """Return a list with all tensors moved to a device, or ``self`` for the CPU. Called by Lightning."""
@@ -31,9 +48,12 @@ class SharedMemoryBatch(list):
         return SharedMemoryBatch(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        return _unpack, self._packed or self._pack()
+
+    def _pack(self) -> tuple[Any, ...]:
         packer = _Packer()
         packer.dump(list(self))
-        return _unpack, (packer.skeleton.getvalue(), *packer.pack())
+        return packer.skeleton.getvalue(), *packer.pack()
 
 
 class _Packer(pickle.Pickler):
@@ -60,7 +80,7 @@ class _Packer(pickle.Pickler):
         for tensor in self._tensors:
             places.append((end, tensor.dtype, tuple(tensor.shape)))
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        together = torch.empty(end, dtype=torch.uint8).share_memory_()
+        together = _allocate(end)
         for tensor, place in zip(self._tensors, places, strict=True):
             _view(together, *place).copy_(tensor)
         return together, places
@@ -73,6 +93,19 @@ class _Unpacker(pickle.Unpickler):
 
     def persistent_load(self, pid: int) -> torch.Tensor:
         return self._tensors[pid]
+
+
+def _allocate(size: int) -> torch.Tensor:
+    """Bytes in shared memory."""
+    try:
+        return torch.empty(size, dtype=torch.uint8).share_memory_()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"A DataLoader worker got no shared memory for a batch of {size / 2**20:.1f} MiB: {reason}. Make /dev/shm "
+            f"larger (docker run --shm-size, or an emptyDir with medium: Memory on Kubernetes), or use fewer workers "
+            f"or a smaller prefetch_factor; num_workers=0 needs none."
+        ) from error
 
 
 def _unpack(

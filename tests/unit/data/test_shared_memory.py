@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import resource
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_mimo.data.shared_memory import SharedMemoryBatch
+from lightning_mimo.errors import DataError
 from lightning_mimo.microbatch import ModalityCounts
 
 COUNTS = ModalityCounts(sample_indices=(4, 5), placeholders=(2, 0), own=range(1), items=(1,))
@@ -97,6 +99,29 @@ def test_tensors_do_not_share_what_they_hold() -> None:
     received[0]["brain"].fill_(-1)
     assert torch.equal(received[0]["ids"], torch.arange(5))
     assert torch.equal(received[0]["half"], half)
+
+
+def _no_large_files(_: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))  # as a full /dev/shm: the kernel refuses the memory
+
+
+def test_worker_without_shared_memory_says_so_at_once() -> None:
+    loader = DataLoader(
+        Once(),
+        num_workers=1,
+        collate_fn=lambda _: batch().packed(),
+        worker_init_fn=_no_large_files,
+        multiprocessing_context="fork",
+        timeout=60,
+    )
+    with pytest.raises(DataError, match=r"no shared memory for a batch of 0\.0 MiB: .*/dev/shm"):
+        next(iter(loader))
+
+
+def test_batch_of_a_worker_is_packed_before_it_is_sent() -> None:
+    assert SharedMemoryBatch.packed(batch())._packed is not None
+    twice = batch().packed()
+    assert ForkingPickler.loads(ForkingPickler.dumps(twice))[0]["counts"] == COUNTS
 
 
 @pytest.mark.parametrize("microbatches", [1, 8])
