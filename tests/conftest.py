@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.parity.layouts import Errors
     from tests.support.rank_pool import RankPool
+    from tests.support.run_host import RunHost
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +30,16 @@ def rank_pool() -> Iterator[RankPool]:
     pool = RankPool(8)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def run_host() -> Iterator[RunHost]:
+    """Starts runs in processes of their own; see RunHost.start()."""
+    from tests.support.run_host import RunHost
+
+    host = RunHost()
+    yield host
+    host.close()
 
 
 class ParityTable:

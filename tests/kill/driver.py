@@ -11,8 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from safetensors.torch import load_file
 
 from lightning_mimo.checkpoint.directory import damaged_files, read_manifest
 from tests.kill import STEPS
+from tests.support.run_host import HostedRun, RunHost
 
 RANKS = 4
 START_SECONDS, RUN_SECONDS = 180.0, 300.0
@@ -47,15 +46,13 @@ class Kill:
     told: bool
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+def start(host: RunHost, folder: Path, *arguments: str) -> HostedRun:
     for pid in folder.glob("pid*"):
         pid.unlink()
-    command = [sys.executable, "-m", "tests.kill.run_once", str(folder), *arguments]
-    with (folder / "log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return host.start("tests.kill.run_once:main", str(folder), *arguments, log=folder / "log")
 
 
-def wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> dict[int, int]:
+def wait_for_ranks(folder: Path, process: HostedRun) -> dict[int, int]:
     """Processes by rank, once all train; empty if the run ended before."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
@@ -68,7 +65,7 @@ def wait_for_ranks(folder: Path, process: subprocess.Popen[str]) -> dict[int, in
     raise TimeoutError(f"the run has not begun: {(folder / 'log').read_text()[-3000:]}")
 
 
-def strike(folder: Path, process: subprocess.Popen[str], draw: random.Random) -> Kill | None:
+def strike(folder: Path, process: HostedRun, draw: random.Random) -> Kill | None:
     """Kill a random rank at a random moment, half of the time while a checkpoint is being written."""
     pids = wait_for_ranks(folder, process)
     rank = draw.randrange(RANKS)
@@ -118,7 +115,9 @@ def last_step(folder: Path) -> int:
     return manifest["step"]
 
 
-def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = False, steps: int = STEPS) -> list[Kill]:
+def run_with_kills(
+    host: RunHost, folder: Path, *, kills: int, seed: int, async_save: bool = False, steps: int = STEPS
+) -> list[Kill]:
     """Start, kill and start again; a run that ends in time for less kills than asked for is begun anew.
 
     Raises:
@@ -127,7 +126,7 @@ def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = Fa
     arguments = ["--steps", str(steps), *(["--async-save"] if async_save else [])]
     alone = folder / "alone"
     alone.mkdir(parents=True)
-    assert start(alone, *arguments).wait(timeout=RUN_SECONDS) == 0, (alone / "log").read_text()[-3000:]
+    assert start(host, alone, *arguments).wait(timeout=RUN_SECONDS) == 0, (alone / "log").read_text()[-3000:]
     expected = load_file(alone / "final.safetensors")
     draw = random.Random(seed)
     done: list[Kill] = []
@@ -136,7 +135,7 @@ def run_with_kills(folder: Path, *, kills: int, seed: int, async_save: bool = Fa
         shutil.rmtree(struck, ignore_errors=True)
         struck.mkdir()
         while True:
-            process = start(struck, *arguments)
+            process = start(host, struck, *arguments)
             if len(done) < kills and (kill := strike(struck, process, draw)) is not None:
                 done.append(kill)
                 print(kill, flush=True)
@@ -158,7 +157,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--async-save", action="store_true")
     given = parser.parse_args()
-    results = run_with_kills(given.folder, kills=given.kills, seed=given.seed, async_save=given.async_save)
+    run_host = RunHost()
+    results = run_with_kills(run_host, given.folder, kills=given.kills, seed=given.seed, async_save=given.async_save)
+    run_host.close()
     print(
         f"{len(results)} kills, {sum(kill.in_save for kill in results)} inside of a save, "
         f"at most {max(kill.seconds for kill in results):.1f} s until all ranks had ended, "

@@ -1,8 +1,4 @@
-"""Short runs that end badly on one rank, started by a process that has imported everything once.
-
-``python -m tests.kill.ends`` says that it is ready, reads lines ``FOLDER CASE RANK`` and forks a run for each: it
-trains two steps on three ranks, writes to ``FOLDER/log``, and its exit code is printed when it has ended.
-"""
+"""Short runs, of two steps on three ranks, that end badly on one rank; ``CASE RANK`` on the command line."""
 
 from __future__ import annotations
 
@@ -13,11 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy, ModuleParallelism, Monitoring
@@ -177,25 +171,6 @@ def _let_fork_fail_after(forks: int) -> None:
     os.fork = fork
 
 
-def _fork_runs() -> tuple[str, int] | None:
-    """Case and rank, in a process forked for them; ``None`` at the end, in the one that forks."""
-    print("ready", flush=True)
-    for line in sys.stdin:
-        folder, case, rank = line.split()
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            log = os.open(Path(folder) / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
-            for stream in (1, 2):
-                os.dup2(log, stream)
-            return case, int(rank)
-        (Path(folder) / "pid").write_text(str(pid))
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    return None
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if (asked := _fork_runs()) is not None:
-        run(*asked)
+def main() -> None:
+    case, rank = sys.argv[1:]
+    run(case, int(rank))

@@ -1,6 +1,6 @@
 """A run as a user would start it: four processes, a checkpoint every step, going on from the last one if there is one.
 
-``python -m tests.kill.run_once FOLDER [--async-save]``; writes ``FOLDER/final.safetensors`` at the end.
+``FOLDER [--async-save]`` on the command line; writes ``FOLDER/final.safetensors`` at the end.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
@@ -68,8 +67,3 @@ def main() -> None:
     trainer.fit(ParityModule(Model(dropout=0.2)), loader, ckpt_path="last" if last.exists() else None)
     if trainer.is_global_zero:
         tools.export(last, folder / "final.safetensors")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

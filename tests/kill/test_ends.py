@@ -15,6 +15,7 @@ import pytest
 
 from tests.kill.driver import processes_of
 from tests.kill.ends import RANKS, TIMEOUT
+from tests.support.run_host import RunHost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,38 +39,18 @@ class End:
         return int(line.rpartition(" ")[2])
 
 
-class Host:
-    """Forks runs, see :mod:`tests.kill.ends`."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.kill.ends"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._process.stdout.readline() == "ready\n"
-
-    def run(self, folder: Path, case: str, rank: int) -> End:
-        began = time.monotonic()
-        print(folder, case, rank, file=self._process.stdin, flush=True)
-        code = int(self._process.stdout.readline())
-        seconds = time.monotonic() - began
-        session = int((folder / "pid").read_text())
-        deadline = time.monotonic() + 15
-        while (left := processes_of(session)) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for process in left:
-            process.kill()
-        return End(code=code, log=(folder / "log").read_text(), seconds=seconds, left=left)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    host = Host()
-    yield host
-    host.close()
+def run(host: RunHost, folder: Path, case: str, rank: int) -> End:
+    """Start a run and wait until all its processes have ended."""
+    began = time.monotonic()
+    process = host.start("tests.kill.ends:main", case, str(rank), log=folder / "log")
+    code = process.wait(timeout=300)
+    seconds = time.monotonic() - began
+    deadline = time.monotonic() + 15
+    while (left := processes_of(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for each in left:
+        each.kill()
+    return End(code=code, log=(folder / "log").read_text(), seconds=seconds, left=left)
 
 
 NAMED = {
@@ -107,9 +88,9 @@ def _cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("case", "rank"), list(_cases()))
 def test_rank_that_ends_badly_is_named_and_the_exit_code_says_so(
-    host: Host, tmp_path: Path, case: str, rank: int
+    run_host: RunHost, tmp_path: Path, case: str, rank: int
 ) -> None:
-    end = host.run(tmp_path, case, rank)
+    end = run(run_host, tmp_path, case, rank)
     said, code = NAMED[case]
     if rank == 0 and case.startswith("kill"):
         said, code = "is gone", -9  # the process that the user started: the shell says what killed it
@@ -130,23 +111,25 @@ def test_rank_that_ends_badly_is_named_and_the_exit_code_says_so(
         ("all_exit_with_0_in_training", 0),
     ],
 )
-def test_run_that_ends_well_has_exit_code_0_and_says_nothing(host: Host, tmp_path: Path, case: str, rank: int) -> None:
-    end = host.run(tmp_path, case, rank)
+def test_run_that_ends_well_has_exit_code_0_and_says_nothing(
+    run_host: RunHost, tmp_path: Path, case: str, rank: int
+) -> None:
+    end = run(run_host, tmp_path, case, rank)
     assert end.code == 0, end.log
     assert "Rank" not in end.log
     assert end.log.count(" is done") == (0 if case.startswith("all") else RANKS)
     assert not end.left
 
 
-def test_run_ends_when_the_process_that_watches_over_it_is_killed(host: Host, tmp_path: Path) -> None:
-    end = host.run(tmp_path, "kill_supervisor", 2)
+def test_run_ends_when_the_process_that_watches_over_it_is_killed(run_host: RunHost, tmp_path: Path) -> None:
+    end = run(run_host, tmp_path, "kill_supervisor", 2)
     assert end.code == 1, end.log
     assert "The supervisor of the ranks (process " in end.log
     assert not end.left
 
 
-def test_rank_that_cannot_be_started_ends_the_run(host: Host, tmp_path: Path) -> None:
-    end = host.run(tmp_path, "fork_fails", 0)
+def test_rank_that_cannot_be_started_ends_the_run(run_host: RunHost, tmp_path: Path) -> None:
+    end = run(run_host, tmp_path, "fork_fails", 0)
     assert end.code == 1, end.log
     assert "error: starting rank 2 of 3 on this node failed: Resource temporarily unavailable." in end.log
     assert "Traceback" not in end.log

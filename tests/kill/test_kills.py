@@ -10,6 +10,7 @@ import pytest
 
 from lightning_mimo.checkpoint.directory import read_manifest
 from tests.kill.driver import Kill, run_with_kills, start, wait_for_ranks
+from tests.support.run_host import RunHost
 
 
 def check(kills: list[Kill]) -> None:
@@ -18,14 +19,14 @@ def check(kills: list[Kill]) -> None:
     assert all(kill.told for kill in kills), "the others say which rank is missing"
 
 
-def test_killed_runs_end_with_the_weights_of_one_that_was_left_alone(tmp_path: Path) -> None:
-    check(run_with_kills(tmp_path, kills=1, seed=5, steps=16))
+def test_killed_runs_end_with_the_weights_of_one_that_was_left_alone(run_host: RunHost, tmp_path: Path) -> None:
+    check(run_with_kills(run_host, tmp_path, kills=1, seed=5, steps=16))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("async_save", [False, True], ids=["waits", "behind"])
-def test_fifty_kills(tmp_path: Path, async_save: bool) -> None:
-    kills = run_with_kills(tmp_path, kills=25, seed=2 + async_save, async_save=async_save)
+def test_fifty_kills(run_host: RunHost, tmp_path: Path, async_save: bool) -> None:
+    kills = run_with_kills(run_host, tmp_path, kills=25, seed=2 + async_save, async_save=async_save)
     check(kills)
     assert sum(kill.in_save for kill in kills) >= 5
 
@@ -35,8 +36,10 @@ def test_fifty_kills(tmp_path: Path, async_save: bool) -> None:
     [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.exhaustive)],
     ids=["SIGTERM", "SIGUSR1"],
 )
-def test_signal_saves_after_the_step_and_ends_all_ranks(tmp_path: Path, number: signal.Signals) -> None:
-    process = start(tmp_path, "--pause", "0.2")
+def test_signal_saves_after_the_step_and_ends_all_ranks(
+    run_host: RunHost, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start(run_host, tmp_path, "--pause", "0.2")
     pids = wait_for_ranks(tmp_path, process)
     # Only one of the ranks is told, and not the first one.
     os.kill(pids[2], number)

@@ -12,7 +12,9 @@ about their state.
 
 import atexit
 import faulthandler
+import functools
 import gc
+import importlib.metadata
 import io
 import itertools
 import multiprocessing
@@ -123,6 +125,8 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage, and need not be looked at again after every case
+    # Every Trainer looks through the metadata of all installed packages.
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -237,11 +241,15 @@ class _Worker:
         with _server_environment():
             self.process.start()
         far_end.close()
-        try:
-            self.pipe.recv_bytes()  # "ready"
-        except BaseException:
-            self.kill()
-            raise
+
+    def wait_until_ready(self) -> None:
+        """Called once, so that several can start at the same time."""
+        self.pipe.recv_bytes()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it can take another case."""
+        return self.process.is_alive() and self.cases < _CASES_PER_PROCESS
 
     def begin(self, case: _Case) -> None:
         self.cases += 1
@@ -317,7 +325,7 @@ class RankPool:
         if not 1 <= world_size <= self.size:
             raise ValueError(f"RankPool.run(world_size={world_size}): this pool has 1 to {self.size} ranks.")
         call = pickle.dumps((fn, args, kwargs))
-        workers = [self._live_worker(rank) for rank in range(world_size)]
+        workers = self._live_workers(world_size)
         rendezvous = Path(self._directory.name, f"rendezvous{next(self._case_numbers)}")
         try:
             for worker in workers:
@@ -338,12 +346,19 @@ class RankPool:
         self._kill(list(self._workers))
         self._directory.cleanup()
 
-    def _live_worker(self, rank: int) -> _Worker:
-        worker = self._workers.get(rank)
-        if worker is None or not worker.process.is_alive() or worker.cases >= _CASES_PER_PROCESS:
-            self._kill([rank])
-            worker = self._workers[rank] = _Worker(rank, Path(self._directory.name))
-        return worker
+    def _live_workers(self, number: int) -> list[_Worker]:
+        used = [rank for rank in range(number) if (worker := self._workers.get(rank)) and not worker.is_fresh]
+        self._kill(used)
+        started = [rank for rank in range(number) if rank not in self._workers]
+        try:
+            for rank in started:
+                self._workers[rank] = _Worker(rank, Path(self._directory.name))
+            for rank in started:
+                self._workers[rank].wait_until_ready()
+        except BaseException:
+            self._kill(started)
+            raise
+        return [self._workers[rank] for rank in range(number)]
 
     def _kill(self, ranks: Iterable[int]) -> None:
         for rank in ranks:

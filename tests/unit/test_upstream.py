@@ -54,8 +54,9 @@ def nodes(*, in_upstream: bool = False) -> Iterator[tuple[str, ast.AST]]:
     """File and node of everything in the package; cpu.py has a table and a test of its own."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name != "cpu.py" and (path.parent.name == "upstream") == in_upstream:
+            file = str(path.relative_to(PACKAGE))
             for node in ast.walk(tree_of(path)):
-                yield str(path.relative_to(PACKAGE)), node
+                yield file, node
 
 
 def private_imports(*, in_upstream: bool) -> dict[str, str]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import re
 import shlex
@@ -78,5 +79,9 @@ def test_new_project_does_what_its_readme_says(installed: dict[str, str], tmp_pa
     assert "images    tp0   .   .\n" in said[0]
     assert "parameters (images " in said[1]
     assert (project / "lightning_logs" / "version_0" / "checkpoints" / "step=160.ckpt").is_dir()
+    with (project / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
+        learned = [float(row["val/exact_match"]) for row in csv.DictReader(file) if row["val/exact_match"]]
+    assert len(learned) == 5
+    assert learned[-1] > 0.9, "chance is 0.125"
     assert (project / "lightning_logs" / "version_1" / "checkpoints" / "step=320.ckpt").is_dir()
     assert re.search(r"val/exact_match\W+[01]\.\d+", said[4])

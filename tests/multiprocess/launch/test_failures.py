@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lightning_mimo import MimoStrategy, ModuleParallelism
 from tests.parity.layouts import PoolEnvironment
 from tests.support.evaluation import IMAGE, PicturesAndText, Run, TinyModule, make_trainer
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.run_host import RunHost
 
 
 class OnePlaceholderTooMany(PicturesAndText):
@@ -71,23 +70,23 @@ def test_datasets_of_different_length_are_refused_on_all_ranks(rank_pool: RankPo
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.exhaustive)])
-def test_a_failing_rank_ends_all_with_its_traceback(rank: int, tmp_path: Path) -> None:
+def test_a_failing_rank_ends_all_with_its_traceback(rank: int, tmp_path: Path, run_host: RunHost) -> None:
     log = tmp_path / "log"
-    command = [
-        *(sys.executable, "-W", "ignore", "-m", "lightning_mimo", "fit", "--config", "configs/digits_vlm.yaml"),
+    arguments = [
+        *("fit", "--config", "configs/digits_vlm.yaml"),
         *(f"--model.class_path=tests.support.failing.FailsOnRank{rank}", "--trainer.max_steps=3"),
         *(f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"),
     ]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        failed_at = None
-        ranks: list[psutil.Process] = []
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            ranks = max(psutil.Process(process.pid).children(recursive=True), ranks, key=len)
-            if failed_at is None and f"the cause, on rank {rank}" in log.read_text():
-                failed_at = time.monotonic()
-            time.sleep(0.1)
-        process.kill()
+    process = run_host.start("lightning_mimo.commands.cli:main", *arguments, log=log)
+    failed_at = None
+    ranks: list[psutil.Process] = []
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        ranks = max(psutil.Process(process.pid).children(recursive=True), ranks, key=len)
+        if failed_at is None and f"the cause, on rank {rank}" in log.read_text():
+            failed_at = time.monotonic()
+        time.sleep(0.1)
+    process.kill()
     text = log.read_text()
     assert f"ZeroDivisionError: the cause, on rank {rank}" in text, text[-3000:]
     assert process.returncode not in (0, -9)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from tests.support.run_host import RunHost
 
 TIMEOUT = 5  # seconds that a rank may wait
 BOUND = 40  # seconds from the first step to the end of all processes
@@ -35,25 +35,27 @@ REDUCTION = {
     ],
     ids=["forward", "reduction"],
 )
-def test_a_rank_that_stops_is_named_and_all_end(module: str, missing: int, said: dict[int, str], tmp_path: Path):
+def test_a_rank_that_stops_is_named_and_all_end(
+    module: str, missing: int, said: dict[int, str], tmp_path: Path, run_host: RunHost
+) -> None:
     log = tmp_path / "log"
-    command = [
-        *(sys.executable, "-W", "ignore", "-m", "lightning_mimo", "fit", "--config", "configs/digits_vlm.yaml"),
+    arguments = [
+        *("fit", "--config", "configs/digits_vlm.yaml"),
         *(f"--model.class_path=tests.support.failing.{module}", "--trainer.max_steps=3"),
         *(f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"),
         *(f"--trainer.strategy.init_args.monitoring.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
     ]
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT) as process:
-        stopped_at = None
-        ranks: list[psutil.Process] = []
-        deadline = time.monotonic() + 200
-        while process.poll() is None and time.monotonic() < deadline:
-            ranks = max(psutil.Process(process.pid).children(recursive=True), ranks, key=len)
-            if stopped_at is None and "Epoch 0" in log.read_text():
-                stopped_at = time.monotonic()
-            time.sleep(0.1)
-        ended_at = time.monotonic()
-        process.kill()
+    process = run_host.start("lightning_mimo.commands.cli:main", *arguments, log=log)
+    stopped_at = None
+    ranks: list[psutil.Process] = []
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        ranks = max(psutil.Process(process.pid).children(recursive=True), ranks, key=len)
+        if stopped_at is None and "Epoch 0" in log.read_text():
+            stopped_at = time.monotonic()
+        time.sleep(0.1)
+    ended_at = time.monotonic()
+    process.kill()
     text = log.read_text()
     assert process.returncode == 1, text[-3000:]
     for rank, words in said.items():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,21 +13,13 @@ TEMPLATES = ROOT / "lightning_mimo" / "commands" / "templates"
 NAMES = ["README.md", "config.yaml", "data.py", "fit.sbatch", "model.py"]
 
 
-def test_project_trains_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_what_comes_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my project"
     main(["new", str(folder)])
     said = capsys.readouterr().out
     assert f"cd '{folder}'" in said
     assert "lightning-mimo fit --config config.yaml" in said
     assert sorted(path.name for path in folder.iterdir()) == NAMES
-    command = [sys.executable, "-W", "ignore", "-m", "lightning_mimo", "fit", "--config", "config.yaml"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
-        found = [float(row["val/exact_match"]) for row in csv.DictReader(file) if row["val/exact_match"]]
-    assert len(found) == 5
-    assert found[-1] > 0.9, "chance is 0.125"
-    assert (folder / "lightning_logs" / "version_0" / "checkpoints" / "step=160.ckpt").is_dir()
 
 
 def test_empty_folder_is_taken(tmp_path: Path) -> None:

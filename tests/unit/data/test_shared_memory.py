@@ -119,9 +119,11 @@ def test_worker_without_shared_memory_says_so_at_once() -> None:
 
 
 def test_batch_of_a_worker_is_packed_before_it_is_sent() -> None:
-    assert SharedMemoryBatch.packed(batch())._packed is not None
-    twice = batch().packed()
-    assert ForkingPickler.loads(ForkingPickler.dumps(twice))[0]["counts"] == COUNTS
+    packed = batch().packed()
+    assert packed[0]["counts"] == COUNTS
+    assert packed[0]["ids"].is_shared()
+    _, arguments = packed.__reduce__()
+    assert arguments is packed.__reduce__()[1], "not packed once more"
 
 
 @pytest.mark.parametrize("microbatches", [1, 8])
