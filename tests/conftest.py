@@ -68,7 +68,11 @@ def parity_table(pytestconfig: pytest.Config) -> ParityTable:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     table = config.stash[_TABLE]
-    if table.lines and config.option.markexpr in ("parity", "exhaustive"):
+    if config.option.markexpr not in ("parity", "exhaustive"):
+        return
+    if config.getoption("numprocesses", None):
+        terminalreporter.line("Run without -n for the table of differences.")
+    elif table.lines:
         terminalreporter.section("largest relative difference from one plain process, float64")
         terminalreporter.line(
             f"{'case':58} ranks {'loss':>9} {'norm':>9} {'gradient':>9} {'weight':>9}  largest gradient difference in"

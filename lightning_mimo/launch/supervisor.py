@@ -230,19 +230,20 @@ class Supervisor:
         for child in self._alive:
             os.waitpid(child, 0)
         self._alive.clear()
-        if others and failure.grace and not failure.told:
+        self._wait_for_first_rank(_SHORT_GRACE_SECONDS)  # its own error about a lost connection
+        if others and not failure.told:
             _say(f"First failure: {line}.")  # again, below the messages of other ranks about lost connections
         self._board.conclude(failure.code)
-        self._end_first_rank()
+        self._wait_for_first_rank(_FIRST_RANK_SECONDS)
+        if not self._first_has_left:
+            os.kill(self._first_process, signal.SIGKILL)
 
-    def _end_first_rank(self) -> None:
-        """Wait for the first rank, which exits when it sees the verdict, and kill it if it hangs."""
-        deadline = time.monotonic() + _FIRST_RANK_SECONDS
+    def _wait_for_first_rank(self, seconds: float) -> None:
+        """Wait until the first rank has left; it exits when it sees the verdict."""
+        deadline = time.monotonic() + seconds
         while not self._first_has_left and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
             self._look()
-        if not self._first_has_left:
-            os.kill(self._first_process, signal.SIGKILL)
 
     def _name(self, rank: int) -> str:
         return f"Rank {self._first_rank + rank} (process {self._board.ranks[rank].pid})"

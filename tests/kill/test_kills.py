@@ -20,7 +20,7 @@ def check(kills: list[Kill]) -> None:
 
 
 def test_killed_runs_end_with_the_weights_of_one_that_was_left_alone(run_host: RunHost, tmp_path: Path) -> None:
-    check(run_with_kills(run_host, tmp_path, kills=1, seed=5, steps=16))
+    check(run_with_kills(run_host, tmp_path, kills=1, seed=5, steps=12))
 
 
 @pytest.mark.exhaustive

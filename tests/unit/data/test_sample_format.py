@@ -143,7 +143,7 @@ def test_empty_sample_is_refused() -> None:
 @pytest.mark.parametrize(
     "kind",
     [list, tuple, np.array, np.int32, np.uint8, torch.tensor, torch.int32, torch.int16, torch.uint8],
-    ids=str,
+    ids=lambda kind: getattr(kind, "__name__", str(kind)),
 )
 def test_whole_numbers_of_any_kind_are_taken(kind: Any) -> None:
     if isinstance(kind, torch.dtype):

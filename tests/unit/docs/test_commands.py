@@ -122,6 +122,8 @@ def _pytest(words: list[str]) -> None:
         if word == "-m":
             expression = set(re.findall(r"\w+", words.pop(0))) - {"not", "and", "or"}
             _expect(expression <= MARKERS, expression)
+        elif word == "-n":
+            _expect(words.pop(0).isdigit(), word)
         else:
             _expect(Path(word).exists(), word)
 
@@ -145,7 +147,7 @@ def _torchrun(words: list[str]) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 30
-    assert ("uv", "run", "pytest") in COMMANDS
+    assert ("uv", "run", "pytest", "-n", "2") in COMMANDS
     assert ("uv", "run", "lightning-mimo", "fit", "--config", VLM) in COMMANDS
 
 
