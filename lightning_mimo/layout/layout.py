@@ -37,7 +37,8 @@ class MimoLayout:
     Attributes:
         modules: module name -> complete sizes, in the order in which the user wrote them.
         world_size: number of ranks over all nodes.
-        colocated: True if all modules share all ranks, False if their rank ranges are disjoint.
+        colocated: True if all modules share all ranks, False if their rank ranges are disjoint. A language module alone
+            is colocated unless it has several pipeline stages.
     """
 
     modules: Mapping[str, ResolvedParallelism]
@@ -67,6 +68,8 @@ class MimoLayout:
         placed = share_all_ranks(modules, world_size) if colocate else place_one_after_another(modules, world_size)
         complete = {name: sizes.resolved() for name, sizes in placed.items()}
         colocated = _check_coverage(complete, world_size)
+        if len(complete) == 1:
+            colocated = complete[LANGUAGE].pp == 1
         for name, sizes in complete.items():
             if colocated:
                 check_no_pipeline(name, sizes)

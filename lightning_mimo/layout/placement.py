@@ -147,7 +147,7 @@ def check_no_pipeline(name: str, sizes: ModuleParallelism) -> None:
     """Raise LayoutError for pipeline stages in a colocated layout, which does not support them."""
     if sizes.pp > 1:
         raise LayoutError(
-            f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks (a language module alone "
-            f"counts as such), because megatron-core runs a colocated model without a pipeline. Set pp=1 and "
-            f"tp={sizes.tp * sizes.pp}, which takes as many ranks, or put modules on ranks of their own."
+            f"Module {name!r}: pp={sizes.pp} does not work where modules share all ranks, because megatron-core runs a "
+            f"colocated model without a pipeline. Set pp=1 and tp={sizes.tp * sizes.pp}, which takes as many ranks, or "
+            f"put modules on ranks of their own."
         )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
+from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import unwrap_model
@@ -183,6 +184,8 @@ class RaggedMimoModel(MimoModel):
     def _initialize_submodules(self) -> None:
         # As upstream, but numbers that a module draws from the default generator (torch.randn in a user's encoder)
         # must not depend on the other modules that this rank builds.
+        if not self._infra.colocated and not self._infra.layout.encoders:
+            self.role = _pipeline_role(self._infra)
         for name in self.role.modality_module_names:
             _seed_generators(seed_for(self._seed, name))
             spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
@@ -294,6 +297,13 @@ def build_mimo_model(
             groups = infra.pg_collections[name]
             initialize_by_name(module, prefix=prefix, seed=seed, initializers=initializers, groups=groups)
     return dtype_policy.convert(model)
+
+
+def _pipeline_role(infra: MimoModelInfra) -> RankRole:
+    """Role of a rank of a language module without encoders, which upstream takes for colocated without a pipeline."""
+    pp = infra.pg_collections[LANGUAGE].pp
+    stage = ModuleStageInfo(is_first_stage=pp.rank() == 0, is_last_stage=pp.rank() == pp.size() - 1)
+    return RankRole(modules={LANGUAGE: stage}, mode=ModuleLayout.NON_COLOCATED)
 
 
 def _leave(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,6 @@ def apart(images: Cut, language: Cut, **options: object) -> Layout:
     return Layout(modules={"images": images, "language": language}, **options)
 
 
-# A language module alone has no pipeline: megatron-core runs it as a colocated model. IN_LLAVA has pipelines.
 TEXT = {
     "one_process": text(Cut()),
     "tp2": text(Cut(tp=2)),
@@ -33,6 +32,9 @@ TEXT = {
     "dp3-2_microbatches": text(Cut(dp=3), num_microbatches=2),
     "tp2dp2": text(Cut(tp=2, dp=2)),
     "tp2-sequence_parallel": text(Cut(tp=2), options={"sequence_parallel": True}),
+    "pp2-2_microbatches": text(Cut(pp=2), num_microbatches=2),
+    "dp2pp3-3_microbatches": text(Cut(dp=2, pp=3), num_microbatches=3),
+    "tp2pp2-sequence_parallel": text(Cut(tp=2, pp=2), num_microbatches=3, options={"sequence_parallel": True}),
     "tp2dp2-sequence_parallel": text(Cut(tp=2, dp=2), num_microbatches=3, options={"sequence_parallel": True}),
 }
 EXPERTS = {
@@ -40,6 +42,7 @@ EXPERTS = {
     "ep2": text(Cut(dp=2, ep=2)),
     "dp2ep2-3_microbatches": text(Cut(dp=2, ep=2), num_microbatches=3),
     "dp2": text(Cut(dp=2), num_microbatches=3),
+    "dp2pp2ep2": text(Cut(dp=2, pp=2, ep=2), num_microbatches=3),
     "tp2-sequence_parallel": text(Cut(tp=2), options={"sequence_parallel": True}),
     "tp2dp2ep2-sequence_parallel": text(Cut(tp=2, dp=2, ep=2, expt_tp=2), options={"sequence_parallel": True}),
 }
@@ -87,7 +90,7 @@ LAYOUTS = {
     "llava_mixtral": {**IN_LLAVA, "images_dp1-language_dp2pp2ep2": apart(Cut(), Cut(dp=2, pp=2, ep=2))},
 }
 QUICK = [
-    ("qwen3", "tp2-sequence_parallel"),
+    ("qwen3", "tp2pp2-sequence_parallel"),
     ("mixtral", "ep2"),
     ("llava_clip", "images_tp2-language_pp2"),
     ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),

@@ -628,8 +628,7 @@ def resolved_layouts(draw: st.DrawFn) -> MimoLayout:
         modules = {name: ModuleParallelism(tp=world_size // each, dp=each) for name, each in dp.items()}
         return resolve(modules, world_size, colocate=True)
     modules = {
-        # A language module alone has no pipeline.
-        name: ModuleParallelism(tp=draw(st.integers(1, 2)), pp=draw(st.integers(1, 2)) if encoders else 1, dp=each)
+        name: ModuleParallelism(tp=draw(st.integers(1, 2)), pp=draw(st.integers(1, 2)), dp=each)
         for name, each in dp.items()
     }
     names = draw(st.permutations(list(modules)))
