@@ -35,6 +35,8 @@ class LlavaModule(MimoModule):
         clip_grad: float = 1.0,
         frozen: Sequence[str] = (),
         overrides: dict[str, OptimizerOverride] | None = None,
+        init_from: str | None = None,
+        init_missing: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -55,8 +57,10 @@ class LlavaModule(MimoModule):
             clip_grad: maximum gradient norm over all modules.
             frozen: modules or parts of modules that are not trained, such as ``images.encoders``.
             overrides: other learning rate, weight decay or clipping by module or part of a module.
+            init_from: checkpoint or safetensors files that the weights start from; see MimoModule.
+            init_missing: modules or parts of modules that these do not hold.
         """
-        super().__init__(pad_token_id=pad_token_id, frozen=frozen)
+        super().__init__(pad_token_id=pad_token_id, frozen=frozen, init_from=init_from, init_missing=init_missing)
         self.vision = vision
         self.language = language
         self.patches = ImagePatches(image_size=image_size, patch_size=patch_size, tokens_per_image=tokens_per_image)

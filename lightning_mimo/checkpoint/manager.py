@@ -166,8 +166,9 @@ def _check_can_resume_from(path: Path, global_batch_size: int) -> None:
     manifest = read_manifest(path)
     if manifest["weights_only"]:
         raise CheckpointError(
-            f"fit(ckpt_path={str(path)!r}): the checkpoint holds weights only, so training cannot resume from it. Save "
-            f"with ModelCheckpoint(save_weights_only=False), or use it with validate, test and predict."
+            f"fit(ckpt_path={str(path)!r}): the checkpoint holds weights only, so training cannot resume from it. To "
+            f"start a new run with its weights, leave ckpt_path out and set MimoModule(init_from={str(path)!r}). To "
+            f"resume, save with ModelCheckpoint(save_weights_only=False)."
         )
     data_state = DataState(**manifest["position"])
     if data_state.batches and data_state.global_batch_size != global_batch_size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -98,13 +98,28 @@ def shards_of(
 
 
 def load_shards(
-    model: RaggedMimoModel, infra: MimoModelInfra, reader: Reader, optimizer: SingleSyncMimoOptimizer | None
+    model: RaggedMimoModel,
+    infra: MimoModelInfra,
+    reader: Reader,
+    optimizer: SingleSyncMimoOptimizer | None,
+    *,
+    names: Container[str] | None = None,
 ) -> None:
-    """Load this rank's weights, and optimizer state if an optimizer is given, from shards of any layout."""
+    """Load this rank's weights, and optimizer state if an optimizer is given, from shards of any layout.
+
+    Args:
+        model: the model to fill.
+        infra: process groups.
+        reader: what to read from.
+        optimizer: optimizer to fill.
+        names: global names of the parameters to load; ``None`` loads all.
+    """
     for module in infra.participating_modules:
         groups = infra.pg_collections[module]
         updated = {} if optimizer is None else _updated(optimizer, module)
         for name, parameter in named_parameters_of(model, infra, module):
+            if names is not None and name not in names:
+                continue
             spec = ShardSpec.of(parameter, groups)
             parameter.data.copy_(_most_exact(reader, name, spec, parameter).view(parameter.shape))
             if (held := updated.get(id(parameter))) is not None:

@@ -1,4 +1,4 @@
-"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint | new``.
+"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint | export-hf | new``.
 
 ``layout`` and ``new`` need neither torch nor Lightning, so other commands import them only when they run.
 """
@@ -18,12 +18,14 @@ from lightning_mimo.known_warnings import hush_known_warnings
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
        lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
+       lightning-mimo export-hf CHECKPOINT OUT [--pretrained FOLDER] [--max-shard-size 5GB] [--import MODULE]
        lightning-mimo new FOLDER
 
   fit        train; with --trace DIR also record one step on all ranks, as an image and for Perfetto
   validate   evaluate on the validation data        test      evaluate on the test data
   predict    generate the model's answers           layout    print which module runs on which ranks; starts no process
   new        write a small project to begin with: config, model, data, and a job script
+  export-hf  write a checkpoint of a HuggingFaceModule as a folder that transformers loads
 
   --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank
 
@@ -48,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_report(picture_of(arguments[1:]))
         elif arguments[0] == "checkpoint":
             print_report(checkpoint_tool(arguments[1:]))
+        elif arguments[0] == "export-hf":
+            print_report(_export_hf(arguments[1:]))
         elif arguments[0] == "new":
             print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_lightning()
         else:
             raise ConfigError(
-                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint, new."
+                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint, "
+                f"export-hf, new."
             )
     except MimoError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
@@ -83,6 +88,13 @@ def checkpoint_tool(arguments: Sequence[str]) -> str:
     if arguments[0] == "export":
         return f"{tools.export(one, two)} parameters written to {two}"
     return f"{tools.import_weights(one, two)} parameters written to {two}"
+
+
+def _export_hf(arguments: Sequence[str]) -> str:
+    hush_known_warnings()
+    from lightning_mimo.commands.export_hf import export_command
+
+    return export_command(arguments)
 
 
 def _run_lightning() -> None:

@@ -20,7 +20,8 @@ _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "opti
 def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -> str:
     """Check a run in one process, and return its layout and estimated memory as text.
 
-    It checks layout, batch sizes, precision and DDP options. It also builds the model of each kind of rank on the meta
+    It checks layout, batch sizes, precision and DDP options, and files that initial weights come from, if they are there.
+    It also builds the model of each kind of rank on the meta
     device, which checks that heads, layers, vocabulary and experts divide over tp, pp and ep.
 
     Args:
@@ -41,6 +42,10 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
             "A dry run needs a process in which torch.distributed is not initialized: start it separately."
         )
     layout = strategy.validate()
+    module.check_layout(layout)
+    missing = module.missing_files()
+    if missing is None:
+        module.check_weights(layout)
     precision = strategy.precision_plugin
     assert isinstance(precision, MimoPrecision), "MimoStrategy converts every other"
     found = memory_estimate(
@@ -54,7 +59,8 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     picture = draw_layout(
         layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
     )
-    return f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
+    text = f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
+    return text if missing is None else f"{text}\n\nnot checked: the weights. {missing}"
 
 
 def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,7 @@ def initialize_by_name(
     seed: int,
     initializers: RecordInitializers,
     groups: ProcessGroupCollection,
+    under: Sequence[str] | None = None,
 ) -> None:
     """Fill the parameters of one module with values that do not depend on the layout.
 
@@ -113,8 +114,11 @@ def initialize_by_name(
         seed: the run's seed.
         initializers: initializers recorded while the module was built.
         groups: process groups of the module, whose ranks determine the tensor-parallel shards.
+        under: names, which begin with ``prefix``, of the submodules that are filled; ``None`` for the whole module.
     """
     for name, parameter in global_named_parameters(module, prefix=prefix, groups=groups):
+        if under is not None and not any(f"{name}.".startswith(f"{each}.") for each in under):
+            continue
         recipe = initializers.recipe_of(parameter)
         if recipe is not None:
             parameter.copy_(_shard_of_master(parameter, recipe, seed_for(seed, name), groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -267,7 +267,7 @@ def build_mimo_model(
     *,
     seed: int,
     dtype_policy: DtypePolicy = FLOAT32,
-    initialize: bool = True,
+    initialize: Sequence[str] | None = None,
 ) -> RaggedMimoModel:
     """Build this rank's modules with weights that depend only on the seed and on parameter names.
 
@@ -279,12 +279,13 @@ def build_mimo_model(
         infra: grids and process groups.
         seed: the run's seed, the same on all ranks.
         dtype_policy: the dtypes of the run, set in all configs of transformers.
-        initialize: whether weights are made. Without, Megatron's hold whatever the memory held, until they are loaded.
+        initialize: names of modules or submodules whose weights are drawn; ``None`` for all. The others are undefined
+            until they are loaded.
 
     Raises:
         LayoutError: if the modules of the config and of the layout differ.
     """
-    if not initialize:
+    if initialize is not None and not initialize:
         for transformer in transformer_configs(config):
             # Not perform_initialization=False: with that, megatron-core would not mark what tensor parallelism cuts.
             transformer.init_method = transformer.output_layer_init_method = transformer.embedding_init_method = _leave
@@ -293,9 +294,11 @@ def build_mimo_model(
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
         _check_stages(name, module, infra)
-        if initialize:
-            groups = infra.pg_collections[name]
-            initialize_by_name(module, prefix=prefix, seed=seed, initializers=initializers, groups=groups)
+        under = None
+        if initialize is not None:
+            under = [prefix + each.removeprefix(name) for each in initialize if each.partition(".")[0] == name]
+        groups = infra.pg_collections[name]
+        initialize_by_name(module, prefix=prefix, seed=seed, initializers=initializers, groups=groups, under=under)
     return dtype_policy.convert(model)
 
 

@@ -68,6 +68,11 @@ def module_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+def part_of(name: str) -> str:
+    """Part of a module that a parameter belongs to: ``"images.encoders.vit.bias"`` -> ``"images.encoders"``."""
+    return ".".join(name.split(".")[:2])
+
+
 def lies_under(path: str, name: str) -> bool:
     """Whether a path equals a name or is under it: ``"images.encoders.vit"`` is under ``"images.encoders"``."""
     return f"{path}.".startswith(f"{name}.")

@@ -6,29 +6,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
 
-import lightning.pytorch as pl
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 
-from lightning_mimo.checkpoint.state import load_shards
+from lightning_mimo.checkpoint.initial import check_origins, find_origins
+from lightning_mimo.checkpoint.sources import PretrainedSource, WeightSource
 from lightning_mimo.data.sample_format import SampleFormat
-from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.mimo.parameter_names import lies_under
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
 from lightning_mimo.models.hugging_face.folder import check_tokenizer, read_config
 from lightning_mimo.models.hugging_face.registry import model_of
 from lightning_mimo.models.sizes import Recompute
-from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.optim.param_groups import OptimizerOverride
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.weights.files import SafetensorsFolder
-from lightning_mimo.weights.importing import PretrainedReader
+from lightning_mimo.weights.files import SafetensorsFolder, has_weights
 from lightning_mimo.weights.rules import RuleTable
+
+PRETRAINED_FOLDER = "hugging_face_folder"
+"""Key of a checkpoint's ``trainer.pt`` under which the absolute path of the folder stands."""
 
 
 class HuggingFaceModule(MimoModule):
@@ -40,7 +40,7 @@ class HuggingFaceModule(MimoModule):
     processor makes them.
 
     Weights are read once, when a run starts at step 0; with ``ckpt_path`` the checkpoint has them. Each rank reads only
-    the slices of the files that it holds.
+    the slices of the files that it holds. ``lightning-mimo export-hf`` turns a checkpoint into a folder again.
 
     Example::
 
@@ -49,32 +49,39 @@ class HuggingFaceModule(MimoModule):
         Trainer(devices=6, strategy=strategy, precision="bf16-mixed").fit(model, data)
     """
 
-    _initialize_weights = False
+    _draws_weights = False
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Path,
         *,
         lr: float = 1e-5,
         weight_decay: float = 0.0,
         overrides: Mapping[str, OptimizerOverride] | None = None,
         frozen: Sequence[str] = (),
+        init_from: str | Path | None = None,
+        init_missing: Sequence[str] = (),
         max_sequence_length: int | None = None,
         sequence_parallel: bool = False,
         attention: AttentionKind = "sdpa",
         recompute: Recompute | None = None,
         pad_token_id: int | None = None,
         max_new_tokens: int = 16,
+        labels_shifted: bool = True,
+        extra_keys: Sequence[str] = (),
     ) -> None:
         """
         Args:
-            pretrained: folder with config.json and safetensors files. No code in it is run.
+            pretrained: folder with config.json and safetensors files. No code in it is run. For a dry run, config.json
+                is enough.
             lr: learning rate of Adam, with Megatron's defaults otherwise (gradients are clipped to a norm of 1);
                 override :meth:`configure_optimizers` for anything else.
             weight_decay: of all weights but biases and norms.
             overrides: what is different for a module or a part of one, as for :meth:`MimoModule.build_optimizer`.
             frozen: as for MimoModule; ``"images.encoders"`` is the vision encoder, ``"images.input_projections"`` the
                 projector.
+            init_from: as for MimoModule; goes before the folder, which holds what it does not.
+            init_missing: names of modules or submodules that neither holds; these start from the seed.
             max_sequence_length: longest sequence in tokens; ``None`` for what the model was made for.
             sequence_parallel: divide the language module's sequence over its tensor-parallel ranks between attention
                 and MLP; a mixture of experts with tp > 1 needs it.
@@ -82,6 +89,8 @@ class HuggingFaceModule(MimoModule):
             recompute: of the language module, as for TransformerSize.
             pad_token_id: fills up samples; ``None`` takes the config's, or 0 where it has none.
             max_new_tokens: as for MimoModule.
+            labels_shifted: as for MimoModule; ``False`` for labels in the format of transformers.
+            extra_keys: as for MimoModule.
 
         Raises:
             ConfigError: if transformers is not installed, the folder is none of a model, or the model is not supported.
@@ -94,6 +103,10 @@ class HuggingFaceModule(MimoModule):
             pad_token_id=_pad_token_of(config) if pad_token_id is None else pad_token_id,
             max_new_tokens=max_new_tokens,
             frozen=frozen,
+            labels_shifted=labels_shifted,
+            extra_keys=extra_keys,
+            init_from=init_from,
+            init_missing=init_missing,
         )
         self.pretrained = folder
         self.lr = lr
@@ -105,19 +118,55 @@ class HuggingFaceModule(MimoModule):
             attention=attention,
             recompute=recompute,
         )
-        self._has_weights = False
 
     @override
     def check_layout(self, layout: MimoLayout) -> None:
         """
         Raises:
             LayoutError: if the model does not divide over the layout.
-            ConfigError: if the folder holds no weights that may be read, or they do not fit its config.json.
+            ConfigError: for a sequence length at which the model would compute something else.
         """
         layout.check_modules(self._pretrained.modules)
         self._pretrained.check(layout, self._options)
-        with SafetensorsFolder(self.pretrained) as folder:
-            self._table(folder, layout)
+
+    @override
+    def check_weights(self, layout: MimoLayout) -> None:
+        """
+        Raises:
+            ConfigError: if the folder holds no weights that may be read, or they do not fit its config.json.
+            CheckpointError: if files are damaged, or a parameter has no weight.
+        """
+        super().check_weights(layout)
+        with SafetensorsFolder(self.pretrained) as files:
+            table = self._table(files.shapes(), layout)
+        held = {name: rule.shape for name, rule in table.rules.items()}
+        origins = find_origins(held, self.weight_sources(layout), self.init_missing)
+        check_origins(origins, self.init_missing)
+
+    @override
+    def missing_files(self) -> str | None:
+        if has_weights(self.pretrained):
+            return None
+        return f"{self.pretrained} holds its config.json only; a run needs the whole folder of the model."
+
+    @override
+    def weight_sources(self, layout: MimoLayout) -> list[WeightSource]:
+        """
+        Raises:
+            ConfigError: if the folder holds no weights that may be read, or they do not fit its config.json.
+            CheckpointError: if files are damaged.
+        """
+        before = super().weight_sources(layout)
+        with SafetensorsFolder(self.pretrained) as files:
+            shapes = files.shapes()
+        table = self._table(shapes, layout)
+        elsewhere = {name for source in before for name in source.shapes}
+        table.check_files(
+            shapes,
+            where=str(self.pretrained),
+            is_optional=lambda name: name in elsewhere or any(lies_under(name, each) for each in self.init_missing),
+        )
+        return [*before, PretrainedSource(self.pretrained, table)]
 
     @override
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -133,83 +182,12 @@ class HuggingFaceModule(MimoModule):
         return self.build_optimizer(config, overrides=self.overrides)
 
     @override
-    def forward(self, batch: Microbatch) -> Any:
-        """As MimoModule's.
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record the folder, so that ``lightning-mimo export-hf`` finds it."""
+        checkpoint[PRETRAINED_FOLDER] = str(self.pretrained.resolve())
 
-        Raises:
-            ConfigError: if the weights have not been read, because of an override of :meth:`configure_callbacks`.
-        """
-        if not self._has_weights:
-            raise ConfigError(
-                f"{type(self).__name__} has no weights yet: its configure_callbacks() must call super()'s."
-            )
-        return super().forward(batch)
-
-    @override
-    def configure_callbacks(self) -> list[pl.Callback]:
-        """Puts the callback that reads the weights before all others, which may look at them."""
-        callbacks: list[pl.Callback] = vars(self.trainer)["callbacks"]  # the Trainer's connector sets it
-        if not any(isinstance(callback, _LoadPretrained) for callback in callbacks):
-            callbacks.insert(0, _LoadPretrained())
-        return []
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The checkpoint has filled the model."""
-        self._has_weights = True
-
-    def load_pretrained(self) -> None:
-        """Fill this rank's weights, and the optimizer's copies of them, from the folder, unless they have been filled.
-
-        No collective. Called after a checkpoint would have been read and before the first batch.
-
-        Raises:
-            CheckpointError: if the files do not fit the model.
-        """
-        if self._has_weights:
-            return
-        strategy: Any = self.trainer.strategy
-        optimizer = strategy.optimizers[0].mimo if strategy.optimizers else None
-        complete_gathering(self.mimo_model)
-        with SafetensorsFolder(self.pretrained) as folder:
-            reader = PretrainedReader(folder, self._table(folder, self.infra.layout))
-            load_shards(self.mimo_model, self.infra, reader, optimizer)
-        self._has_weights = True
-
-    def _table(self, folder: SafetensorsFolder, layout: MimoLayout) -> RuleTable:
-        shapes = folder.shapes()
-        table = self._pretrained.rules(shapes, self._pretrained.padded_vocab_size(layout.modules[LANGUAGE].tp))
-        table.check_files(shapes, where=str(self.pretrained))
-        return table
-
-
-class _LoadPretrained(pl.Callback):
-    """Calls :meth:`HuggingFaceModule.load_pretrained` when a checkpoint, if there is one, has been read."""
-
-    @override
-    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._load(pl_module)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._load(pl_module)
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._load(pl_module)
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._load(pl_module)
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._load(pl_module)
-
-    @staticmethod
-    def _load(module: pl.LightningModule) -> None:
-        assert isinstance(module, HuggingFaceModule), "it brought this callback along"
-        module.load_pretrained()
+    def _table(self, shapes: Mapping[str, tuple[int, ...]], layout: MimoLayout) -> RuleTable:
+        return self._pretrained.rules(shapes, self._pretrained.padded_vocab_size(layout.modules[LANGUAGE].tp))
 
 
 def _pad_token_of(config: Any) -> int:

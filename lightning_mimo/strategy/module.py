@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,6 +15,7 @@ from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from lightning_mimo.checkpoint.sources import WeightSource, source_of
 from lightning_mimo.data.sample_format import KEYS, SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
@@ -22,6 +24,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import RaggedMimoModel, build_mimo_model
+from lightning_mimo.mimo.parameter_names import module_of
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer, build_optimizer
 from lightning_mimo.optim.param_groups import OptimizerOverride
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -55,7 +58,7 @@ class MimoModule(pl.LightningModule):
     similar, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
     """
 
-    _initialize_weights = True  # False where all of them are read from files before the first batch
+    _draws_weights = True  # False where all weights come from files, but for those under init_missing
 
     def __init__(
         self,
@@ -65,6 +68,8 @@ class MimoModule(pl.LightningModule):
         frozen: Sequence[str] = (),
         labels_shifted: bool = True,
         extra_keys: Sequence[str] = (),
+        init_from: str | Path | None = None,
+        init_missing: Sequence[str] = (),
     ) -> None:
         """
         Args:
@@ -78,11 +83,19 @@ class MimoModule(pl.LightningModule):
             extra_keys: additional keys of every sample, for :meth:`loss`. A microbatch holds numbers as ``[b]``,
                 tensors of equal shape as ``[b, ...]``, tensors with one entry per token as ``[b, s]`` padded with 0,
                 and anything else as a tuple of length ``b``.
+            init_from: weights that a run starts with at step 0: a checkpoint of this package (of any layout), a
+                safetensors file with global names, or a folder of such files. Optimizer, step and epoch are new. Not
+                read if the run goes on from ``ckpt_path``. Every rank reads the shards that it holds.
+            init_missing: names of modules or submodules that ``init_from`` does not hold, as for ``frozen``; these
+                start from the seed. Anything else that is missing is an error.
 
         Raises:
-            ConfigError: if one of ``extra_keys`` is already a key of microbatches or samples.
+            ConfigError: if one of ``extra_keys`` is already a key of microbatches or samples, or ``init_missing`` is a
+                string.
         """
         super().__init__()
+        if isinstance(init_missing, str):
+            raise ConfigError(f"init_missing={init_missing!r} is a string; write [{init_missing!r}].")
         taken = [key for key in extra_keys if key in Microbatch.__annotations__ or key in KEYS]
         if taken or isinstance(extra_keys, str):
             what = f"holds {taken[0]!r}, which has a meaning of its own" if taken else "is a string"
@@ -92,6 +105,9 @@ class MimoModule(pl.LightningModule):
         self.frozen = tuple(frozen)
         self.labels_shifted = labels_shifted
         self.extra_keys = tuple(extra_keys)
+        self.init_from = init_from
+        self.init_missing = tuple(init_missing)
+        self.has_initial_weights = False
         self.model: RaggedMimoModel | None = None
         self._sees_microbatches = False
 
@@ -115,6 +131,42 @@ class MimoModule(pl.LightningModule):
         Raises:
             LayoutError: to say which number to change.
         """
+
+    def check_weights(self, layout: MimoLayout) -> None:
+        """Refuse initial weights that cannot be used. Called before any process starts.
+
+        Args:
+            layout: what runs where.
+
+        Raises:
+            ConfigError: if ``init_from`` or ``init_missing`` cannot be used; a CheckpointError if files are damaged.
+        """
+        if not self.weight_sources(layout) and self.init_missing:
+            raise ConfigError(
+                f"init_missing={list(self.init_missing)} says what init_from does not hold, but init_from is not set. "
+                f"Set it, or leave init_missing out."
+            )
+        for name in self.init_missing:
+            if module_of(name) not in layout.modules:
+                raise ConfigError(
+                    f"init_missing={name!r}: there is no module {module_of(name)!r}; the layout has "
+                    f"{', '.join(map(repr, layout.modules))}."
+                )
+
+    def missing_files(self) -> str | None:
+        """What a run needs and a dry run does without, in a sentence; ``None`` if nothing is missing."""
+        return None
+
+    def weight_sources(self, layout: MimoLayout) -> list[WeightSource]:
+        """Files that initial weights come from, the most important first; empty if all weights start from the seed.
+
+        Args:
+            layout: what runs where.
+
+        Raises:
+            ConfigError: if ``init_from`` cannot be used; a CheckpointError if files are damaged.
+        """
+        return [] if self.init_from is None else [source_of(Path(self.init_from), argument="init_from")]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return ``self.build_optimizer(OptimizerConfig(...))``, optionally with a learning-rate scheduler."""
@@ -281,7 +333,7 @@ class MimoModule(pl.LightningModule):
                 self.infra,
                 seed=strategy.seed,
                 dtype_policy=strategy.precision_plugin.dtype_policy,
-                initialize=self._initialize_weights,
+                initialize=None if self._draws_weights and self.init_from is None else self.init_missing,
             )
             freeze(self.model, self.infra, self.frozen)
 

@@ -9,14 +9,17 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
+from lightning_mimo.checkpoint.initial import fill
 from lightning_mimo.checkpoint.manager import Resumed, RunCheckpoints
 from lightning_mimo.checkpoint.saving import set_generators
 from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for, seed_megatron
@@ -164,6 +167,8 @@ class Run:
             CheckpointError: if the checkpoint does not fit, or training cannot resume from it.
         """
         is_fitting = self.module.trainer.state.fn == TrainerFn.FITTING
+        if self.module.init_from is not None:
+            rank_zero_info(f"init_from={str(self.module.init_from)!r} is not read: the run goes on from {path}.")
         trainer, self._resumed = self.checkpoints.load(
             path,
             self.module.mimo_model,
@@ -171,11 +176,33 @@ class Run:
             the_only(optimizers) if is_fitting else None,
             global_batch_size=self.plan.global_batch_size,
         )
+        self.module.has_initial_weights = True
         if self._resumed is None:
             return trainer, seed
         (loader_state,) = trainer["loops"]["fit_loop"]["state_dict"].get("combined_loader", [{}])
         self.data.resume_from(self._resumed.data_state, loader_state.get("sampler", ()))
         return trainer, self._resumed.data_state.seed
+
+    def load_initial(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Load the initial weights that the module takes from files, and print which, unless it has its weights.
+
+        Collective over the world. Called when a checkpoint, if there is one, has been read, before the first batch.
+
+        Args:
+            optimizers: the optimizer whose copies of weights are filled, if this stage trains.
+
+        Raises:
+            CheckpointError: on every rank, if the files do not fit the model.
+        """
+        module = self.module
+        if module.has_initial_weights:
+            return
+        if sources := module.weight_sources(self.infra.layout):
+            complete_gathering(module.mimo_model)
+            optimizer = the_only(optimizers).mimo if optimizers else None
+            table = fill(module.mimo_model, self.infra, optimizer, sources=sources, init_missing=module.init_missing)
+            rank_zero_info("\n" + table)
+        module.has_initial_weights = True
 
     def restore_generators(self, rank: int) -> None:
         """Set the random generators to the state of the loaded checkpoint. No effect if none was loaded."""

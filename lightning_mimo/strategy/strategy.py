@@ -171,6 +171,7 @@ class MimoStrategy(ParallelStrategy):
         micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
         if self.lightning_module is not None:
             self._module.check_layout(layout)
+            self._module.check_weights(layout)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
         return layout
 
@@ -224,7 +225,12 @@ class MimoStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         module, infra, plan, is_fitting = self._module, self.infra, self.plan, trainer.state.fn == TrainerFn.FITTING
         assert infra is not None and plan is not None
-        signals = set_up_trainer(trainer, self.cluster_environment, must_stop=lambda: self.run.batches.must_stop)
+        signals = set_up_trainer(
+            trainer,
+            self.cluster_environment,
+            must_stop=lambda: self.run.batches.must_stop,
+            load_initial=lambda: self.run.load_initial(self.optimizers),
+        )
         # Megatron builds its layers on this rank's device, but torch's layers (layer norms) are still on the CPU.
         module.mimo_model.to(self.root_device)
         if is_fitting:

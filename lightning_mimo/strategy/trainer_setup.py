@@ -9,15 +9,19 @@ import lightning.pytorch as pl
 from lightning_mimo.callbacks.model_summary import replace_model_summary
 from lightning_mimo.launch.preemption import Preemption, Signals
 from lightning_mimo.strategy.epoch_loop import replace_epoch_loop
+from lightning_mimo.strategy.initial_weights import load_first
 
 
-def set_up_trainer(trainer: pl.Trainer, environment: object, *, must_stop: Callable[[], bool]) -> Signals:
+def set_up_trainer(
+    trainer: pl.Trainer, environment: object, *, must_stop: Callable[[], bool], load_initial: Callable[[], None]
+) -> Signals:
     """Adapt a Trainer to the strategy. Called in every stage, before the Trainer registers its signal handlers.
 
     Args:
         trainer: the Trainer.
         environment: Lightning's ClusterEnvironment.
         must_stop: returns whether the run must end after the current batch; the same on every rank.
+        load_initial: loads initial weights, if a checkpoint has not loaded them.
 
     Returns:
         The signals that this rank receives while the stage runs.
@@ -28,6 +32,7 @@ def set_up_trainer(trainer: pl.Trainer, environment: object, *, must_stop: Calla
     callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
     callbacks[:] = [each for each in callbacks if not isinstance(each, Preemption)]
     callbacks.append(Preemption(must_stop, signals, environment))
+    load_first(callbacks, load_initial)
     replace_model_summary(callbacks)
     replace_epoch_loop(trainer)
     # Megatron caches rotary embeddings, and tensors that are created in inference mode cannot be used in training.

@@ -27,10 +27,11 @@ _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|onnx)(\.inde
 class SafetensorsFolder:
     """The tensors of a folder. Opens files when they are asked for; reads slices of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file_of: Mapping[str, str] | None = None) -> None:
         """
         Args:
             path: the folder.
+            file_of: name of a tensor -> name of its file; ``None`` for what a model of the hub has.
 
         Raises:
             ConfigError: if it is no folder of a model, or holds pickles only.
@@ -39,7 +40,7 @@ class SafetensorsFolder:
         self.path = path
         self._open = ExitStack()
         self._files: dict[str, Any] = {}
-        self.file_of = _find_files(path)
+        self.file_of = _find_files(path) if file_of is None else dict(file_of)
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -111,7 +112,40 @@ def _find_files(path: Path) -> dict[str, str]:
             f'not opened. Convert them: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{path}').save_pretrained('FOLDER')\"."
         )
-    raise ConfigError(f"{path} is no folder of a model: it has neither {INDEX} nor {SINGLE}.")
+    raise ConfigError(
+        f"{path} is no folder of a model: it has neither {INDEX} nor {SINGLE}. Give the whole folder, with its weights."
+    )
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a folder holds any file with weights, readable or not."""
+    return path.is_dir() and any(_WEIGHTS.match(file.name) for file in path.iterdir())
+
+
+def find_tensors(path: Path) -> tuple[Path, dict[str, str]]:
+    """The tensors of one safetensors file, or of all those in a folder.
+
+    Returns:
+        The folder; and name of a tensor -> name of its file.
+
+    Raises:
+        ConfigError: if there are no safetensors, or two files hold the same tensor.
+        CheckpointError: if a file is damaged.
+    """
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise ConfigError(
+            f"{path} is neither a safetensors file nor a folder of them. Pickles (.bin, .pt) may run any code when "
+            f"they are read and are not opened: load one yourself and write it with safetensors.torch.save_file."
+        )
+    file_of: dict[str, str] = {}
+    for file in files:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dictionary)
+                if name in file_of:
+                    raise ConfigError(f"{path}: {file_of[name]} and {file.name} both hold {name!r}. Remove one.")
+                file_of[name] = file.name
+    return files[0].parent, file_of
 
 
 def companions(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ Example, for the gated MLP of a layer with hidden size 4 and an MLP of width 6::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -244,21 +244,38 @@ class RuleTable:
         """Whether the model has no use for a tensor of the files."""
         return name not in self.sources and any(fnmatchcase(name, pattern) for pattern in self._kept)
 
-    def check_files(self, shapes: Mapping[str, Sequence[int]], *, where: str) -> None:
+    def targets_in(self, names: Container[str]) -> list[str]:
+        """Parameters of which every tensor is among the given names."""
+        return [
+            target for target, rule in self.rules.items() if all(piece.source.name in names for piece in rule.pieces)
+        ]
+
+    def check_files(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        where: str,
+        is_optional: Callable[[str], bool] = lambda target: False,
+    ) -> None:
         """Compare with what is in the files.
 
         Args:
             shapes: name -> shape of every tensor.
             where: for the message.
+            is_optional: whether the tensors of a parameter may be missing.
 
         Raises:
             ConfigError: naming a tensor that is missing, has another shape, or that no rule is about.
         """
         for name, shape in self.sources.items():
             if name not in shapes:
+                targets = [target for target, _, _ in self._uses[name]]
+                if all(map(is_optional, targets)):
+                    continue
                 raise ConfigError(
-                    f"{where}: there is no tensor {name!r}, which this model consists of. Download the "
-                    f"folder again; its config.json must belong to these files."
+                    f"{where}: there is no tensor {name!r}, which this model consists of. Download the folder again; "
+                    f"its config.json must belong to these files. What is to start from the seed is named: "
+                    f"init_missing={sorted({'.'.join(target.split('.')[:2]) for target in targets})}."
                 )
             if tuple(shapes[name]) != shape:
                 raise ConfigError(

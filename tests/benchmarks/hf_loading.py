@@ -78,7 +78,7 @@ def load(folder: Path, layout: Layout) -> tuple[float, int, int]:
     torch.set_num_threads(1)
     pretrained = model_of(read_config(folder))
     with open_world(layout) as infra:
-        built = build_mimo_model(pretrained.mimo_config(infra, BuildOptions()), infra, seed=0, initialize=False)
+        built = build_mimo_model(pretrained.mimo_config(infra, BuildOptions()), infra, seed=0, initialize=())
         dist.barrier()
         with PeakMemory() as memory:
             start = time.perf_counter()

@@ -61,7 +61,9 @@ def resolve(images: ModuleParallelism, language: ModuleParallelism, ranks: int) 
 def check(folder: Path, **options: object) -> None:
     """What happens before processes start."""
     layout = resolve(ModuleParallelism(), ModuleParallelism(), 2)
-    HuggingFaceModule(str(folder), **options).check_layout(layout)
+    module = HuggingFaceModule(str(folder), **options)
+    module.check_layout(layout)
+    module.check_weights(layout)
 
 
 @pytest.mark.parametrize(
