@@ -1,11 +1,11 @@
 """An encoder from Hugging Face: transformers' ViT on two ranks, and a GPT with tensor parallelism on two others.
 
-    uv run python -m examples.hugging_face_encoder
+    uv run --extra hf python -m examples.hugging_face_encoder
 
-Needs `transformers` (pip install transformers). The ViT is small and starts from random weights, so nothing is
-downloaded. The task: which row of the image is bright? The output is a table of modules and their ranks, and at the end
-"loss: 0.0…". The encoder has no tensor parallelism (tp=1). It may have any number of replicas that divides the batch;
-the results are the same.
+The ViT is small and starts from random weights, so nothing is downloaded; with `options={"pretrained": FOLDER}` it
+starts from a folder of the hub. The task: which row of the image is bright? The output is a table of modules and their
+ranks, and at the end "loss: 0.0…". The encoder has no tensor parallelism (tp=1), but any number of replicas that divide
+the batch; the results are the same up to rounding. A whole pretrained model: lightning_mimo.HuggingFaceModule.
 """
 
 import lightning as L
@@ -22,33 +22,43 @@ IMAGE, QUESTION, WIDTH = 8, 9, 32  # tokens, of which 0 to 7 are the answers; hi
 TOKENS_PER_IMAGE = 4  # an image of 8 x 8 pixels has four patches of 4 x 4
 
 
-class HuggingFaceEncoder(torch.nn.Module):
-    """A ViT and a projection to the GPT's hidden size. Built on the ranks of `images` only."""
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
 
-    def __init__(self) -> None:
+
+class HuggingFaceEncoder(torch.nn.Module):
+    """A ViT of transformers. Built on the ranks of `images` only."""
+
+    def __init__(self, pretrained: str | None = None) -> None:
         super().__init__()
-        config = ViTConfig(
-            image_size=8,
-            patch_size=4,
-            num_channels=1,
-            hidden_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=96,
-        )
-        self.vit = ViTModel(config, add_pooling_layer=False)
-        self.projection = torch.nn.Linear(config.hidden_size, WIDTH)
+        if pretrained is None:
+            self.vit = ViTModel(ViTConfig(**VIT), add_pooling_layer=False)
+        else:
+            self.vit = ViTModel.from_pretrained(pretrained, add_pooling_layer=False)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """``[items, 1, 8, 8] -> [items, 4 tokens, WIDTH]``, without the class token."""
-        return self.projection(self.vit(pixel_values=pixel_values).last_hidden_state[:, 1:])
+        """``[items, 1, 8, 8] -> [items, 4 tokens, 48]``, without the class token."""
+        return self.vit(pixel_values=pixel_values).last_hidden_state[:, 1:]
+
+
+def projector() -> torch.nn.Module:
+    """From the ViT's features to the GPT's hidden size."""
+    return torch.nn.Linear(VIT["hidden_size"], WIDTH)
 
 
 class RowModule(MimoModule):
     def configure_mimo(self, infra):
         size = TransformerSize(num_layers=2, hidden_size=WIDTH, num_attention_heads=4)
         gpt = gpt_spec(infra, size, vocab_size=16, max_sequence_length=TOKENS_PER_IMAGE + 1)
-        return MimoModelConfig(gpt, {"images": encoder_spec(infra, "images", HuggingFaceEncoder)}, {"images": IMAGE})
+        images = encoder_spec(infra, "images", HuggingFaceEncoder, options={"pretrained": None}, projector=projector)
+        return MimoModelConfig(gpt, {"images": images}, {"images": IMAGE})
 
     def configure_optimizers(self):
         return self.build_optimizer(OptimizerConfig(optimizer="adam", lr=3e-3))

@@ -20,9 +20,9 @@ _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "opti
 def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -> str:
     """Check a run in one process, and return its layout and estimated memory as text.
 
-    It checks layout, batch sizes, precision and DDP options, and files that initial weights come from, if they are there.
-    It also builds the model of each kind of rank on the meta
-    device, which checks that heads, layers, vocabulary and experts divide over tp, pp and ep.
+    It checks layout, batch sizes, precision and DDP options, and the files that initial weights come from, if they are
+    there. It also builds the model of each kind of rank on the meta device, which checks that heads, layers, vocabulary
+    and experts divide over tp, pp and ep.
 
     Args:
         module: module that is not attached to a running trainer.

@@ -20,6 +20,7 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.model import build_mimo_model
 from lightning_mimo.models import TransformerSize, encoder_spec, gpt_spec
+from lightning_mimo.models.hugging_face.folder import read_config
 from lightning_mimo.models.hugging_face.registry import model_of, register
 from lightning_mimo.models.sizes import stage_ends
 from lightning_mimo.planning.memory_estimate import memory_estimate
@@ -154,8 +155,7 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
     import transformers
 
     if kind == "Llava":
-        text = transformers.LlamaConfig(vocab_size=32064, max_position_embeddings=4096)
-        config = transformers.LlavaConfig(text_config=text)
+        config = read_config(Path("configs/llava_1_5_7b"))
     elif kind == "Qwen2_5_VL":
         config = transformers.Qwen2_5_VLConfig(text_config=QWEN2_7B, vision_config={"hidden_size": 1280})
     else:
@@ -195,26 +195,28 @@ def test_stages_differ_by_one_layer_at_most(layers: int, pp: int) -> None:
 class _FromPretrained(torch.nn.Module):
     """An encoder of a user's own that loads its weights itself."""
 
-    folder = ""
-
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
         from transformers import CLIPVisionModel
 
-        self.clip = CLIPVisionModel.from_pretrained(self.folder)
-        self.project = torch.nn.Linear(48, 32)
+        self.clip = CLIPVisionModel.from_pretrained(folder)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.project(self.clip(pixel_values=pixel_values).last_hidden_state)
+        return self.clip(pixel_values=pixel_values).last_hidden_state
 
 
 def _build_with_own_encoder(folder: Path) -> bool:
-    _FromPretrained.folder = str(folder)
-
     def configure(infra: MimoModelInfra) -> MimoModelConfig:
         size = TransformerSize(num_layers=1, hidden_size=32, num_attention_heads=4)
         gpt = gpt_spec(infra, size, vocab_size=16, max_sequence_length=8)
-        return MimoModelConfig(gpt, {"images": encoder_spec(infra, "images", _FromPretrained)}, {"images": 15})
+        spec = encoder_spec(
+            infra,
+            "images",
+            lambda folder: _FromPretrained(folder),
+            options={"folder": folder},
+            projector=lambda: torch.nn.Linear(48, 32),
+        )
+        return MimoModelConfig(gpt, {"images": spec}, {"images": 15})
 
     from tests.parity.layouts import Layout as Cuts
 
@@ -222,6 +224,8 @@ def _build_with_own_encoder(folder: Path) -> bool:
         Cuts(modules={name: ModuleParallelism(dp=1) for name in ("images", "language")}, colocate=True)
     ) as infra:
         model = build_mimo_model(configure(infra), infra, seed=0)
+        projector = dict(model.modality_submodules["images"].input_projections.named_parameters())
+        assert {name: tuple(each.shape) for name, each in projector.items()} == {"0.weight": (32, 48), "0.bias": (32,)}
         loaded = dict(model.modality_submodules["images"].encoders["encoder"].clip.named_parameters())
         files = load_file(folder / "model.safetensors")
         return bool(files) and all(torch.equal(loaded[name], files[name]) for name in loaded)

@@ -10,6 +10,7 @@ import pytest
 import lightning_mimo
 import lightning_mimo.data
 import lightning_mimo.models
+import lightning_mimo.models.hugging_face
 
 PUBLIC_NAMES = [
     "CheckpointError",
@@ -69,6 +70,15 @@ MODEL_NAMES = [
 ]
 
 DATA_NAMES = ["ChatData", "ChatDataset"]
+FAMILY_NAMES = [
+    "PretrainedModel",
+    "TextModel",
+    "llama_size",
+    "refuse",
+    "register",
+    "register_tower",
+    "text_model",
+]
 
 POSITIONAL = Parameter.POSITIONAL_OR_KEYWORD
 KEYWORD = Parameter.KEYWORD_ONLY
@@ -103,6 +113,9 @@ def test_public_names_are_pinned():
     assert lightning_mimo.__all__ == dir(lightning_mimo) == PUBLIC_NAMES
     assert lightning_mimo.models.__all__ == dir(lightning_mimo.models) == MODEL_NAMES
     assert lightning_mimo.data.__all__ == dir(lightning_mimo.data) == DATA_NAMES
+    families = lightning_mimo.models.hugging_face
+    assert sorted(families.__all__) == sorted(dir(families)) == FAMILY_NAMES
+    assert all(getattr(families, name).__name__ == name for name in FAMILY_NAMES)
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)

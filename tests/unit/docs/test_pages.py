@@ -15,6 +15,7 @@ import pytest
 
 import lightning_mimo
 import lightning_mimo.models
+import lightning_mimo.models.hugging_face
 from lightning_mimo import Checks, MimoStrategy, Monitoring, Saving
 from lightning_mimo.commands.cli import main
 from tests.support.pages import PAGES, blocks_of
@@ -86,7 +87,11 @@ def test_every_example_and_config_is_named(kind: str) -> None:
     assert [name for name in names if f"`{name}`" not in DOCS["getting-started.md"]] == []
 
 
-@pytest.mark.parametrize("module", [lightning_mimo, lightning_mimo.models], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module",
+    [lightning_mimo, lightning_mimo.models, lightning_mimo.models.hugging_face],
+    ids=lambda module: module.__name__,
+)
 def test_reference_has_the_public_names_and_no_other(module: ModuleType) -> None:
     entries = [entry for text in DOCS.values() for entry in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
     described = [entry for entry in entries if entry.rpartition(".")[0] == module.__name__]
@@ -104,8 +109,8 @@ def test_options_of_the_strategy_are_described() -> None:
 def test_every_command_is_described(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     usage = capsys.readouterr().out
-    groups = re.findall(r"lightning-mimo (\{[\w,]+\}|\w+)", usage)
-    commands = {name for group in groups for name in re.findall(r"\w+", group)}
+    groups = re.findall(r"lightning-mimo (\{[\w,]+\}|[\w-]+)", usage)
+    commands = {name for group in groups for name in re.findall(r"[\w-]+", group)}
     assert commands >= {"fit", "layout", "checkpoint"}
     assert commands <= set(first_column(DOCS["reference/command-line.md"]))
 
