@@ -183,9 +183,12 @@ def split(sizes: Mapping[str, int], max_bytes: int) -> dict[str, str]:
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None) -> None:
     """Write one file."""
+    path.touch()
+    mode = path.stat().st_mode  # as of any new file; safetensors lets only the owner read its own
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=dict(metadata or {}) or None
     )
+    path.chmod(mode)
 
 
 def write_index(path: Path, file_of: Mapping[str, str], *, total_size: int) -> None:
