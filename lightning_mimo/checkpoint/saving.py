@@ -177,7 +177,7 @@ def _plain_bytes(content: Mapping[str, Any]) -> bytes:
     try:
         torch.load(io.BytesIO(written), weights_only=True)
     except Exception as error:
-        entry = next((key for key, value in content.items() if not _is_plain(value)), "?")
+        entry = next((key for key, value in content.items() if not is_plain(value)), "?")
         raise CheckpointError(
             f"{entry!r} of the checkpoint holds objects that could only be read by executing code from the file. Use "
             f"only numbers, strings, tensors, lists and dictionaries in on_save_checkpoint, state_dict() of callbacks "
@@ -196,7 +196,8 @@ def _plain_content(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
+    """Whether a value can be read back from a checkpoint without executing code."""
     try:
         torch.load(io.BytesIO(_saved(value)), weights_only=True)
     except Exception:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
-from lightning_mimo.mimo.parameter_names import on_any_rank, parameters_under
+from lightning_mimo.mimo.parameter_names import named_parameters_of, on_any_rank, parameters_under
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 
@@ -28,6 +29,40 @@ def freeze(model: RaggedMimoModel, infra: MimoModelInfra, names: Sequence[str]) 
     for parameters in parameters_under(model, infra, names, argument="frozen").values():
         for _, parameter in parameters:
             parameter.requires_grad_(False)
+
+
+class TrainedParameters:
+    """Which parameters of this rank were trained when DDP was set up. Reductions and the optimizer keep to that."""
+
+    def __init__(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
+        """
+        Args:
+            model: the model, wrapped or not.
+            infra: process groups of this rank.
+        """
+        modules = infra.participating_modules
+        named = [each for module in modules for each in named_parameters_of(model, infra, module)]
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._trained = [parameter.requires_grad for parameter in self._parameters]
+
+    def check(self) -> None:
+        """Check that no parameter has been frozen or unfrozen since. Not collective.
+
+        Raises:
+            ConfigError: naming the first parameter that has.
+        """
+        now = [parameter.requires_grad for parameter in self._parameters]
+        if now == self._trained:
+            return
+        name = next(name for name, one, other in zip(self._names, self._trained, now, strict=True) if one != other)
+        what = "frozen" if self._trained[self._names.index(name)] else "unfrozen"
+        raise ConfigError(
+            f"{name!r} was {what} after the gradient buffers and the optimizer had been set up, so "
+            f"{'it would still be updated' if what == 'frozen' else 'it would not be updated'}. Set requires_grad in "
+            f"configure_model(), or MimoModule(frozen=[...]), and resume from a checkpoint with another value to "
+            f"change it."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -169,10 +169,18 @@ def build_optimizer(
         dtype_policy: the dtypes of the run.
 
     Raises:
-        ConfigError: if ``lr`` is not set, all parameters are frozen, or an override matches no module or submodule.
+        ConfigError: if ``lr`` is not set, all parameters are frozen, an override matches no module or submodule, or
+            SGD is to be distributed.
     """
     if config.lr is None:
         raise ConfigError("OptimizerConfig(lr=...) is not set: Megatron has no default learning rate.")
+    distributed = [name for name, options in ddp.items() if options.use_distributed_optimizer]
+    if config.optimizer == "sgd" and distributed:
+        raise ConfigError(
+            f"OptimizerConfig(optimizer='sgd') does not work with use_distributed_optimizer=True (module "
+            f"{distributed[0]!r}): megatron-core shards the state of Adam only. Use optimizer='adam', or omit "
+            f"use_distributed_optimizer in MimoStrategy(ddp=...)."
+        )
     config = dtype_policy.optimizer_config(config)
     specs = divide_into_groups(model, infra, overrides)
     if not specs:

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mimo.checkpoint.saving import Generators, generators
 from lightning_mimo.data.sample_check import SampleChecksums, check_samples
-from lightning_mimo.errors import ConfigError, DataError, NonFiniteError
+from lightning_mimo.errors import DataError, NonFiniteError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.mimo.freezing import TrainedParameters
 from lightning_mimo.observe.spans import LOADING, Span, SpanInfo
 from lightning_mimo.observe.telemetry import Telemetry
 from lightning_mimo.optim.mimo_optimizer import StepOutcome
@@ -28,6 +29,7 @@ from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.schedule.generation import gather_indices, greedy_decode
 from lightning_mimo.schedule.nonfinite import describe, find_nonfinite
 from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.step_check import check_batch, checked_loss, checked_step
 from lightning_mimo.strategy.step_metrics import StepMetrics
 
 Batch = list[Microbatch]
@@ -103,6 +105,8 @@ class BatchRunner:
         self._schedule = GlobalBatchSchedule(
             module.mimo_model, infra, encoder_run_ahead=encoder_run_ahead, on_first_wait=self._load_next
         )
+        self._loss = checked_loss(module.loss, type(module).__name__)
+        self._trained = TrainedParameters(module.mimo_model, infra)
         self._generators: Generators | None = None  # state before the accumulation window; None between windows
         self._last: tuple[Batch, int] | None = None
         self._samples = self._checksums()  # of the batches in the accumulation window
@@ -115,11 +119,8 @@ class BatchRunner:
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
-        if not isinstance(batch, list):
-            raise ConfigError(
-                f"train_dataloader() returned several DataLoaders, so a batch is a {type(batch).__name__} of batches. "
-                f"MimoStrategy trains on one: concatenate the datasets (torch.utils.data.ConcatDataset)."
-            )
+        check_batch(batch, stage="train")
+        self._trained.check()
         self._check_samples(batch, batch_idx)
         if optimizer.reduction is not None:  # the module's own optimizer_step() has left out the step
             optimizer.discard_gradients()
@@ -136,7 +137,7 @@ class BatchRunner:
             totals = self._schedule.train(
                 batch,
                 self._training_step(batch_idx),
-                self._module.loss,
+                self._loss,
                 optimizer=None if self.is_accumulating else optimizer.mimo,
                 figures=lambda: self._figures_of_this_rank(batch),
             )
@@ -208,7 +209,7 @@ class BatchRunner:
         module = self._module
         with module.microbatches():
             step = self._training_step(batch_idx)
-            return describe(find_nonfinite(self._schedule, module.mimo_model, self._infra, batch, step, module.loss))
+            return describe(find_nonfinite(self._schedule, module.mimo_model, self._infra, batch, step, self._loss))
 
     def _another_follows(self, batch_idx: int) -> bool:
         """Whether the epoch has another training batch, as far as this is known in advance."""
@@ -318,8 +319,10 @@ class BatchRunner:
         Returns:
             The loss of the global batch, float32 scalar, the same on every rank.
         """
+        check_batch(batch, stage=stage)
         self._check_samples(batch, batch_idx)
         samples = self._checksums()
+        step = checked_step(step, type(self._module).__name__)
         samples.add(batch)
         self._step_started = self._step_ended = 0.0  # the next training step must not include the validation
         self._infra.spans.keep = False
@@ -327,7 +330,7 @@ class BatchRunner:
             totals = self._schedule.evaluate(
                 batch,
                 lambda microbatch: step(microbatch, batch_idx, *dataloader_idx),
-                self._module.loss,
+                self._loss,
                 figures=replace(self._stops(), samples=samples.figures()),
             )
         figures = totals.read()
@@ -336,10 +339,12 @@ class BatchRunner:
         self._log(stage, figures)
         return totals.mean_loss.float()
 
-    def predict(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict(self, batch: Batch, batch_idx: int, *dataloader_idx: int) -> list[dict[str, Any]]:
         """Decode greedily: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
+        check_batch(batch, stage="predict")
         self._check_samples(batch, batch_idx)
-        tokens = self.generate(batch, max_new_tokens=self._module.max_new_tokens)
+        indices_of_step = (batch_idx, *dataloader_idx)
+        tokens = self.generate(batch, max_new_tokens=self._module.max_new_tokens, indices_of_step=indices_of_step)
         indices = gather_indices(batch, global_batch_size=self._global_batch_size, device=self._device)
         self.must_stop = _on_any_rank(self._signals.received is not None, device=self._device)
         return [
@@ -348,15 +353,16 @@ class BatchRunner:
             if index >= 0
         ]
 
-    def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
+    def generate(self, batch: Batch, *, max_new_tokens: int, indices_of_step: tuple[int, ...] = (0,)) -> torch.Tensor:
         """Generate tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
         module = self._module
+        step = checked_step(module.predict_step, type(module).__name__)
         groups = self._infra.pg_collections.get(LANGUAGE)
         with module.microbatches():
             return greedy_decode(
                 self._schedule,
                 batch,
-                lambda microbatch: module.predict_step(microbatch, 0),
+                lambda microbatch: step(microbatch, *indices_of_step),
                 global_batch_size=self._global_batch_size,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=module.pad_token_id,
@@ -365,7 +371,8 @@ class BatchRunner:
             )
 
     def _training_step(self, batch_idx: int) -> Callable[[Microbatch], Any]:
-        return lambda microbatch: self._module.training_step(microbatch, batch_idx)
+        step = checked_step(self._module.training_step, type(self._module).__name__)
+        return lambda microbatch: step(microbatch, batch_idx)
 
     def _check_samples(self, batch: Batch, batch_idx: int) -> None:
         is_due = self._check == "always" or (self._check == "first" and batch_idx == 0)

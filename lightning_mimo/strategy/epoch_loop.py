@@ -6,16 +6,23 @@ from typing import override
 
 import lightning.pytorch as pl
 
-from lightning_mimo.upstream.lightning import _TrainingEpochLoop
+from lightning_mimo.upstream.lightning import _DataFetcher, _TrainingEpochLoop
 
 
 class TrainingEpochLoop(_TrainingEpochLoop):
-    """Lightning's loop without one collective over all ranks.
+    """Lightning's loop without one collective over all ranks, and with one decision where a clock decides.
 
     Before every batch, Lightning broadcasts from rank 0 whether it has received SIGTERM, and every rank reads the
     result from its device. Here a signal to any rank is part of the all-reduce that every step performs anyway, see
     :mod:`lightning_mimo.launch.preemption`.
     """
+
+    @override
+    def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
+        """Let rank 0 decide where a clock decides (``val_check_interval=timedelta(...)``): each rank has its own."""
+        decision = super()._should_check_val_fx(data_fetcher)
+        # Lightning has no number of batches then.
+        return self.trainer.strategy.broadcast(decision) if self.trainer.val_check_batch is None else decision
 
     @override
     def _broadcast_sigterm_tensor(self) -> None:

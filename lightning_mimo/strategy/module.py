@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,7 @@ from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import RaggedMimoModel, build_mimo_model
 from lightning_mimo.mimo.parameter_names import module_of
@@ -29,6 +30,8 @@ from lightning_mimo.optim.optimizer import MimoTorchOptimizer, build_optimizer
 from lightning_mimo.optim.param_groups import OptimizerOverride
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.forward_backward import Metrics
+from lightning_mimo.strategy.from_checkpoint import arguments_of, saved_hyperparameters
+from lightning_mimo.strategy.local_paths import local_path
 from lightning_mimo.strategy.registration import register
 
 # Here, because every training script imports MimoModule.
@@ -109,6 +112,7 @@ class MimoModule(pl.LightningModule):
         self.init_missing = tuple(init_missing)
         self.has_initial_weights = False
         self.model: RaggedMimoModel | None = None
+        self._built_for: tuple[MimoLayout, DtypePolicy] | None = None
         self._sees_microbatches = False
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -167,6 +171,58 @@ class MimoModule(pl.LightningModule):
             ConfigError: if ``init_from`` cannot be used; a CheckpointError if files are damaged.
         """
         return [] if self.init_from is None else [source_of(Path(self.init_from), argument="init_from")]
+
+    def check_built_for(self, layout: MimoLayout, dtype_policy: DtypePolicy) -> None:
+        """Check that an earlier Trainer, if there was one, has built the model for this layout and precision.
+
+        Raises:
+            ConfigError: saying how to go on in another one.
+        """
+        if self._built_for is None or self._built_for == (layout, dtype_policy):
+            return
+        what = "layout" if self._built_for[0] != layout else "precision"
+        raise ConfigError(
+            f"This {type(self).__name__} was built by an earlier Trainer for another {what}, whose shards its model "
+            f"holds. Save a checkpoint there, make a new {type(self).__name__}, and give it to this Trainer with "
+            f"ckpt_path=...: a checkpoint can be loaded in any layout."
+        )
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Make a module with the hyperparameters of a checkpoint, whose weights are read when a run begins.
+
+        Args:
+            checkpoint_path: a checkpoint of any layout; becomes ``init_from``.
+            map_location: must be ``None``: the Trainer says which devices there are.
+            hparams_file: must be ``None``.
+            strict: must not be ``False``.
+            weights_only: no effect; a checkpoint is always read without executing code.
+            kwargs: arguments of the module that replace those of the checkpoint.
+
+        Raises:
+            ConfigError: if an option is not supported, or an argument of the module has no value.
+            CheckpointError: if there is no checkpoint.
+        """
+        for option, value in (("map_location", map_location), ("hparams_file", hparams_file)):
+            if value is not None:
+                raise ConfigError(f"{cls.__name__}.load_from_checkpoint({option}=...) is not supported. Leave it out.")
+        if strict is False:
+            raise ConfigError(
+                f"{cls.__name__}.load_from_checkpoint(strict=False) is not supported. Leave it out, and write "
+                f"{cls.__name__}(init_from=path, init_missing=[...]) for a checkpoint that does not hold everything."
+            )
+        path = local_path(checkpoint_path)
+        module = cls(**arguments_of(cls, saved_hyperparameters(path), kwargs))
+        module.init_from = path
+        return module
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return ``self.build_optimizer(OptimizerConfig(...))``, optionally with a learning-rate scheduler."""
@@ -267,15 +323,15 @@ class MimoModule(pl.LightningModule):
         """Forward of one microbatch; what it returns goes to :meth:`loss`."""
         return self(batch)
 
-    def validation_step(self, batch: Microbatch, batch_idx: int) -> Any:
+    def validation_step(self, batch: Microbatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Forward of one microbatch; what it returns goes to :meth:`loss`."""
         return self(batch)
 
-    def test_step(self, batch: Microbatch, batch_idx: int) -> Any:
+    def test_step(self, batch: Microbatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Forward of one microbatch; what it returns goes to :meth:`loss`."""
         return self(batch)
 
-    def predict_step(self, batch: Microbatch, batch_idx: int) -> Any:
+    def predict_step(self, batch: Microbatch, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Forward pass of one microbatch; the strategy decodes the next token from the result."""
         return self(batch)
 
@@ -328,6 +384,7 @@ class MimoModule(pl.LightningModule):
         """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
         if self.model is None:
             strategy: Any = self.trainer.strategy
+            self._built_for = self.infra.layout, strategy.precision_plugin.dtype_policy
             self.model = build_mimo_model(
                 self.configure_mimo(self.infra),
                 self.infra,

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader
 
 from lightning_mimo.checkpoint.initial import fill
 from lightning_mimo.checkpoint.manager import Resumed, RunCheckpoints
 from lightning_mimo.checkpoint.saving import set_generators
 from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
+from lightning_mimo.errors import CheckpointError, ConfigError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.optim.ddp import complete_gathering
@@ -40,6 +42,8 @@ class Run:
         data: the DataLoaders, divided over the ranks.
         batches: runs the batches.
         checkpoints: writes and reads checkpoints.
+        trained: data of the training that the optimizer belongs to; ``None`` if there is none, or if weights have been
+            loaded since.
         is_over: whether the stage has ended.
     """
 
@@ -49,6 +53,7 @@ class Run:
     data: RunData
     batches: BatchRunner
     checkpoints: RunCheckpoints
+    trained: RunData | None
     is_over: bool = False
     _resumed: Resumed | None = None
 
@@ -65,6 +70,7 @@ class Run:
         monitoring: Monitoring,
         signals: Signals,
         device: torch.device,
+        previous: Run | None,
     ) -> Run:
         """Set up the stage that the module's Trainer is about to run. Collective over the world: builds the bridges.
 
@@ -78,8 +84,11 @@ class Run:
             monitoring: telemetry and timeout.
             signals: the signals that this rank receives.
             device: device of this rank.
+            previous: the stage before this one, if any.
         """
         trainer, data = module.trainer, RunData(plan)
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        trained = data if is_fitting else None if previous is None else previous.trained
         batches = BatchRunner(
             module,
             infra,
@@ -89,16 +98,24 @@ class Run:
             check_samples=checks.samples,
             on_nonfinite=checks.on_nonfinite,
             signals=signals,
-            telemetry=monitoring.telemetry and trainer.state.fn == TrainerFn.FITTING,
+            telemetry=monitoring.telemetry and is_fitting,
             load_ahead=data.load_ahead,
             metrics=None if trainer.barebones else StepMetrics(trainer),
         )
         checkpoints = RunCheckpoints(
             async_save=saving.asynchronous, on_save_error=saving.on_error, timeout=monitoring.timeout
         )
-        return cls(module=module, infra=infra, plan=plan, data=data, batches=batches, checkpoints=checkpoints)
+        return cls(
+            module=module,
+            infra=infra,
+            plan=plan,
+            data=data,
+            batches=batches,
+            checkpoints=checkpoints,
+            trained=trained,
+        )
 
-    def shard(self, loader: object, *, seed: int) -> DataLoader:
+    def shard(self, loader: object, *, seed: int) -> object:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
         Args:
@@ -109,6 +126,8 @@ class Run:
             DataError: if the DataLoader cannot be divided over the ranks.
         """
         module, trainer = self.module, cast(Any, self.module.trainer)
+        if loader == [] and not trainer.training:  # val_dataloaders=[]: Lightning's way to say that there is none
+            return loader
         epoch, period = trainer.fit_loop.epoch_progress.current.processed, trainer.reload_dataloaders_every_n_epochs
         return self.data.shard(
             loader,
@@ -131,20 +150,29 @@ class Run:
             seed: seed of the order of samples.
 
         Raises:
+            CheckpointError: if the optimizer is to be saved, but weights were loaded after it had been used.
             CheckpointWriteError: on every rank, if writing failed on any rank and ``Saving(on_error="raise")`` is set.
         """
-        held, generators = (0, None) if self.is_over else self.batches.accumulation
-        trainer, batches = rewind_to_last_step(trainer, held=held, training=not self.is_over)
-        data_state = self.data.data_state(seed=seed, batches=batches)
-        if data_state is not None:
+        is_training = self.trained is self.data and not self.is_over
+        held, generators = self.batches.accumulation if is_training else (0, None)
+        trainer, batches = rewind_to_last_step(trainer, held=held, training=is_training)
+        data_state = None if self.trained is None else self.trained.data_state(seed=seed, batches=batches)
+        with_optimizer = "optimizer_states" in trainer and bool(optimizers)
+        if with_optimizer and self.trained is None:
+            raise CheckpointError(
+                f"{str(path)!r} would hold an optimizer state that does not belong to its weights: they were loaded "
+                f"from another checkpoint after training. Save before that, or only the weights: "
+                f"save_checkpoint(path, weights_only=True)."
+            )
+        if data_state is not None and self.trained is not None:
             trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [
-                {"batches": batches, "sampler": self.data.sampler_states()}
+                {"batches": batches, "sampler": self.trained.sampler_states()}
             ]
         self.checkpoints.save(
             path,
             self.module.mimo_model,
             self.infra,
-            the_only(optimizers) if "optimizer_states" in trainer and data_state is not None else None,
+            the_only(optimizers) if with_optimizer and data_state is not None else None,
             trainer=trainer,
             data_state=data_state,
             window=generators,
@@ -169,6 +197,7 @@ class Run:
         is_fitting = self.module.trainer.state.fn == TrainerFn.FITTING
         if self.module.init_from is not None:
             rank_zero_info(f"init_from={str(self.module.init_from)!r} is not read: the run goes on from {path}.")
+        self.trained = self.data if is_fitting else None
         trainer, self._resumed = self.checkpoints.load(
             path,
             self.module.mimo_model,
@@ -220,8 +249,37 @@ class Run:
         self.checkpoints.close()
 
 
+def set_up_optimizer(strategy: Strategy, trainer: pl.Trainer) -> None:
+    """Call the module's ``configure_optimizers``. Collective over the world.
+
+    Raises:
+        ConfigError: if it returned anything but one optimizer from ``build_optimizer``.
+    """
+    try:
+        strategy.setup_optimizers(trainer)
+    except RuntimeError as error:
+        if "multiple optimizers" not in str(error):
+            raise
+        # Lightning advises manual optimization, which there is not.
+        raise ConfigError(_one_optimizer("several optimizers")) from None
+    the_only(strategy.optimizers)
+
+
 def the_only(optimizers: Sequence[torch.optim.Optimizer]) -> MimoTorchOptimizer:
-    """Return the only element of Lightning's list of optimizers."""
-    (optimizer,) = optimizers
-    assert isinstance(optimizer, MimoTorchOptimizer)
-    return optimizer
+    """Return the only element of Lightning's list of optimizers.
+
+    Raises:
+        ConfigError: if it is none from ``build_optimizer``.
+    """
+    if len(optimizers) == 1 and isinstance(optimizers[0], MimoTorchOptimizer):
+        return optimizers[0]
+    names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+    raise ConfigError(_one_optimizer("None" if names in ("", "_MockOptimizer") else names))
+
+
+def _one_optimizer(got: str) -> str:
+    return (
+        f"configure_optimizers() returned {got}, but MimoStrategy steps one optimizer, which spans the modules of all "
+        f"ranks. Return self.build_optimizer(OptimizerConfig(optimizer='adam', lr=...)), with "
+        f"overrides={{module: OptimizerOverride(lr=...)}} for what differs between modules."
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, override
 
 import lightning.pytorch as pl
@@ -17,7 +16,6 @@ from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
-from torch.utils.data import DataLoader
 
 from lightning_mimo.cpu import megatron_on
 from lightning_mimo.errors import ConfigError
@@ -26,19 +24,27 @@ from lightning_mimo.launch.fork_launcher import make_launcher
 from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
-from lightning_mimo.mimo.replica_check import check_replicas
 from lightning_mimo.observe.spans import Spans, clock_of
 from lightning_mimo.optim.ddp import check_options, complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
 from lightning_mimo.strategy.batch_runner import Batch, StepListener
+from lightning_mimo.strategy.local_paths import local_path
 from lightning_mimo.strategy.module import MimoModule, as_mimo_module
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
+from lightning_mimo.strategy.own_state import (
+    check_own_parameters,
+    check_same_on_all_ranks,
+    load_own_state,
+    move_own_state,
+    own_state,
+)
 from lightning_mimo.strategy.precision import MimoPrecision
-from lightning_mimo.strategy.run import Run, the_only
+from lightning_mimo.strategy.run import Run, set_up_optimizer, the_only
 from lightning_mimo.strategy.trainer_check import check_trainer
 from lightning_mimo.strategy.trainer_setup import set_up_trainer
-from lightning_mimo.strategy.world import WorldCollectives, build_infra, join_world, start_watchdog
+from lightning_mimo.strategy.training_start import check_training_start
+from lightning_mimo.strategy.world import WorldCollectives, build_infra, check_world_size, join_world, start_watchdog
 
 
 class MimoStrategy(ParallelStrategy):
@@ -167,9 +173,11 @@ class MimoStrategy(ParallelStrategy):
         if trainer is not None:
             check_trainer(trainer, None if self.lightning_module is None else self._module)
         world_size = self.num_nodes * self.num_processes
+        check_world_size(world_size)
         layout = MimoLayout.resolve(self.modules, world_size=world_size, colocate=self.colocate)
         micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
         if self.lightning_module is not None:
+            self._module.check_built_for(layout, self.precision_plugin.dtype_policy)
             self._module.check_layout(layout)
             self._module.check_weights(layout)
         check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
@@ -231,8 +239,10 @@ class MimoStrategy(ParallelStrategy):
             must_stop=lambda: self.run.batches.must_stop,
             load_initial=lambda: self.run.load_initial(self.optimizers),
         )
+        check_own_parameters(module)
         # Megatron builds its layers on this rank's device, but torch's layers (layer norms) are still on the CPU.
         module.mimo_model.to(self.root_device)
+        move_own_state(module, self.root_device)
         if is_fitting:
             wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
         self._run = Run.build(
@@ -245,12 +255,13 @@ class MimoStrategy(ParallelStrategy):
             monitoring=self.monitoring,
             signals=signals,
             device=self.root_device,
+            previous=self._run,
         )
         self._open.callback(self._run.end)
         watchdog = start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout)
         self._open.callback(watchdog.stop)
         if is_fitting:
-            self.setup_optimizers(trainer)
+            set_up_optimizer(self, trainer)
         self.setup_precision_plugin()
 
     @override
@@ -262,26 +273,26 @@ class MimoStrategy(ParallelStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint that was written by any layout, and return Lightning's state. Collective over the world."""
-        path = Path(self.broadcast(str(checkpoint_path)))
+        path = local_path(self.broadcast(str(checkpoint_path)))
         trainer, self.seed = self.run.load(path, self.optimizers, seed=self.seed)
         return trainer
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Do nothing: :meth:`load_checkpoint` has already loaded the weights."""
+        """Restore the module's own buffers. :meth:`load_checkpoint` has already loaded the model."""
+        load_own_state(self._module, checkpoint["state_dict"])
 
     # ------------------------------------------------- data and batches
 
     @override
-    def process_dataloader(self, dataloader: object) -> DataLoader:
+    def process_dataloader(self, dataloader: object) -> object:
         """Rebuild a user's DataLoader for this rank."""
         return self.run.shard(dataloader, seed=self.seed)
 
     @override
     def on_train_start(self) -> None:
         """Compare the weights of replicas, and restore the random generators of a checkpoint."""
-        complete_gathering(self._module.mimo_model)
-        check_replicas(self._module.mimo_model, self._module.infra)
+        check_training_start(self._module, self._module.trainer)
         self.run.restore_generators(self.global_rank)
 
     @override
@@ -316,7 +327,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def predict_step(self, batch: Batch, batch_idx: int, *args: Any) -> list[dict[str, Any]]:
         """Decode greedily: ``[{"sample_index": int, "tokens": [int, …]}, …]`` of the global batch, on every rank."""
-        return self.run.batches.predict(batch, batch_idx)
+        return self.run.batches.predict(batch, batch_idx, *args)
 
     def generate(self, batch: Batch, *, max_new_tokens: int) -> torch.Tensor:
         """Generate tokens for every sample of a global batch. Collective over the world.
@@ -355,8 +366,9 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """An empty dictionary: weights are written to the checkpoint as shards, see :meth:`save_checkpoint`."""
-        return {}
+        """The module's own buffers; the model is written as shards, see :meth:`save_checkpoint`. Collective."""
+        check_same_on_all_ranks(self._module)
+        return {name: tensor.detach().cpu().clone() for name, tensor in own_state(self._module).items()}
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
@@ -373,7 +385,7 @@ class MimoStrategy(ParallelStrategy):
         """
         if storage_options is not None:
             raise ConfigError("save_checkpoint(storage_options=...) is not supported: there is no CheckpointIO.")
-        path = Path(self.broadcast(str(filepath)))
+        path = local_path(self.broadcast(str(filepath)))
         with megatron_on(self.root_device):
             self.run.save(path, checkpoint, self.optimizers, seed=self.seed)
 
@@ -381,7 +393,7 @@ class MimoStrategy(ParallelStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint. With asynchronous saving, this is deferred until the pending checkpoint is written."""
         if self.is_global_zero:
-            self.run.checkpoints.remove(Path(filepath))
+            self.run.checkpoints.remove(local_path(filepath))
 
     def finish_saving(self) -> None:
         """Wait for the checkpoint that is being written. Collective over the world.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +18,8 @@ from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.strategy.local_paths import check_paths
+from lightning_mimo.strategy.module_check import check_module
 
 # Subclasses such as EMAWeightAveraging and BackboneFinetuning are rejected, too.
 _REFUSED = {
@@ -85,31 +86,9 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
             f"that all ranks write together. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
             f"writes them while training continues."
         )
+    check_paths(trainer)
     if module is not None:
-        _check_module(module)
-
-
-def _check_module(module: pl.LightningModule) -> None:
-    if not module.automatic_optimization:
-        raise ConfigError(
-            f"{type(module).__name__}.automatic_optimization=False is not supported by MimoStrategy: the pipeline "
-            f"schedule runs the backward passes. Leave it out, and override loss() and configure_optimizers()."
-        )
-    for name in ("training_step", "validation_step", "test_step", "predict_step"):
-        signature = inspect.signature(getattr(module, name))
-        if not (_accepts(signature, 2) or _accepts(signature, 3)):  # the third is dataloader_idx
-            raise ConfigError(
-                f"{type(module).__name__}.{name}{signature} does not take what MimoStrategy gives it, a microbatch and "
-                f"the number of its batch. Write def {name}(self, batch, batch_idx)."
-            )
-
-
-def _accepts(signature: inspect.Signature, arguments: int) -> bool:
-    try:
-        signature.bind(*range(arguments))
-    except TypeError:
-        return False
-    return True
+        check_module(module, trainer)
 
 
 def _check_callback(callback: pl.Callback) -> None:

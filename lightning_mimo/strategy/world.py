@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from torch.distributed import ReduceOp
 
+from lightning_mimo.errors import ConfigError
 from lightning_mimo.launch.fork_launcher import ForkLauncher
 from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
@@ -23,6 +25,7 @@ from lightning_mimo.upstream.lightning import _get_default_process_group_backend
 
 _REDUCE = SpanInfo(kind="world", label="reduce a number over ranks, between steps")
 _BARRIER = SpanInfo(kind="world", label="pass a barrier of all ranks, between steps")
+_LOOPBACK = ("127.0.0.1", "localhost")
 _BROADCAST = SpanInfo(kind="world", label="receive what another rank tells all, between steps")
 
 
@@ -85,7 +88,34 @@ def join_world(environment: ClusterEnvironment, device: torch.device, backend: s
             watchdog of :func:`start_watchdog` reports first.
     """
     backend = backend or _get_default_process_group_backend_for_device(device)
-    _init_dist_connection(environment, backend, timeout=Watchdog.patience_after(timeout))
+    patience = Watchdog.patience_after(timeout)
+    options: dict[str, Any] = {}
+    if not dist.is_initialized() and environment.main_address in _LOOPBACK:
+        options["store"] = _loopback_store(environment, patience)
+    _init_dist_connection(environment, backend, timeout=patience, **options)
+
+
+def _loopback_store(environment: ClusterEnvironment, timeout: timedelta) -> dist.TCPStore:
+    """The store at which ranks of one machine meet. torch's own listens on all network interfaces."""
+    port, ranks, is_first = environment.main_port, environment.world_size(), environment.global_rank() == 0
+    if not is_first:
+        return dist.TCPStore(_LOOPBACK[0], port, ranks, False, timeout)
+    listening = socket.create_server((_LOOPBACK[0], port), backlog=ranks).detach()
+    return dist.TCPStore(_LOOPBACK[0], port, ranks, True, timeout, master_listen_fd=listening)
+
+
+def check_world_size(world_size: int) -> None:
+    """Check that a second Trainer in this process has as many ranks as the first.
+
+    Raises:
+        ConfigError: if it has not.
+    """
+    if dist.is_initialized() and dist.get_world_size() != world_size:
+        raise ConfigError(
+            f"This Trainer has devices * num_nodes = {world_size} ranks, but an earlier Trainer of this script has "
+            f"started {dist.get_world_size()}, which all run the rest of the script. Use the same number for both, or "
+            f"a script for each."
+        )
 
 
 def build_infra(

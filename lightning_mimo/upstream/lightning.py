@@ -7,6 +7,7 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _set_num_threads_if_needed,
 )
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _IndexBatchSamplerWrapper
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
@@ -19,6 +20,7 @@ IMPORTED = {
     "_get_default_process_group_backend_for_device": "the backend that every strategy of Lightning's takes",
     "_init_dist_connection": "as in every strategy of Lightning's: the default process group, and its end at exit",
     "_set_num_threads_if_needed": "as in every launcher of Lightning's: threads of a rank that shares its machine",
+    "_DataFetcher": "an argument of a method of the loop",
     "_TrainingEpochLoop": "base class, to leave out its broadcast in every batch",
     "_IndexBatchSamplerWrapper": "the predict loop wraps a user's batch sampler in it",
     "_Launcher": "base class of launchers",
@@ -39,6 +41,7 @@ ATTRIBUTES = (
     # The loop
     Attribute("lightning.pytorch.loops.fit_loop._FitLoop", "epoch_loop", "to put ours in its place"),
     Attribute(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast and a read of the device in every batch"),
+    Attribute(_EPOCH_LOOP, "_should_check_val_fx", "whether to validate, for which each rank asks its own clock"),
     Attribute(_EPOCH_LOOP, "_batches_that_stepped", "the step that loggers are given: whether the next is logged"),
     Attribute(_EPOCH_LOOP, "batch_progress", "whether a batch has been run, after which errors keep their traceback"),
     Attribute(_EPOCH_LOOP, "val_loop", "as for inference_mode"),

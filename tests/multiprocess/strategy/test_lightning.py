@@ -365,15 +365,3 @@ def predict_and_write() -> list[list[int]]:
 def test_prediction_writers_get_the_answers_to_all_samples(rank_pool: RankPool) -> None:
     for written in rank_pool.run(predict_and_write, world_size=3):
         assert written == [list(range(12)), list(range(12, 20))]
-
-
-def fit_on_two_loaders() -> None:
-    loaders = {name: DataLoader(PicturesAndText(24), batch_size=BATCH) for name in ("one", "other")}
-    strategy = MimoStrategy(PIPELINE, BATCH, cluster_environment=PoolEnvironment())
-    options = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "max_steps": 1}
-    pl.Trainer(accelerator="cpu", devices=3, strategy=strategy, **options).fit(Module(), loaders)
-
-
-def test_several_training_loaders_are_refused(rank_pool: RankPool) -> None:
-    with pytest.raises(RankFailure, match=r"several DataLoaders, so a batch is a dict of batches.*ConcatDataset"):
-        rank_pool.run(fit_on_two_loaders, world_size=3)

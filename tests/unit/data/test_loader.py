@@ -5,6 +5,7 @@ No processes: the loaders of all ranks of a layout are built and read side by si
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import defaultdict
 from collections.abc import Iterator
@@ -464,6 +465,19 @@ def test_pad_token_that_is_a_placeholder_is_refused():
     )
     with pytest.raises(ValueError, match=message):
         SampleFormat(special_token_ids={"images": IMAGE}, pad_token_id=IMAGE)
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_spawned_workers_can_be_given_dataset_and_collation(subset: bool):
+    dataset = Subset(Scenes(), range(BATCH)) if subset else PlainScenes()
+    loader = rebuilt(DataLoader(dataset, BATCH), ALONE)
+    requests = next(iter(loader.batch_sampler))
+    dataset, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    expected = loader.collate_fn(loader.dataset.__getitems__(requests))
+    found = collate(dataset.__getitems__(requests))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["input_ids"], other["input_ids"])
+        assert one["sample_indices"] == other["sample_indices"]
 
 
 def test_settings_of_the_users_loader_are_kept():

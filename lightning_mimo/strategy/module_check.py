@@ -1,0 +1,69 @@
+"""Rejects what MimoStrategy does not support in a module, before any process starts as far as it is known then."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_mimo.checkpoint.saving import is_plain
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.strategy.own_state import check_own_parameters
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+def check_module(module: pl.LightningModule, trainer: pl.Trainer) -> None:
+    """Check the methods, options, hyperparameters and own parameters of a module.
+
+    Args:
+        module: the module, in which ``configure_model`` may have been called or not.
+        trainer: the Trainer that runs it.
+
+    Raises:
+        ConfigError: naming what is not supported, and the remedy.
+    """
+    name = type(module).__name__
+    if not module.automatic_optimization:
+        raise ConfigError(
+            f"{name}.automatic_optimization=False is not supported by MimoStrategy: the pipeline "
+            f"schedule runs the backward passes. Leave it out, and override loss() and configure_optimizers()."
+        )
+    if not module.strict_loading:
+        raise ConfigError(
+            f"{name}.strict_loading=False is not supported by MimoStrategy: a checkpoint is loaded if it holds exactly "
+            f"the parameters of the model, and refused otherwise. Leave it out; to begin with weights that are not "
+            f"complete, write {name}(init_from=path, init_missing=[...])."
+        )
+    for step in _STEPS:
+        signature = inspect.signature(getattr(module, step))
+        if not (_accepts(signature, 2) or _accepts(signature, 3)):  # the third is dataloader_idx
+            raise ConfigError(
+                f"{name}.{step}{signature} does not take what MimoStrategy gives it, a microbatch and "
+                f"the number of its batch. Write def {step}(self, batch, batch_idx)."
+            )
+    check_own_parameters(module)
+    _check_hyperparameters(name, module.hparams)
+    if (data := getattr(trainer, "datamodule", None)) is not None:
+        _check_hyperparameters(type(data).__name__, data.hparams)
+
+
+def _check_hyperparameters(owner: str, hyperparameters: Mapping[str, Any]) -> None:
+    """Refuse now what the first checkpoint would fail with."""
+    for key, value in hyperparameters.items():
+        if not is_plain(value):
+            raise ConfigError(
+                f"{owner}.save_hyperparameters() keeps {key!r}, a {type(value).__name__}, but a checkpoint holds only "
+                f"numbers, strings, tensors, lists and dictionaries, which can be read without executing code. Write "
+                f"save_hyperparameters(ignore=[{key!r}])."
+            )
+
+
+def _accepts(signature: inspect.Signature, arguments: int) -> bool:
+    try:
+        signature.bind(*range(arguments))
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""Checks at the start of training, when checkpoint and data are there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
+from torch.utils.data import DataLoader
+
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.mimo.replica_check import check_replicas
+from lightning_mimo.optim.ddp import complete_gathering
+from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.own_state import check_same_on_all_ranks
+
+
+def check_training_start(module: MimoModule, trainer: pl.Trainer) -> None:
+    """Compare what ranks hold copies of, and check the training data. Collective over the world.
+
+    Raises:
+        ReplicaError: if copies of weights differ.
+        ConfigError: if there are several training DataLoaders, or buffers of the module differ.
+    """
+    _check_one_loader(trainer.train_dataloader)
+    complete_gathering(module.mimo_model)
+    check_replicas(module.mimo_model, module.infra)
+    check_same_on_all_ranks(module)
+    for callback in vars(trainer)["callbacks"]:
+        if isinstance(callback, Timer):
+            # Lightning asks in on_fit_start, when the time that an earlier run has used is not loaded yet.
+            Timer.on_fit_start(callback, trainer)
+
+
+def _check_one_loader(loaders: Any) -> None:
+    if not isinstance(loaders, DataLoader):
+        raise ConfigError(
+            f"train_dataloader() returned a {type(loaders).__name__} of DataLoaders, but MimoStrategy trains on one: "
+            f"concatenate the datasets (torch.utils.data.ConcatDataset), and draw from them in proportion with a "
+            f"WeightedRandomSampler."
+        )
