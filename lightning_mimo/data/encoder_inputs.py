@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from lightning_mimo.data.items import Inputs, ItemSizes, PerItem
 from lightning_mimo.data.sample_format import Sample, SampleFormat, as_tensor
@@ -125,7 +126,7 @@ def concatenate(
     filled = [sample for sample in samples if sample.arguments]
     if not filled:
         return None
-    _check_alike(module, filled)
+    _check_alike(module, filled, expected)
     is_empty = not any(sample.items for sample in filled)
     if is_empty and _is_ragged(module, filled[0], expected):
         return None
@@ -133,7 +134,10 @@ def concatenate(
     for encoder, inputs in filled[0].arguments.items():
         result[encoder] = {}
         for name in inputs:
-            together = _join([sample.arguments[encoder][name] for sample in filled])
+            values = [sample.arguments[encoder][name] for sample in filled]
+            if name in _padded(module, encoder, expected):
+                values = _filled_up(values)
+            together = _join(values)
             if is_empty and isinstance(together, torch.Tensor):
                 together = together.new_zeros((1, *together.shape[1:]))
             result[encoder][name] = together
@@ -255,12 +259,32 @@ def _is_ragged(module: str, sample: EncoderInputs, expected: SampleFormat) -> bo
     )
 
 
-def _check_alike(module: str, samples: Sequence[EncoderInputs]) -> None:
+def _padded(module: str, encoder: str, expected: SampleFormat) -> tuple[str, ...]:
+    """Arguments in whose later dimensions samples may differ."""
+    sizes = (expected.encoders.get(module) or {}).get(encoder)
+    return () if sizes is None else sizes.padded
+
+
+def _filled_up(values: list[Any]) -> list[Any]:
+    """Tensors ``[n, ...]`` with zeros at the end of all dimensions but the first, so that they fit together."""
+    if isinstance(values[0], Ragged):
+        return values
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    missing = [[large - size for size, large in zip(value.shape[1:], shape, strict=True)] for value in values]
+    # torch.nn.functional.pad begins with the last dimension.
+    return [
+        pad(value, [number for each in reversed(sizes) for number in (0, each)]) if any(sizes) else value
+        for value, sizes in zip(values, missing, strict=True)
+    ]
+
+
+def _check_alike(module: str, samples: Sequence[EncoderInputs], expected: SampleFormat) -> None:
     first = samples[0]
     for other in samples[1:]:
         for encoder, inputs in first.arguments.items():
             for name, value in inputs.items():
-                mine, theirs = _kind(value), _kind(other.arguments[encoder][name])
+                any_size = name in _padded(module, encoder, expected)
+                mine, theirs = (_kind(each, any_size) for each in (value, other.arguments[encoder][name]))
                 if mine != theirs:
                     raise DataError(
                         f"Sample {other.index}: {module}.{encoder}.{name} is {theirs}, but {mine} in sample "
@@ -270,12 +294,12 @@ def _check_alike(module: str, samples: Sequence[EncoderInputs]) -> None:
                     )
 
 
-def _kind(value: torch.Tensor | Ragged) -> str:
-    """``float32 [n, 3, 16, 16]``"""
+def _kind(value: torch.Tensor | Ragged, any_size: bool = False) -> str:
+    """``float32 [n, 3, 16, 16]``, or ``float32 [n, any, any, any]``"""
     if isinstance(value, Ragged):
-        return f"Ragged {_kind(value.values)}"
+        return f"Ragged {_kind(value.values, any_size)}"
     dtype = str(value.dtype).removeprefix("torch.")
-    return f"{dtype} [{', '.join(['n', *map(str, value.shape[1:])])}]"
+    return f"{dtype} [{', '.join(['n', *('any' if any_size else str(size) for size in value.shape[1:])])}]"
 
 
 def _join(values: Sequence[Any]) -> torch.Tensor | Ragged:

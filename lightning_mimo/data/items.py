@@ -41,11 +41,15 @@ class ItemSizes:
         rows: argument -> rows of each item in that argument. The first dimension of every other argument counts items.
         every_stage: integer arguments ``[items]`` or ``[items, n]`` that later pipeline stages of the encoder are given
             as well, as keyword arguments ``[items, n]`` beside ``hidden_states``.
+        padded: arguments whose items are filled up with zeros, as processors make those of one call equally large. The
+            samples of a microbatch may differ in all sizes of such an argument but the first; they are filled up, too,
+            at the end of each dimension.
     """
 
     embeddings: PerItem
     rows: Mapping[str, PerItem] = field(default_factory=dict)
     every_stage: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
 
     @classmethod
     def of_grid(cls, values: str = "pixel_values", grid: str = "image_grid_thw", *, merge_size: int = 2) -> ItemSizes:

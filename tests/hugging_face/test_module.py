@@ -149,6 +149,7 @@ QWEN2_7B = {
         ("Llava", {}, 7_063_427_072 - 12_596_224 - 2_048),
         # Half of the bytes that model.safetensors.index.json of Qwen/Qwen2.5-VL-7B-Instruct sums up, 16,584,333,312.
         ("Qwen2_5_VL", {}, 8_292_166_656),
+        ("LlavaNext", {}, 7_566_747_648 - 12_596_224 - 2_048),
     ],
 )
 def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: dict, published: int) -> None:
@@ -158,6 +159,8 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
         config = read_config(Path("configs/llava_1_5_7b"))
     elif kind == "Qwen2_5_VL":
         config = transformers.Qwen2_5_VLConfig(text_config=QWEN2_7B, vision_config={"hidden_size": 1280})
+    elif kind == "LlavaNext":
+        config = transformers.LlavaNextConfig(text_config=transformers.MistralConfig(vocab_size=32064))
     else:
         config = getattr(transformers, f"{kind}Config")(**sizes)
     model = model_of(config)

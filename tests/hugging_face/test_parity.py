@@ -86,6 +86,8 @@ LAYOUTS = {
         "images_dp2-language_dp2pp2": apart(Cut(dp=2), Cut(dp=2, pp=2), num_microbatches=3),
         "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
     },
+    "llava_next": IMAGES,
+    "llava_next_siglip": IMAGES,
     "llava_qwen3": {**IN_LLAVA, "images_tp2-language_tp2pp2": apart(Cut(tp=2), Cut(tp=2, pp=2), num_microbatches=2)},
     "llava_mixtral": {**IN_LLAVA, "images_dp1-language_dp2pp2ep2": apart(Cut(), Cut(dp=2, pp=2, ep=2))},
 }
@@ -94,6 +96,7 @@ QUICK = [
     ("mixtral", "ep2"),
     ("llava_clip", "images_tp2-language_pp2"),
     ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),
+    ("llava_next", "images_pp2-language_dp3"),
 ]
 
 

@@ -93,6 +93,22 @@ def _qwen_vl(kind: str, *, tie: bool = False, **vision: Any) -> transformers.Pre
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
+# Square tiles: 2, 4 and 3 of them beside the one of the whole image.
+RESOLUTIONS = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]
+
+
+def _llava_next(vision: Any, *, tie: bool = False, text: Any = None, **changes: Any) -> transformers.PreTrainedModel:
+    config = transformers.LlavaNextConfig(
+        vision_config=vision,
+        text_config=text or transformers.MistralConfig(**{**_TEXT, "sliding_window": None}),
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=RESOLUTIONS,
+        tie_word_embeddings=tie,
+        **changes,
+    )
+    return transformers.LlavaNextForConditionalGeneration(config)
+
+
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
     "llama3": _text("Llama", **_LLAMA3_ROPE),
@@ -121,6 +137,13 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         transformers.CLIPVisionConfig(**VISION, projection_dim=48),
         text=transformers.MixtralConfig(**{**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}),
         multimodal_projector_bias=False,
+    ),
+    "llava_next": lambda: _llava_next(transformers.CLIPVisionConfig(**VISION, projection_dim=48)),
+    "llava_next_siglip": lambda: _llava_next(
+        transformers.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text=transformers.Qwen2Config(**{**_TEXT, "tie_word_embeddings": True}),
+        tie=True,
+        vision_feature_select_strategy="full",
     ),
     "llava_dinov2": lambda: _llava(
         transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
@@ -175,11 +198,33 @@ def _grids(number: int, generator: torch.Generator) -> tuple[list[int], dict[str
     }
 
 
+# Height and width in pixels, tiles, and tokens: 4 of the whole image, then those of the tiles less the margins that
+# fill up the resolution, and one for each line.
+TILED = [
+    ((20, 40), 3, 4 + 2 * (4 + 1)),
+    ((40, 13), 4, 4 + 6 * (2 + 1)),
+    ((20, 31), 5, 4 + 2 * (4 + 1)),
+    ((31, 18), 5, 4 + 4 * (2 + 1)),
+]
+
+
+def _tiles(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
+    chosen = [TILED[int(torch.randint(len(TILED), (), generator=generator))] for _ in range(number)]
+    most, size = max(tiles for _, tiles, _ in chosen), VISION["image_size"]
+    values = _normal(number, most, 3, size, size, generator=generator)
+    for image, (_, tiles, _) in zip(values, chosen, strict=True):
+        image[tiles:] = 0
+    return [tokens for *_, tokens in chosen], {
+        "pixel_values": values,
+        "image_sizes": torch.tensor([image for image, *_ in chosen]),
+    }
+
+
 def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-ITEMS = {kind: Items(make=_images) for kind in MODELS if kind.startswith("llava")}
+ITEMS = {kind: Items(make=_tiles if "next" in kind else _images) for kind in MODELS if kind.startswith("llava")}
 ITEMS |= {kind: Items(make=_grids, before=(VISION_START,)) for kind in ("qwen2_vl", "qwen2_5_vl")}
 UNDIVIDED = ("llava_dinov2", "qwen2_vl", "qwen2_5_vl")
 """Models whose vision encoder is taken from transformers as it is."""

@@ -28,16 +28,24 @@ IMAGES = "images"
 ENCODER = "vision"
 """Key of the encoder in ``modality_inputs``: ``{"images": {"vision": {"pixel_values": [n, 3, size, size]}}}``."""
 
+PROJECTION = f"{IMAGES}.input_projections.0."
+"""Prefix of the projector's parameters."""
+
 # transformers has changed its names; files of all versions are around, and an export has those of its source.
 _TEXT = (("language_model.model.", "language_model.lm_head.weight"), ("model.language_model.", "lm_head.weight"))
 _TOWER = ("vision_tower.vision_model.", "model.vision_tower.vision_model.", "vision_tower.", "model.vision_tower.")
-_PROJECTOR = ("multi_modal_projector.", "model.multi_modal_projector.")
+MULTI_MODAL_PROJECTOR = "multi_modal_projector."
+_PROJECTOR = (MULTI_MODAL_PROJECTOR, f"model.{MULTI_MODAL_PROJECTOR}")
 
 
 class LlavaModel:
     """Modules ``images`` and ``language``."""
 
     modules = (IMAGES, LANGUAGE)
+    tower_path = ""
+    """Where the tower is in the encoder."""
+    projector_path = ""
+    """Where its two layers are in the projector."""
 
     def __init__(self, config: Any, model_of: Callable[[Any], Any]) -> None:
         """
@@ -97,13 +105,18 @@ class LlavaModel:
             module=PipelinedVisionSubmodules,
             params={"pg_collection": groups},
             submodules={
-                "encoders": {ENCODER: self.tower.encoder_spec(infra, IMAGES, options)},
-                "input_projections": [self._projector(infra)],
+                "encoders": {ENCODER: self.encoder_spec(infra, options)},
+                "input_projections": [self.projector_spec(infra)],
             },
         )
         return MimoModelConfig(self.text.language_spec(infra, options), {IMAGES: images}, {IMAGES: self.image_token_id})
 
-    def _projector(self, infra: MimoModelInfra) -> ModuleSpec:
+    def encoder_spec(self, infra: MimoModelInfra, options: BuildOptions) -> ModuleSpec:
+        """ModuleSpec of the vision encoder."""
+        return self.tower.encoder_spec(infra, IMAGES, options)
+
+    def projector_spec(self, infra: MimoModelInfra) -> ModuleSpec:
+        """ModuleSpec of the projector of features, ``[rows, width] -> [rows, hidden]``."""
         sizes = infra.layout.modules[IMAGES]
         size = TransformerSize(
             num_layers=sizes.pp,  # it has none of these, nor heads
@@ -132,12 +145,13 @@ class LlavaModel:
         prefix, head = next((each for each in _TEXT if is_used(each[0], shapes)), _TEXT[0])
         rules, kept = self.text.language_rules(padded_vocab_size, prefix=prefix, head=head)
         tower = first_used(_TOWER, shapes)
-        rules += self.tower.rules(f"{IMAGES}.encoders.{ENCODER}.", tower, shapes)
-        rules += self._projector_rules(first_used(_PROJECTOR, shapes))
+        rules += self.tower.rules(f"{IMAGES}.encoders.{ENCODER}.{self.tower_path}", tower, shapes)
+        rules += self.projector_rules(first_used(_PROJECTOR, shapes))
         return RuleTable(rules, kept=[*kept, *self.tower.kept(tower)])
 
-    def _projector_rules(self, prefix: str) -> list[Rule]:
-        hidden, target = self.text.size.hidden_size, f"{IMAGES}.input_projections.0.encoder."
+    def projector_rules(self, prefix: str) -> list[Rule]:
+        """Rules of what is under ``images.input_projections``, given the prefix of its linear layers in the files."""
+        hidden, target = self.text.size.hidden_size, f"{PROJECTION}{self.projector_path}encoder."
         shapes = {
             "weight": (self.tower.width, hidden),
             **({"bias": ()} if self.config.multimodal_projector_bias else {}),

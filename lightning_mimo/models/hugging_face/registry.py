@@ -13,6 +13,7 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.hugging_face.decoder import BuildOptions, text_model
 from lightning_mimo.models.hugging_face.llama import llama_size
 from lightning_mimo.models.hugging_face.llava import LlavaModel
+from lightning_mimo.models.hugging_face.llava_next import LlavaNextModel
 from lightning_mimo.models.hugging_face.mixtral import MIXTRAL_EXPERTS, mixtral_size
 from lightning_mimo.models.hugging_face.qwen import QWEN3_EXPERTS, qwen2_size, qwen3_moe_size, qwen3_size
 from lightning_mimo.models.hugging_face.qwen_vl import QWEN2_5_VISION, QWEN2_VISION, QwenVLModel
@@ -88,3 +89,4 @@ register("qwen3_moe", text_model(qwen3_moe_size, experts=QWEN3_EXPERTS))
 register("llava", lambda config: LlavaModel(config, model_of))
 register("qwen2_vl", lambda config: QwenVLModel(config, QWEN2_VISION))
 register("qwen2_5_vl", lambda config: QwenVLModel(config, QWEN2_5_VISION))
+register("llava_next", lambda config: LlavaNextModel(config, model_of))

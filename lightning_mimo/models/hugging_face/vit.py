@@ -163,6 +163,11 @@ class VitTower:
         """Of a feature."""
         return self.size.hidden_size
 
+    @property
+    def tokens(self) -> int:
+        """Features of an image."""
+        return self.features.tokens - self.features.drop_first
+
     def check(self, layout: MimoLayout, module: str) -> None:
         """Refuse a layout that the transformer does not divide over.
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mimo import ItemSizes, MimoLayout, ModuleParallelism, Ragged
+from lightning_mimo import DataError, ItemSizes, MimoLayout, ModuleParallelism, Ragged
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
@@ -76,6 +76,28 @@ def test_tiles_of_images_are_counted() -> None:
     counts = batch["modality_counts"]["images"]
     assert (counts.items, counts.embeddings) == ((2, 0), (12, 0))
     assert batch["modality_inputs"]["images"]["vit"]["num_tiles"].tolist() == [1, 3]
+
+
+def test_items_that_are_filled_up_are_filled_up_to_the_largest_of_the_microbatch() -> None:
+    sizes = ItemSizes(embeddings=lambda inputs: inputs["tiles"], padded=("pixels",))
+    one = {"pixels": torch.ones(1, 2, 3), "tiles": torch.tensor([2])}
+    two = {"pixels": torch.ones(2, 3, 2), "tiles": torch.tensor([1, 3])}
+    (batch,) = collate(sample(2, one), sample(0, None), sample(4, two), sizes=sizes)
+    pixels = batch["modality_inputs"]["images"]["vit"]["pixels"]
+    assert pixels.shape == (3, 3, 3)
+    assert torch.equal(pixels[0], torch.nn.functional.pad(one["pixels"][0], (0, 0, 0, 1)))
+    assert torch.equal(pixels[1:], torch.nn.functional.pad(two["pixels"], (0, 1)))
+
+
+def test_items_that_are_filled_up_have_one_kind_of_numbers() -> None:
+    sizes = ItemSizes(embeddings=lambda inputs: [1] * len(inputs["pixels"]), padded=("pixels",))
+    message = r"^Sample 11: images.vit.pixels is float64 \[n, any\], but float32 \[n, any, any\] in sample 10"
+    with pytest.raises(DataError, match=message):
+        collate(
+            sample(1, {"pixels": torch.ones(1, 2, 3)}),
+            sample(1, {"pixels": torch.ones(1, 2, dtype=torch.float64)}),
+            sizes=sizes,
+        )
 
 
 def test_ragged_items_need_no_declaration() -> None:
