@@ -234,6 +234,8 @@ def _per_item(where: str, what: str, function: PerItem, inputs: Inputs) -> list[
             f"{where} has the arguments {sorted(inputs)} in modality_inputs, but the encoder's item_sizes.{what} asks "
             f"for {error.args[0]!r}. Give it in every sample."
         ) from error
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
     return [int(number) for number in (numbers.tolist() if isinstance(numbers, torch.Tensor) else numbers)]
 
 

@@ -37,7 +37,8 @@ class ItemSizes:
     Loader workers that are spawned, not forked, need functions that can be pickled.
 
     Attributes:
-        embeddings: what the arguments of one sample come to: embeddings of each item, in the order of the items.
+        embeddings: what the arguments of one sample come to: embeddings of each item, in the order of the items. Raises
+            DataError, to whose message the sample is added, for inputs that the encoder does not take.
         rows: argument -> rows of each item in that argument. The first dimension of every other argument counts items.
         every_stage: integer arguments ``[items]`` or ``[items, n]`` that later pipeline stages of the encoder are given
             as well, as keyword arguments ``[items, n]`` beside ``hidden_states``.

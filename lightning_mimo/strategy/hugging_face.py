@@ -191,7 +191,7 @@ class HuggingFaceModule(MimoModule):
 
 
 def _pad_token_of(config: Any) -> int:
-    for each in (config, getattr(config, "text_config", None)):
+    for each in (getattr(config, "text_config", None), config):
         if (token := getattr(each, "pad_token_id", None)) is not None:
             return token
     return 0

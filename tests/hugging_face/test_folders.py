@@ -171,6 +171,8 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(copied: Path) -> None:
         pytest.param("qwen2_vl", {"max_shard_size": "40KB"}, marks=pytest.mark.hugging_face),
         pytest.param("qwen2_5_vl", {}, marks=pytest.mark.hugging_face),
         pytest.param("llava_next", {}, marks=pytest.mark.hugging_face),
+        pytest.param("idefics3", {"max_shard_size": "40KB"}, marks=pytest.mark.hugging_face),
+        pytest.param("smolvlm", {}, marks=pytest.mark.hugging_face),
     ],
 )
 def test_import_and_export_without_training_is_the_same_bit_for_bit(

@@ -124,6 +124,30 @@ QWEN2_7B = {
 }
 
 
+SMOLVLM_256M = {
+    "scale_factor": 4,
+    "vision_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 512,
+        "patch_size": 16,
+    },
+    "text_config": {
+        "model_type": "llama",
+        "vocab_size": 49280,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+    },
+    "image_token_id": 49190,
+}
+
+
 # Published numbers of parameters. Of LLaVA's encoder, what comes after the layer that is used is not built:
 # its last layer and the norm after it.
 @pytest.mark.parametrize(
@@ -150,6 +174,7 @@ QWEN2_7B = {
         # Half of the bytes that model.safetensors.index.json of Qwen/Qwen2.5-VL-7B-Instruct sums up, 16,584,333,312.
         ("Qwen2_5_VL", {}, 8_292_166_656),
         ("LlavaNext", {}, 7_566_747_648 - 12_596_224 - 2_048),
+        ("SmolVLM", SMOLVLM_256M, 256_484_928),
     ],
 )
 def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: dict, published: int) -> None:
@@ -164,7 +189,8 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
     else:
         config = getattr(transformers, f"{kind}Config")(**sizes)
     model = model_of(config)
-    cuts = {name: ModuleParallelism(tp=4 if kind.startswith("Qwen2") else 8, dp=1) for name in model.modules}
+    tp = {"Qwen2": 4, "Qwen2_5_VL": 4, "Qwen2Audio": 4, "SmolVLM": 1}.get(kind, 8)
+    cuts = {name: ModuleParallelism(tp=tp, dp=1) for name in model.modules}
     if kind == "Qwen2_5_VL":
         cuts["images"] = ModuleParallelism(dp=1)
     from megatron.core.distributed import DistributedDataParallelConfig

@@ -87,6 +87,8 @@ LAYOUTS = {
         "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
     },
     "llava_next": IMAGES,
+    "idefics3": IMAGES,
+    "smolvlm": IMAGES,
     "llava_next_siglip": IMAGES,
     "llava_qwen3": {**IN_LLAVA, "images_tp2-language_tp2pp2": apart(Cut(tp=2), Cut(tp=2, pp=2), num_microbatches=2)},
     "llava_mixtral": {**IN_LLAVA, "images_dp1-language_dp2pp2ep2": apart(Cut(), Cut(dp=2, pp=2, ep=2))},

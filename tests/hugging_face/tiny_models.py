@@ -109,6 +109,22 @@ def _llava_next(vision: Any, *, tie: bool = False, text: Any = None, **changes: 
     return transformers.LlavaNextForConditionalGeneration(config)
 
 
+# A tile has 4 * 4 features, of which 2 * 2 become one embedding.
+SPLIT = {**VISION, "patch_size": 4}
+
+
+def _idefics3(kind: str, *, tie: bool = False) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{kind}Config")(
+        vision_config=SPLIT,
+        text_config={**_TEXT, "model_type": "llama", "tie_word_embeddings": tie},
+        image_token_id=IMAGE_TOKEN,
+        scale_factor=2,
+        tie_word_embeddings=tie,
+        pad_token_id=0,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
     "llama3": _text("Llama", **_LLAMA3_ROPE),
@@ -145,6 +161,8 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
         tie=True,
         vision_feature_select_strategy="full",
     ),
+    "idefics3": lambda: _idefics3("Idefics3"),
+    "smolvlm": lambda: _idefics3("SmolVLM", tie=True),
     "llava_dinov2": lambda: _llava(
         transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
     ),
@@ -220,12 +238,23 @@ def _tiles(number: int, generator: torch.Generator) -> tuple[list[int], dict[str
     }
 
 
+def _split(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """A row of tiles, as the processor makes of one text; behind a single image one that does not count."""
+    tiles = sum((1, 3, 5)[int(torch.randint(3, (), generator=generator))] for _ in range(number))
+    more, size = int(number == 1), SPLIT["image_size"]
+    values = _normal(1, tiles + more, 3, size, size, generator=generator)
+    counts = torch.ones(1, tiles + more, size, size, dtype=torch.int64)
+    values[:, tiles:], counts[:, tiles:] = 0, 0
+    return [4] * tiles, {"pixel_values": values, "pixel_attention_mask": counts}
+
+
 def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
 ITEMS = {kind: Items(make=_tiles if "next" in kind else _images) for kind in MODELS if kind.startswith("llava")}
 ITEMS |= {kind: Items(make=_grids, before=(VISION_START,)) for kind in ("qwen2_vl", "qwen2_5_vl")}
+ITEMS |= {kind: Items(make=_split) for kind in ("idefics3", "smolvlm")}
 UNDIVIDED = ("llava_dinov2", "qwen2_vl", "qwen2_5_vl")
 """Models whose vision encoder is taken from transformers as it is."""
 

@@ -20,7 +20,12 @@ def siglip_tower(config: Any, *, layer: int, drop_first: bool) -> VitTower:
     return _tower(config, layer=layer, drop_first=drop_first, clip=False)
 
 
-def _tower(config: Any, *, layer: int, drop_first: bool, clip: bool) -> VitTower:
+def siglip_tower_with_norm(config: Any) -> VitTower:
+    """Of the config of an encoder like SigLIP's: the features after its last layer and norm."""
+    return _tower(config, layer=config.num_hidden_layers, drop_first=False, clip=False, final_norm=True)
+
+
+def _tower(config: Any, *, layer: int, drop_first: bool, clip: bool, final_norm: bool = False) -> VitTower:
     if config.attention_dropout:
         raise refuse(config, f"attention_dropout={config.attention_dropout}", "Set it to 0.0 in config.json.")
     size = TransformerSize(
@@ -42,5 +47,6 @@ def _tower(config: Any, *, layer: int, drop_first: bool, clip: bool) -> VitTower
         patch_bias=not clip,
         pre_norm=clip,
         drop_first=drop_first,
+        final_norm=final_norm,
     )
     return VitTower(size, features, layers_in_files=config.num_hidden_layers)

@@ -15,8 +15,9 @@ from lightning_mimo.data.items import Inputs, ItemSizes
 from lightning_mimo.errors import DataError
 from lightning_mimo.models.hugging_face.config_values import refuse
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
-from lightning_mimo.models.hugging_face.llava import IMAGES, MULTI_MODAL_PROJECTOR, PROJECTION, LlavaModel
+from lightning_mimo.models.hugging_face.llava import LlavaModel
 from lightning_mimo.models.hugging_face.vit import VitTower
+from lightning_mimo.models.hugging_face.with_encoder import MULTI_MODAL_PROJECTOR
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.weights.rules import Rename, Rule, Source
 
@@ -224,7 +225,7 @@ class LlavaNextModel(LlavaModel):
         params = {
             "tower": super().encoder_spec(infra, options),
             "images": self.images,
-            "pg_collection": infra.pg_collections.get(IMAGES),
+            "pg_collection": infra.pg_collections.get(self.module),
         }
         return ModuleSpec(module=TileEncoder, params=params)
 
@@ -235,4 +236,4 @@ class LlavaNextModel(LlavaModel):
         # It lies beside the projector in the files: "image_newline" or "model.image_newline".
         name = prefix.removesuffix(MULTI_MODAL_PROJECTOR) + "image_newline"
         newline = Source(name=name, shape=(self.text.size.hidden_size,))
-        return [*super().projector_rules(prefix), Rename(f"{PROJECTION}end_of_line", newline)]
+        return [*super().projector_rules(prefix), Rename(f"{self.projector_prefix}end_of_line", newline)]

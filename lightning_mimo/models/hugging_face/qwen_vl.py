@@ -17,11 +17,11 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.hugging_face.config_values import is_tied, mrope_section_of, refuse
 from lightning_mimo.models.hugging_face.decoder import BuildOptions, TextModel
 from lightning_mimo.models.hugging_face.grid_positions import GridPositions
-from lightning_mimo.models.hugging_face.llava import ENCODER, IMAGES
 from lightning_mimo.models.hugging_face.prefixes import first_used
 from lightning_mimo.models.hugging_face.qwen import qwen2_size
 from lightning_mimo.models.hugging_face.qwen_vision import GridMerger, GridTower, VisionClasses
 from lightning_mimo.models.hugging_face.towers import check_undivided
+from lightning_mimo.models.hugging_face.with_encoder import IMAGES, VISION
 from lightning_mimo.models.vision import PipelinedVisionSubmodules
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.weights.rules import Rename, Rule, RuleTable, Source
@@ -102,7 +102,7 @@ class QwenVLModel:
             module=PipelinedVisionSubmodules,
             params={"pg_collection": infra.pg_collections.get(IMAGES)},
             submodules={
-                "encoders": {ENCODER: ModuleSpec(module=GridTower, params=params)},
+                "encoders": {VISION: ModuleSpec(module=GridTower, params=params)},
                 "input_projections": [ModuleSpec(module=GridMerger, params=params)],
             },
         )
@@ -115,7 +115,7 @@ class QwenVLModel:
         image, video = self.config.image_token_id, self.config.video_token_id
         positions = GridPositions(
             module=IMAGES,
-            encoder=ENCODER,
+            encoder=VISION,
             argument="image_grid_thw",
             token=image,
             merge_size=self.config.vision_config.spatial_merge_size,
@@ -134,7 +134,7 @@ class QwenVLModel:
     def _vision_rules(self, prefix: str) -> list[Rule]:
         with torch.device("meta"):
             whole = self._classes.build_tower(self.config.vision_config)
-        targets = {"merger.": f"{IMAGES}.input_projections.0.merger.", "": f"{IMAGES}.encoders.{ENCODER}.tower."}
+        targets = {"merger.": f"{IMAGES}.input_projections.0.merger.", "": f"{IMAGES}.encoders.{VISION}.tower."}
         rules = []
         for name, parameter in whole.named_parameters():
             inner = next(inner for inner in targets if name.startswith(inner))

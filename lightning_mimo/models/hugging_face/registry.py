@@ -11,6 +11,7 @@ from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.hugging_face.decoder import BuildOptions, text_model
+from lightning_mimo.models.hugging_face.idefics3 import Idefics3Model
 from lightning_mimo.models.hugging_face.llama import llama_size
 from lightning_mimo.models.hugging_face.llava import LlavaModel
 from lightning_mimo.models.hugging_face.llava_next import LlavaNextModel
@@ -90,3 +91,5 @@ register("llava", lambda config: LlavaModel(config, model_of))
 register("qwen2_vl", lambda config: QwenVLModel(config, QWEN2_VISION))
 register("qwen2_5_vl", lambda config: QwenVLModel(config, QWEN2_5_VISION))
 register("llava_next", lambda config: LlavaNextModel(config, model_of))
+register("idefics3", lambda config: Idefics3Model(config, model_of))
+register("smolvlm", lambda config: Idefics3Model(config, model_of))

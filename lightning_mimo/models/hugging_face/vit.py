@@ -32,6 +32,7 @@ class VitFeatures:
         patch_bias: whether the embedding of patches has a bias.
         pre_norm: whether there is a norm before the first layer.
         drop_first: whether the first token is left out of the features.
+        final_norm: whether there is a norm after the last layer.
     """
 
     patches: ImagePatches
@@ -39,6 +40,7 @@ class VitFeatures:
     patch_bias: bool
     pre_norm: bool
     drop_first: bool
+    final_norm: bool = False
 
     @property
     def tokens(self) -> int:
@@ -47,7 +49,7 @@ class VitFeatures:
 
 
 class FeatureVit(MegatronModule):
-    """Images -> the tokens' hidden states after the last of the layers that are built; there is no norm after them."""
+    """Images -> the tokens' hidden states after the last of the layers that are built."""
 
     def __init__(
         self,
@@ -74,7 +76,7 @@ class FeatureVit(MegatronModule):
             spec=vit_layer(attention),
             pre_process=self._first,
             post_process=self._last,
-            post_layer_norm=False,
+            post_layer_norm=features.final_norm,
             pg_collection=pg_collection,
         )
 
@@ -209,6 +211,8 @@ class VitTower:
             vectors["class_token"] = "embeddings.class_embedding"
         if self.features.pre_norm:  # spelled like this in all files of CLIP
             vectors |= {f"pre_norm.{kind}": f"pre_layrnorm.{kind}" for kind in ("weight", "bias")}
+        if self.features.final_norm:
+            vectors |= {f"decoder.final_layernorm.{kind}": f"post_layernorm.{kind}" for kind in ("weight", "bias")}
         rules += [
             Rename(target + ours, Source(name=source + their, shape=(hidden,))) for ours, their in vectors.items()
         ]
