@@ -356,7 +356,7 @@ class MimoStrategy(ParallelStrategy):
 
     @override
     def barrier(self, name: str | None = None) -> None:
-        self._world.barrier(self.root_device)
+        self._world.barrier(self.root_device, timeout=self.monitoring.timeout if self._run is None else None)
 
     @override
     def broadcast(self, obj: TBroadcast, src: int = 0) -> TBroadcast:

@@ -27,6 +27,7 @@ _REDUCE = SpanInfo(kind="world", label="reduce a number over ranks, between step
 _BARRIER = SpanInfo(kind="world", label="pass a barrier of all ranks, between steps")
 _LOOPBACK = ("127.0.0.1", "localhost")
 _BROADCAST = SpanInfo(kind="world", label="receive what another rank tells all, between steps")
+_HEAD_START = timedelta(seconds=10)
 
 
 class WorldCollectives:
@@ -57,15 +58,23 @@ class WorldCollectives:
             dist.all_reduce(tensor, op=op, group=group)
         return tensor / dist.get_world_size(group) if mean else tensor
 
-    def barrier(self, device: torch.device) -> None:
+    def barrier(self, device: torch.device, *, timeout: timedelta | None) -> None:
         """Wait until all ranks have called this.
 
         Args:
             device: device of this rank. NCCL implements a barrier as an all-reduce, and would have to guess the GPU.
+            timeout: longest time that a rank may wait for another, where no watchdog names the rank that does not come
+                yet; gloo names it then. ``None`` where a watchdog does.
         """
-        if dist.is_initialized():
-            with self._spans.span(_BARRIER):
+        if not dist.is_initialized():
+            return
+        with self._spans.span(_BARRIER):
+            if timeout is None or dist.get_backend() != "gloo":
                 dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
+            else:
+                # Only rank 0 knows who is missing, so it must not be the last to give up.
+                patience = Watchdog.patience_after(timeout)
+                dist.monitored_barrier(timeout=patience - _HEAD_START * (dist.get_rank() == 0), wait_all_ranks=True)
 
     def broadcast[T](self, obj: T, src: int) -> T:
         """Return the picklable object of rank ``src`` on all ranks."""

@@ -137,13 +137,24 @@ def test_rank_that_cannot_be_started_ends_the_run(run_host: RunHost, tmp_path: P
     assert not end.left
 
 
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("case", ["raise_in_on_fit_end", "exit_after_fit", "kill_in_teardown"])
-def test_torchrun_names_the_rank_and_has_an_exit_code(case: str) -> None:
+def run_with_torchrun(case: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
     code = f"from tests.kill.ends import run; run({case!r}, 2)"
     command += ["--standalone", "--no-python", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["raise_in_on_fit_end", "exit_after_fit", "kill_in_teardown"])
+def test_torchrun_names_the_rank_and_has_an_exit_code(case: str) -> None:
+    done = run_with_torchrun(case)
     assert done.returncode == 1
     failures = done.stderr[done.stderr.index("Root Cause (first observed failure)") :]
     assert "rank      : 2 (local_rank: 2)" in failures
+
+
+@pytest.mark.exhaustive
+def test_rank_that_torchrun_started_and_that_stops_before_the_first_step_is_named() -> None:
+    done = run_with_torchrun("stop_in_setup")
+    assert done.returncode == 1
+    assert "[Rank 0]: Ranks 2 failed to pass monitoredBarrier" in done.stderr
