@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from lightning_mimo.comm.bridges import RaggedColocatedBridge
 from lightning_mimo.errors import DataError
+from lightning_mimo.layers.balancing_loss import balance_experts, check_experts, token_weights
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
@@ -54,6 +55,7 @@ class RaggedMimoModel(MimoModel):
         super().__init__(mimo_config, cp_group=groups.cp if groups else None, tp_group=groups.tp if groups else None)
         self._sequence_divisor = groups.tp.size() if groups and self.config.sequence_parallel else 1
         self._rotary = follow_positions(self.language_model) if groups else None
+        self._balance = balance_experts(self.language_model) if groups else None
         self._text_token = next(token for token in count() if token not in self.special_token_ids.values())
         for name in self.modality_submodules:
             for encoder in _encoders_of(self, name):
@@ -92,6 +94,8 @@ class RaggedMimoModel(MimoModel):
         modality_counts: Mapping[str, ModalityCounts] | None = None,
         token_order: TokenOrder | None = None,
         custom_positions: bool = False,
+        lengths: torch.Tensor | None = None,
+        counted: torch.Tensor | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the forward pass as :meth:`MimoModel.forward`, given the number of embeddings of each sample.
 
@@ -109,6 +113,9 @@ class RaggedMimoModel(MimoModel):
             modality_counts: encoder name -> counts, for the encoders of this rank.
             token_order: order of ``input_ids``, for the language module; ``None`` to compute it on the device.
             custom_positions: whether ``position_ids`` differ from 0, 1, 2, …; otherwise rotary positions count from 0.
+            lengths: int64 ``[b]``, tokens of each sample before padding.
+            counted: ``[b, s]``, 0 where a token does not count in the loss; with ``lengths`` for the balancing loss of
+                experts. ``None`` adds none.
         """
         self._modality_counts = modality_counts or {}
         self._token_order = token_order
@@ -120,6 +127,11 @@ class RaggedMimoModel(MimoModel):
 
         if self._rotary is not None:
             self._rotary.positions = fill(position_ids) if custom_positions else None
+        if self._balance is not None:
+            padded = fill(counted)
+            self._balance.token_weights = None
+            if lengths is not None and padded is not None:
+                self._balance.token_weights = token_weights(lengths, padded)
         output, mask = super().forward(
             # With a token order, padding is added after text and embeddings are combined.
             input_ids if token_order is not None else fill(input_ids, self._text_token),
@@ -342,6 +354,7 @@ def construct_mimo_model(
     infra.layout.check_modules([LANGUAGE, *config.modality_submodules_spec])
     config.module_to_grid_map = infra.module_to_grid_map
     for transformer in transformer_configs(config):
+        check_experts(transformer)
         dtype_policy.apply_to(transformer)
     _prepare_language_config(config.language_model_spec.params["config"])
     model = RaggedMimoModel(config, infra, seed=seed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.attention import AttentionKind, SdpaAttention
+from lightning_mimo.layers.balancing_loss import balanced_router
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.models.sizes import RopeScaling, TransformerSize, check_divides, transformer_config
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -156,6 +159,10 @@ def _gpt_block(config: TransformerConfig, size: TransformerSize, *, pp_rank: int
         pp_rank: the stage.
     """
     layer = _gpt_layer(config, size.attention)
+    if size.balancing_loss:
+        experts = layer.submodules.mlp.keywords["submodules"]
+        router = balanced_router(size.balancing_loss)
+        layer.submodules.mlp = partial(layer.submodules.mlp, submodules=replace(experts, router=router))
     attention = layer.submodules.self_attention.submodules
     if size.attention_output_bias and not config.add_bias_linear:
         if size.attention == "te":

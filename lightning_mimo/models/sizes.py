@@ -90,8 +90,10 @@ class TransformerSize:
         ffn_hidden_size: width inside the MLP; ``None`` is 4 * hidden_size. tp must divide it.
         style: ``gpt`` has layer norms, GELU and biases; ``llama`` has RMS norms, SwiGLU and no biases.
         dropout: probability for hidden states and attention.
-        num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them. No balancing loss is added.
+        num_experts: experts of every MLP; ``None`` is a dense model. ep must divide them.
         experts_per_token: experts that each token is sent to.
+        balancing_loss: coefficient of the balancing loss of experts, the same in every layout; for the language module
+            only. 0.01 is usual; with 0 experts may collapse. See :mod:`lightning_mimo.layers.balancing_loss`.
         recompute: which activations are computed again in the backward pass; ``None`` keeps all.
         attention: ``sdpa`` is torch's ``scaled_dot_product_attention``, whose memory does not grow with the sequence
             squared; ``megatron`` is megatron-core's own, unfused; ``te`` has all layers from Transformer Engine, which
@@ -111,6 +113,7 @@ class TransformerSize:
         last_stage_layers: layers of the last pipeline stage, where stages differ.
 
     Raises:
+        ConfigError: if there is a balancing loss without experts, or a negative one.
         ValueError: if ``attention`` is unknown, or is ``te`` but Transformer Engine is not installed.
         ConfigError: if ``mrope_section`` does not add up.
     """
@@ -124,6 +127,7 @@ class TransformerSize:
     dropout: float = 0.0
     num_experts: int | None = None
     experts_per_token: int = 2
+    balancing_loss: float = 0.0
     recompute: Recompute | None = None
     attention: AttentionKind = "sdpa"
     head_dim: int | None = None
@@ -146,6 +150,11 @@ class TransformerSize:
             raise ConfigError(
                 f"mrope_section={list(section)} must be three numbers (time, height, width) that add up to half of "
                 f"head_dim={self.head}, {self.head / 2:g}; they add up to {sum(section)}."
+            )
+        if self.balancing_loss < 0 or (self.balancing_loss and self.num_experts is None):
+            raise ConfigError(
+                f"TransformerSize(balancing_loss={self.balancing_loss}, num_experts={self.num_experts}): a balancing "
+                f"loss is 0 or above, and needs num_experts."
             )
 
     @property

@@ -316,6 +316,8 @@ class MimoModule(pl.LightningModule):
             modality_inputs=self._first_stage_inputs(batch["modality_inputs"]),
             modality_counts=batch["modality_counts"],
             token_order=batch.get("token_order"),
+            lengths=batch.get("lengths"),
+            counted=batch.get("loss_mask"),
         )
         return output
 

@@ -160,6 +160,18 @@ CASES = {
         task=task(experts=4),
         layout=together(ModuleParallelism(dp=4), ModuleParallelism(dp=4, ep=4), num_microbatches=3),
     ),
+    "balanced_experts-one_rank": Case(
+        task=task(experts=4, balancing_loss=0.3),
+        layout=together(ModuleParallelism(), ModuleParallelism(), num_microbatches=3),
+    ),
+    "balanced_experts-language_tp2dp2ep2": Case(
+        task=task(experts=4, balancing_loss=0.3, samples=Samples(number=31), steps=3),
+        layout=apart(ModuleParallelism(), ModuleParallelism(tp=2, dp=2, ep=2), sequence_parallel=True),
+    ),
+    "balanced_experts-recompute-language_pp2dp2": Case(
+        task=task(experts=4, balancing_loss=0.3, accumulate=2, samples=Samples(number=48)),
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2, pp=2), num_microbatches=3, recompute=Recompute()),
+    ),
     # ---- two encoders
     "two-colocated-one_rank": Case(
         task=task(audio=True, samples=CLIPS),

@@ -228,6 +228,7 @@ class Model:
         weighted: with a loss that weights samples and tokens.
         style: of the language module, with fewer heads of keys and values where it is "llama".
         experts: experts of every language MLP; None is a dense model.
+        balancing_loss: coefficient of their balancing loss.
         tied: whether the head shares the weights of the word embeddings.
         frozen: as for MimoModule.
         dropout: probability, everywhere.
@@ -242,6 +243,7 @@ class Model:
     weighted: bool = False
     style: Literal["gpt", "llama"] = "gpt"
     experts: int | None = None
+    balancing_loss: float = 0.0
     tied: bool = False
     frozen: tuple[str, ...] = ()
     dropout: float = 0.0
@@ -309,6 +311,7 @@ class ParityModule(MimoModule):
                 style=choice.style,
                 dropout=choice.dropout,
                 num_experts=choice.experts,
+                balancing_loss=choice.balancing_loss,
                 recompute=self._recompute,
                 attention=self._attention,
             ),

@@ -7,11 +7,13 @@ no schedule, no DDP, no optimizer of Megatron's.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
+from megatron.core.transformer.moe.router import TopKRouter
 
 from lightning_mimo import MimoModelInfra, MimoPrecision, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
@@ -130,9 +132,13 @@ def _train(task: Task, model: RaggedMimoModel, parameters: Mapping[str, torch.nn
         for batch in window:
             batch_loss, batch_tokens = 0.0, 0.0
             for index in batch:
-                loss = sample_loss(model, dataset[index], task.dtype_policy.dtype)
-                if loss.requires_grad:
-                    (loss * scale).backward()
+                with router_inputs(model) as routed:
+                    loss = sample_loss(model, dataset[index], task.dtype_policy.dtype)
+                balancing = sum(balancing_loss(*each) for each in routed) if task.model.balancing_loss else 0.0
+                counted = float((dataset[index]["loss_mask"] > 0).sum())
+                total = loss + task.model.balancing_loss * counted * balancing
+                if total.requires_grad:
+                    (total * scale).backward()
                 if task.dtype_policy.mixed:
                     _collect(trained, mains)
                 batch_loss += float(loss)
@@ -153,6 +159,28 @@ def _train(task: Task, model: RaggedMimoModel, parameters: Mapping[str, torch.nn
         gradients=gradients,
         final={name: parameter.detach().clone() for name, parameter in parameters.items()},
     )
+
+
+@contextmanager
+def router_inputs(model: RaggedMimoModel) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """What goes into every router of the language model while this is open, and the router's weight."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    hooks = [
+        part.register_forward_pre_hook(lambda router, args: found.append((args[0], router.weight)))
+        for part in model.language_model.modules()
+        if isinstance(part, TopKRouter)
+    ]
+    yield found
+    for hook in hooks:
+        hook.remove()
+
+
+def balancing_loss(hidden: torch.Tensor, weight: torch.Tensor, *, chosen: int = 2) -> torch.Tensor:
+    """Of one sequence ``[s, 1, hidden]``, by its definition."""
+    probabilities = torch.softmax(hidden.squeeze(1) @ weight.t(), dim=-1)
+    picks = torch.zeros_like(probabilities).scatter(1, probabilities.topk(chosen).indices, 1.0)
+    experts = probabilities.size(1)
+    return experts / chosen * (picks.mean(dim=0) * probabilities.mean(dim=0)).sum()
 
 
 def _collect(trained: Mapping[str, torch.nn.Parameter], mains: Tensors) -> None:
