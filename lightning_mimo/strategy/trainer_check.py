@@ -86,9 +86,24 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
             f"that all ranks write together. Leave the plugin out; MimoStrategy(saving=Saving(asynchronous=True)) "
             f"writes them while training continues."
         )
+    _check_machine(trainer, strategy.root_device.type)
     check_paths(trainer)
     if module is not None:
         check_module(module, trainer)
+
+
+def _check_machine(trainer: pl.Trainer, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"Trainer(accelerator=...) selects {device!r}, but megatron-core runs on GPUs with CUDA and, through this "
+            f"package, on CPUs. Set accelerator='cpu' or 'gpu'."
+        )
+    if trainer._model_registry is not None:
+        raise ConfigError(
+            f"Trainer(model_registry={trainer._model_registry!r}) is not supported by MimoStrategy: it uploads "
+            f"checkpoints of one file, and here they are directories. Leave it out, and upload what lightning-mimo "
+            f"checkpoint export writes."
+        )
 
 
 def _check_callback(callback: pl.Callback) -> None:

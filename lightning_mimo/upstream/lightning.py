@@ -38,6 +38,7 @@ _STRATEGY = "lightning.pytorch.strategies.strategy.Strategy"
 _CLI = "lightning.pytorch.cli.LightningCLI"
 
 ATTRIBUTES = (
+    Attribute(_TRAINER, "_model_registry", "to refuse it"),
     # The loop
     Attribute("lightning.pytorch.loops.fit_loop._FitLoop", "epoch_loop", "to put ours in its place"),
     Attribute(_EPOCH_LOOP, "_broadcast_sigterm_tensor", "a broadcast and a read of the device in every batch"),

@@ -12,7 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import DeviceStatsMonitor, LambdaCallback, SpikeDetection, ThroughputMonitor, Timer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from megatron.core.optimizer import OptimizerConfig
 from torch.utils.data import DataLoader
@@ -312,6 +313,30 @@ def _end_with_the_timer(folder: Path) -> None:
 
 def test_forms_of_lightning_work(rank_pool: RankPool, tmp_path: Path) -> None:
     rank_pool.run(work, tmp_path, world_size=1)
+
+
+def test_monitors_get_what_they_look_at(rank_pool: RankPool, tmp_path: Path) -> None:
+    rank_pool.run(monitor, tmp_path, world_size=1)
+
+
+def monitor(folder: Path) -> None:
+    """Callbacks of the page on Lightning that no other test runs."""
+    started: list[int] = []
+    logger = CSVLogger(folder)
+    fitting = trainer(
+        DeviceStatsMonitor(cpu_stats=True),
+        ThroughputMonitor(batch_size_fn=lambda batch: BATCH),
+        SpikeDetection(warmup=1),
+        LambdaCallback(on_train_start=lambda *args: started.append(1)),
+        logger=logger,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+    )
+    fitting.fit(TinyModule(), loader(), loader(1))
+    assert fitting.global_step == 2 and started == [1]
+    logger.finalize("success")
+    names = (Path(logger.log_dir) / "metrics.csv").read_text().partition("\n")[0]
+    assert "DeviceStatsMonitor.on_train_batch_end/cpu_percent" in names and "train/loss" in names
 
 
 # ---- several ranks
