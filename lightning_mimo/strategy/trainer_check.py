@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 
+from lightning_mimo.data import ChatData
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.strategy.local_paths import check_paths
 from lightning_mimo.strategy.module_check import check_module
@@ -53,14 +54,14 @@ _REFUSED = {
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> None:
-    """Check that MimoStrategy supports the callbacks and options of a Trainer.
+    """Check that MimoStrategy supports the callbacks and options of a Trainer, and that its data is there.
 
     Args:
         trainer: a Trainer whose strategy is connected.
         module: the module that it runs, if already known.
 
     Raises:
-        ConfigError: naming the callback or option, the reason and the remedy.
+        ConfigError: naming the callback, option or file, the reason and the remedy.
     """
     callbacks: list[pl.Callback] = vars(trainer)["callbacks"]  # the Trainer's connector sets it
     for callback in tuple(callbacks):
@@ -90,6 +91,8 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule | None) -> Non
     check_paths(trainer)
     if module is not None:
         check_module(module, trainer)
+    if isinstance(data := getattr(trainer, "datamodule", None), ChatData):
+        data.check_paths()
 
 
 def _check_machine(trainer: pl.Trainer, device: str) -> None:

@@ -69,17 +69,15 @@ class ChatData(pl.LightningDataModule):
             pin_memory: as for DataLoader.
 
         Raises:
-            ConfigError: if there are no rows, or a path does not exist.
+            ConfigError: if there are no rows.
         """
         super().__init__()
         self._rows = {"train": train, "val": val, "test": test, "predict": predict}
         if all(rows is None for rows in self._rows.values()):
             raise ConfigError("ChatData has no rows: give train=, val=, test= or predict=.")
         for name, rows in self._rows.items():
-            _check_path(name, rows)
             if rows is None:  # Lightning goes by whether a method is overridden
                 vars(self)[f"{name}_dataloader"] = getattr(super(), f"{name}_dataloader")
-        _check_path("processor", processor)
         self._processor = processor
         self._train_on: TrainOn = train_on
         self._too_long: TooLong = too_long
@@ -94,6 +92,22 @@ class ChatData(pl.LightningDataModule):
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._datasets: dict[str, ChatDataset] = {}
+
+    def check_paths(self) -> None:
+        """Check that all files and folders exist. MimoStrategy calls it before any process group exists.
+
+        A dry run needs none of them.
+
+        Raises:
+            ConfigError: naming the argument and the path.
+        """
+        for name, given in {**self._rows, "processor": self._processor}.items():
+            for each in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(each, str | Path) and "*" not in str(each) and not Path(each).exists():
+                    raise ConfigError(
+                        f"ChatData({name}={str(each)!r}): there is no such file or folder. Paths are relative to where "
+                        f"the command runs."
+                    )
 
     def setup(self, stage: str) -> None:
         """Open the rows, load the processor and check the first rows.
@@ -141,7 +155,7 @@ class ChatData(pl.LightningDataModule):
             if self._processor is None:
                 raise ConfigError("ChatData(processor=...) is missing: give the folder of a model that has one.")
         answers = name == "predict"
-        dataset = ChatDataset(
+        return ChatDataset(
             self._rows[name],
             self._processor,
             train_on=self._train_on,
@@ -151,11 +165,3 @@ class ChatData(pl.LightningDataModule):
             extra_keys=getattr(module, "extra_keys", ()),
             **self._options,
         )
-        return dataset
-
-
-def _check_path(name: str, value: Any) -> None:
-    """Refuse a path that does not exist, before any process starts."""
-    for each in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(each, str | Path) and "*" not in str(each) and not Path(each).exists():
-            raise ConfigError(f"{name}={str(each)!r} does not exist. Paths are relative to where the command runs.")

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import RandomSampler, SequentialSampler
 
+from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.data import ChatData
 from lightning_mimo.errors import ConfigError, DataError
 
@@ -71,13 +72,25 @@ def test_a_processor_is_needed() -> None:
         trained_by(ChatData(train=[ROW])).setup("fit")
 
 
-def test_paths_are_checked_before_any_process_starts(folder: Path) -> None:
+def test_there_must_be_rows(folder: Path) -> None:
     with pytest.raises(ConfigError, match="ChatData has no rows"):
         ChatData(processor=str(folder))
-    with pytest.raises(ConfigError, match=r"val='none.jsonl' does not exist. Paths are relative to where"):
-        ChatData(train=[ROW], val="none.jsonl")
-    with pytest.raises(ConfigError, match="processor='none' does not exist"):
-        ChatData(train=[ROW], processor="none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val": "none.jsonl"}, r"ChatData\(val='none.jsonl'\): there is no such file or folder"),
+        ({"val": ["none.jsonl"]}, r"ChatData\(val='none.jsonl'\): there is no such file or folder"),
+        ({"processor": "none"}, r"ChatData\(processor='none'\): there is no such"),
+    ],
+)
+def test_paths_are_checked_before_there_are_process_groups(options: dict[str, Any], message: str, folder: Path) -> None:
+    strategy = MimoStrategy({"images": ModuleParallelism(), "language": ModuleParallelism()}, 4)
+    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    trainer.datamodule = ChatData(**{"train": [ROW], "processor": str(folder), **options})
+    with pytest.raises(ConfigError, match=message):
+        strategy.validate(trainer)
 
 
 def test_rows_are_checked_in_setup(folder: Path) -> None:
