@@ -21,7 +21,7 @@ from lightning_mimo.checkpoint.writer import Content
 from lightning_mimo.errors import CheckpointError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.model import RaggedMimoModel
-from lightning_mimo.mimo.parameter_names import named_parameters_of
+from lightning_mimo.mimo.parameter_names import named_buffers_of, named_parameters_of
 from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 
@@ -150,12 +150,15 @@ def verify(path: Path, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
 
 
 def _shapes(model: RaggedMimoModel, infra: MimoModelInfra) -> dict[str, list[int]]:
-    """Global name -> full shape of all parameters of this rank."""
-    return {
+    """Global name -> full shape of all parameters and persistent buffers of this rank."""
+    shapes = {
         name: list(ShardSpec.of(parameter, infra.pg_collections[module]).shape)
         for module in infra.participating_modules
         for name, parameter in named_parameters_of(model, infra, module)
     }
+    for module in infra.participating_modules:
+        shapes |= {name: list(buffer.shape) for name, buffer in named_buffers_of(model, infra, module)}
+    return shapes
 
 
 def _mismatches(held: Mapping[str, list[int]], saved: Mapping[str, list[int]]) -> list[str]:

@@ -12,7 +12,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from lightning_mimo.checkpoint.shards import MAIN, WEIGHT, ShardSpec
 from lightning_mimo.mimo.model import RaggedMimoModel
-from lightning_mimo.mimo.parameter_names import named_parameters_of
+from lightning_mimo.mimo.parameter_names import named_buffers_of, named_parameters_of
 from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 
@@ -95,6 +95,9 @@ def shards_of(
                 yield TensorShard(name=name, kind=MAIN, spec=run, tensor=held.main.detach().reshape(-1))
             for kind, value in held.optimizer.state.get(held.main, {}).items():
                 yield _state_shard(name, kind, value, run)
+    if groups.dp.rank() == 0:
+        for name, buffer in named_buffers_of(model, infra, module):
+            yield TensorShard(name=name, kind=WEIGHT, spec=_whole(buffer), tensor=buffer.detach().reshape(-1))
 
 
 def load_shards(
@@ -112,7 +115,7 @@ def load_shards(
         infra: process groups.
         reader: what to read from.
         optimizer: optimizer to fill.
-        names: global names of the parameters to load; ``None`` loads all.
+        names: global names of the parameters to load, with the buffers that there are; ``None`` loads all.
     """
     for module in infra.participating_modules:
         groups = infra.pg_collections[module]
@@ -124,6 +127,9 @@ def load_shards(
             parameter.data.copy_(_most_exact(reader, name, spec, parameter).view(parameter.shape))
             if (held := updated.get(id(parameter))) is not None:
                 _load_updated(reader, name, replace(spec, start=held.start, stop=held.stop), held)
+        for name, buffer in named_buffers_of(model, infra, module):
+            if names is None or WEIGHT in reader.kinds(name):
+                buffer.data.copy_(reader.read(name, WEIGHT, _whole(buffer)).view(buffer.shape))
 
 
 def _load_updated(reader: Reader, name: str, spec: ShardSpec, held: _Updated) -> None:
@@ -147,6 +153,10 @@ def _most_exact(reader: Reader, name: str, spec: ShardSpec, target: torch.Tensor
     """Read the values of a parameter: those of its main parameter if the target has sufficient precision."""
     kind = MAIN if MAIN in reader.kinds(name) and target.dtype.itemsize > 2 else WEIGHT
     return reader.read(name, kind, spec)
+
+
+def _whole(buffer: torch.Tensor) -> ShardSpec:
+    return ShardSpec(shape=tuple(buffer.shape), stop=buffer.numel())
 
 
 def _state_shard(name: str, kind: str, value: Any, run: ShardSpec) -> TensorShard:

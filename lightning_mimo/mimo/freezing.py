@@ -60,8 +60,8 @@ class TrainedParameters:
         raise ConfigError(
             f"{name!r} was {what} after the gradient buffers and the optimizer had been set up, so "
             f"{'it would still be updated' if what == 'frozen' else 'it would not be updated'}. Set requires_grad in "
-            f"configure_model(), or MimoModule(frozen=[...]), and resume from a checkpoint with another value to "
-            f"change it."
+            f"configure_model(), or MimoModule(frozen=[...]); to change it later, begin a run with another value from "
+            f"the weights of a checkpoint (init_from)."
         )
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
+from lightning_mimo.mimo.buffers import persistent_buffers
 from lightning_mimo.parallel.random import seed_for
 
 
@@ -135,6 +136,24 @@ def global_named_parameters(
     Layers are numbered over all pipeline stages and experts over all expert-parallel ranks. The copy of tied word
     embeddings on the last pipeline stage has the same name as the original on the first stage.
     """
+    renamed = _renamed_paths(module, groups)
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "shared_embedding", False):
+            name = "embedding.word_embeddings.weight"
+        yield f"{prefix}.{_rename(name, renamed)}", parameter
+
+
+def global_named_buffers(
+    module: torch.nn.Module, *, prefix: str, groups: ProcessGroupCollection
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Persistent buffers with names that are the same in every layout, as :func:`global_named_parameters`."""
+    renamed = _renamed_paths(module, groups)
+    for name, buffer in persistent_buffers(module):
+        yield f"{prefix}.{_rename(name, renamed)}", buffer
+
+
+def _renamed_paths(module: torch.nn.Module, groups: ProcessGroupCollection) -> dict[str, str]:
+    """Path of a layer or expert in this module -> its path in the whole model."""
     renamed = {}
     for path, layer in module.named_modules():
         if re.search(r"(^|\.)layers\.\d+$", path) and hasattr(layer, "layer_number"):
@@ -144,10 +163,7 @@ def global_named_parameters(
             first = groups.ep.rank() * len(local_experts)
             for i in range(len(local_experts)):
                 renamed[f"{path}.local_experts.{i}"] = f"{path}.local_experts.{first + i}"
-    for name, parameter in module.named_parameters():
-        if getattr(parameter, "shared_embedding", False):
-            name = "embedding.word_embeddings.weight"
-        yield f"{prefix}.{_rename(name, renamed)}", parameter
+    return renamed
 
 
 def _rename(name: str, renamed: dict[str, str]) -> str:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core.utils import unwrap_model
 
 from lightning_mimo.errors import ConfigError
-from lightning_mimo.mimo.initialization import global_named_parameters
+from lightning_mimo.mimo.initialization import global_named_buffers, global_named_parameters
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.parallel.infra import MimoModelInfra
 
@@ -23,6 +23,12 @@ def named_parameters_of(
     """
     parameters, _ = module_and_name(model, module)
     yield from global_named_parameters(unwrap_model(parameters), prefix=module, groups=infra.pg_collections[module])
+
+
+def named_buffers_of(model: RaggedMimoModel, infra: MimoModelInfra, module: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Persistent buffers of one of this rank's modules, with names as of :func:`named_parameters_of`."""
+    buffers, _ = module_and_name(model, module)
+    yield from global_named_buffers(unwrap_model(buffers), prefix=module, groups=infra.pg_collections[module])
 
 
 def parameters_under(

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lightning_mimo.errors import ReplicaError
 from lightning_mimo.mimo.model import RaggedMimoModel
-from lightning_mimo.mimo.parameter_names import named_parameters_of, on_any_rank
+from lightning_mimo.mimo.parameter_names import named_buffers_of, named_parameters_of, on_any_rank
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 _ABSENT = -1
@@ -27,7 +27,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 @dataclass(frozen=True, kw_only=True)
 class _Copies:
-    """Parameters of one module on this rank, and the ranks that hold copies of them.
+    """Parameters and buffers of one module on this rank, and the ranks that hold copies of them.
 
     Attributes:
         module: name of the module.
@@ -39,7 +39,7 @@ class _Copies:
 
     module: str
     group: dist.ProcessGroup
-    parameters: Mapping[str, torch.nn.Parameter]
+    parameters: Mapping[str, torch.Tensor]
     shards: int
     shard: int
 
@@ -68,10 +68,38 @@ def check_replicas(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         raise ReplicaError(_describe(ranks))
 
 
+def has_buffers(model: RaggedMimoModel, infra: MimoModelInfra) -> bool:
+    """Whether any module on any rank has a persistent buffer. Collective over the world."""
+    modules = infra.participating_modules
+    return on_any_rank([any(True for module in modules for _ in named_buffers_of(model, infra, module))])[0]
+
+
+def check_buffers(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
+    """Compare the persistent buffers of all modules over their replicas after a step. Collective over the world.
+
+    Raises:
+        ReplicaError: on every rank, naming the module and the first buffer that differs.
+    """
+    differing: list[str] = []
+    for module in infra.participating_modules:
+        groups, buffers = infra.pg_collections[module], dict(named_buffers_of(model, infra, module))
+        copies = _Copies(module=module, group=groups.tp_dp_cp, parameters=buffers, shards=1, shard=0)
+        differing += [name for _, name in _compare(copies)]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, differing)
+    if names := [name for held in ranks for name in held]:
+        raise ReplicaError(
+            f"The buffer {names[0]!r} has become different on the replicas of its module, because each of them sees "
+            f"other samples, so results would depend on the layout, and a checkpoint could hold one of them only. "
+            f"Update it from numbers that are summed over torch.distributed, or not at all (FrozenBatchNorm), or "
+            f"register it with persistent=False."
+        )
+
+
 def _copies_of(model: RaggedMimoModel, infra: MimoModelInfra, module: str) -> Iterator[_Copies]:
     groups = infra.pg_collections[module]
-    dense: dict[str, torch.nn.Parameter] = {}
-    experts: dict[str, torch.nn.Parameter] = {}
+    dense: dict[str, torch.Tensor] = dict(named_buffers_of(model, infra, module))
+    experts: dict[str, torch.Tensor] = {}
     for name, parameter in named_parameters_of(model, infra, module):
         (dense if getattr(parameter, "allreduce", True) else experts)[name] = parameter
     yield _Copies(
@@ -103,7 +131,7 @@ def _compare(copies: _Copies) -> dict[tuple[str, str], int]:
     }
 
 
-def _slot(parameter: torch.nn.Parameter, copies: _Copies) -> int:
+def _slot(parameter: torch.Tensor, copies: _Copies) -> int:
     """Index of the shard of a parameter that this rank holds; 0 if the parameter is not sharded."""
     return copies.shard if getattr(parameter, "tensor_model_parallel", False) else 0
 

@@ -43,7 +43,7 @@ from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.run import Run, set_up_optimizer, the_only
 from lightning_mimo.strategy.trainer_check import check_trainer
 from lightning_mimo.strategy.trainer_setup import set_up_trainer
-from lightning_mimo.strategy.training_start import check_training_start
+from lightning_mimo.strategy.training_start import FirstStepCheck, check_training_start
 from lightning_mimo.strategy.world import WorldCollectives, build_infra, check_world_size, join_world, start_watchdog
 
 
@@ -293,6 +293,7 @@ class MimoStrategy(ParallelStrategy):
     def on_train_start(self) -> None:
         """Compare the weights of replicas, and restore the random generators of a checkpoint."""
         check_training_start(self._module, self._module.trainer)
+        self._after_first_step = FirstStepCheck(self._module)
         self.run.restore_generators(self.global_rank)
 
     @override
@@ -314,6 +315,7 @@ class MimoStrategy(ParallelStrategy):
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.run.batches.end_accumulation(optimizer)
+        self._after_first_step()
         return result
 
     @override

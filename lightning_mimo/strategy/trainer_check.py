@@ -34,7 +34,8 @@ _REFUSED = {
     ),
     BaseFinetuning: (
         "it freezes or unfreezes parameters after DDP and the optimizer were built. Freeze them at the start with "
-        "MimoModule(frozen=['images.encoders']), and resume from the checkpoint with another value of frozen"
+        "MimoModule(frozen=['images.encoders']), and begin the next run from the weights of a checkpoint (init_from) "
+        "with another value of frozen"
     ),
     ModelPruning: "it would prune each rank's shards separately. Prune an exported checkpoint",
     BatchSizeFinder: (

@@ -9,10 +9,10 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 
 from lightning_mimo.errors import ConfigError
-from lightning_mimo.mimo.replica_check import check_replicas
+from lightning_mimo.mimo.replica_check import check_buffers, check_replicas, has_buffers
 from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.own_state import check_same_on_all_ranks
+from lightning_mimo.strategy.own_state import check_same_on_all_ranks, own_state
 
 
 def check_training_start(module: MimoModule, trainer: pl.Trainer) -> None:
@@ -30,6 +30,34 @@ def check_training_start(module: MimoModule, trainer: pl.Trainer) -> None:
         if isinstance(callback, Timer):
             # Lightning asks in on_fit_start, when the time that an earlier run has used is not loaded yet.
             Timer.on_fit_start(callback, trainer)
+
+
+class FirstStepCheck:
+    """Compares buffers over ranks after the first step of a training, if there are any."""
+
+    def __init__(self, module: MimoModule) -> None:
+        """Collective over the world.
+
+        Args:
+            module: the user's module.
+        """
+        self._module = module
+        self._is_due = has_buffers(module.mimo_model, module.infra)
+        self._has_own = bool(own_state(module))
+
+    def __call__(self) -> None:
+        """Call it after every step. Collective over the world in the first one.
+
+        Raises:
+            ReplicaError: if a buffer of the model differs between replicas.
+            ConfigError: if a buffer of the module differs between ranks.
+        """
+        if self._is_due:
+            self._is_due = False
+            check_buffers(self._module.mimo_model, self._module.infra)
+        if self._has_own:
+            self._has_own = False
+            check_same_on_all_ranks(self._module)
 
 
 def _check_one_loader(loaders: Any) -> None:
