@@ -103,7 +103,10 @@ def load(folder: Path) -> transformers.PreTrainedModel:
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:
     """transformers' output for one sample alone."""
     ids = sample.ids[None]
-    return model(input_ids=ids, use_cache=False, **sample.inputs, **_token_types(model, ids), **options)
+    # Without a mask, transformers 4 takes the tokens of an image, whose positions do not increase, for packed samples.
+    mask = torch.ones_like(ids)
+    inputs = {**sample.inputs, **_token_types(model, ids)}
+    return model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs, **options)
 
 
 def _token_types(model: transformers.PreTrainedModel, ids: torch.Tensor) -> Tensors:
