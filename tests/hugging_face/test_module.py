@@ -183,7 +183,7 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
     if kind == "Llava":
         config = read_config(Path("configs/llava_1_5_7b"))
     elif kind == "Qwen2_5_VL":
-        config = transformers.Qwen2_5_VLConfig(text_config=QWEN2_7B, vision_config={"hidden_size": 1280})
+        config = read_config(Path("configs/qwen2_5_vl_7b"))
     elif kind == "LlavaNext":
         config = transformers.LlavaNextConfig(text_config=transformers.MistralConfig(vocab_size=32064))
     else:

@@ -14,10 +14,12 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from lightning_mimo import ConfigError, DataError, HuggingFaceModule, LayoutError, ModuleParallelism
+from lightning_mimo.data import ChatDataset
 from lightning_mimo.data.sample_format import SampleFormat, read_ids, read_text
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
@@ -39,6 +41,7 @@ from tests.hugging_face.tiny_models import (
     VISION_START,
     save_model,
 )
+from tests.support import processors
 from tests.support.rank_pool import RankPool
 
 KINDS = ["qwen2_vl", "qwen2_5_vl"]
@@ -353,3 +356,58 @@ def _losses(folder: Path, *, load: Callable[[list], Any]) -> float:
 def test_dataset_needs_no_pixels_for_the_language_module(rank_pool: RankPool, folder: Path) -> None:
     whole = rank_pool.run(_losses, folder, load=list, world_size=2)
     assert rank_pool.run(_losses, folder, load=_TextOnly, world_size=2) == whole
+
+
+def _with_processor(folder: Path) -> Path:
+    """A model for the tokens of a processor, which lies beside it."""
+    processor = processors.qwen("Qwen2_5_VL", patch_size=PATCH["patch_size"])
+    config = MODELS["qwen2_5_vl"]().config
+    config.text_config.vocab_size = len(processor.tokenizer)
+    for name in ("image", "video", "vision_start", "vision_end"):
+        token = f"<|{name}_pad|>" if name in ("image", "video") else f"<|{name}|>"
+        setattr(config, f"{name}_token_id", processor.tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(7)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _row(question: str, images: int, folder: Path) -> dict[str, Any]:
+    content: list[dict[str, Any]] = []
+    for number in range(images):
+        path = folder / f"{question}{number}.png"
+        processors.image(20 + 9 * number, 31 + 5 * images, seed=number).save(path)
+        content.append({"type": "image", "image": str(path)})
+    content.append({"type": "text", "text": question})
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes, two."}]}
+
+
+def _chat(folder: Path, rows: list[dict[str, Any]]) -> dict[int, torch.Tensor]:
+    trainer = make_trainer(Layout(modules=APART), len(rows))
+    module = Observed(str(folder))
+    with exactly():
+        trainer.validate(module, DataLoader(ChatDataset(rows, str(folder)), batch_size=len(rows)), verbose=False)
+    trainer.strategy.infra.destroy()
+    return module.logits
+
+
+@pytest.mark.hugging_face
+def test_conversations_through_the_processor_of_the_model(rank_pool: RankPool, tmp_path: Path) -> None:
+    folder = _with_processor(tmp_path / "model")
+    rows = [_row(question, images, tmp_path) for images, question in enumerate(["A cat?", "A dog?", "Two?"])]
+    _, ours = rank_pool.run(_chat, folder, rows, world_size=2)
+    model, processor = load(folder), transformers.AutoProcessor.from_pretrained(folder)
+    for index, row in enumerate(rows):
+        question, answer = row["messages"]
+        answer = {**answer, "content": [{"type": "text", "text": answer["content"]}]}
+        text = processor.apply_chat_template([question, answer], tokenize=False)
+        images = [Image.open(part["image"]) for part in question["content"] if part["type"] == "image"]
+        inputs = processor(text=[text], images=[images] if images else None, return_tensors="pt")
+        with torch.no_grad(), exactly():
+            expected = model(**inputs).logits[0]
+        difference = (ours[index][:, : expected.size(-1)] - expected).abs().max()
+        assert difference < 1e-9 * expected.abs().max()

@@ -79,7 +79,12 @@ def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, tmp_path
         ddp=strategy.ddp_by_module,
         frozen=cli.model.frozen,
     )
-    sizes = {"llava_1_5_7b": (0.312e9, 6.739e9), "llava_7b": (0.3e9, 6.74e9), "vlm_70b": (6.08e9, 70.56e9)}
+    sizes = {
+        "llava_1_5_7b": (0.312e9, 6.739e9),
+        "llava_7b": (0.3e9, 6.74e9),
+        "qwen2_5_vl_7b": (0.677e9, 7.616e9),
+        "vlm_70b": (6.08e9, 70.56e9),
+    }
     assert list(found.parameters.values()) == pytest.approx(sizes[config.stem], rel=0.1)
     if config.stem == "vlm_70b":
         table = describe(found, strategy.validate(), precision=strategy.precision_plugin.precision, training=True)
@@ -90,7 +95,7 @@ def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, tmp_path
 
 
 def test_there_are_cluster_size_configs() -> None:
-    assert [config.stem for config in CLUSTER] == ["llava_1_5_7b", "llava_7b", "vlm_70b"]
+    assert [config.stem for config in CLUSTER] == ["llava_1_5_7b", "llava_7b", "qwen2_5_vl_7b", "vlm_70b"]
 
 
 @pytest.mark.parametrize("config", ["configs/digits_avlm.yaml", "configs/digits_vlm_colocated.yaml"])
