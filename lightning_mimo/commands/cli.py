@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["layout", "--help"]:
         print(_USAGE, end="")
         return
+    arguments = sys.argv[1:] = _command_first(arguments)
     # Console scripts do not search the current folder for modules, but the classes of a config are often there.
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -65,6 +66,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MimoError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _command_first(arguments: list[str]) -> list[str]:
+    """Put the command before the options: LightningCLI's ``--config FILE fit`` is ``fit --config FILE`` here."""
+    commands = [argument for argument in arguments if argument in (*_RUNS, "layout")]
+    if not arguments[0].startswith("-") or not commands:
+        return arguments
+    rest = list(arguments)
+    rest.remove(commands[0])
+    return [commands[0], *rest]
 
 
 def checkpoint_tool(arguments: Sequence[str]) -> str:

@@ -177,6 +177,8 @@ def whole_numbers(index: int, key: str, value: object, *, dimensions: tuple[int,
         DataError: for other types, dtypes and shapes.
     """
     tensor = as_tensor(index, key, value)
+    if tensor.numel() == 0:
+        tensor = tensor.to(torch.int64)  # an empty list has no dtype
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise DataError(
             f"Sample {index}: {key} has the dtype {_name(tensor.dtype)}, but tokens, labels and positions are whole "
@@ -206,11 +208,16 @@ def as_tensor(index: int, key: str, value: object) -> torch.Tensor:
         DataError: for anything else.
     """
     if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_nested or value.device.type != "cpu":
+            kind = "nested" if value.is_nested else "sparse" if value.layout != torch.strided else value.device.type
+            raise DataError(
+                f"Sample {index}: {key} is a {kind} tensor, but workers collate dense tensors on the CPU. Return "
+                f"those; the strategy moves a batch to its device."
+            )
         return value.detach() if value.requires_grad else value
     if isinstance(value, np.ndarray | list | tuple):
         try:
-            array = value if isinstance(value, np.ndarray) else np.array(value)
-            return torch.from_numpy(array if array.flags.writeable else array.copy())
+            return _from_array(value) if isinstance(value, np.ndarray) else torch.from_numpy(_array_of(value))
         except (TypeError, ValueError, RuntimeError):
             pass
     what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
@@ -221,6 +228,20 @@ def as_tensor(index: int, key: str, value: object) -> torch.Tensor:
     )
 
 
+def _from_array(array: np.ndarray) -> torch.Tensor:
+    """A tensor of an array in any order of bytes or elements."""
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy())
+
+
+def _array_of(value: list | tuple) -> np.ndarray:
+    """An array of a list, with floats in single precision, as ``torch.tensor`` reads it."""
+    array = np.array(value)
+    is_wide = array.dtype == np.float64 and not isinstance(value[0] if value else None, np.generic | np.ndarray)
+    return array.astype(np.float32) if is_wide else array
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -228,6 +249,11 @@ def _name(dtype: torch.dtype) -> str:
 def _kept(index: int, sample: Sample, length: int) -> int:
     """Tokens that are not padding, from ``attention_mask``."""
     mask = as_tensor(index, "attention_mask", sample["attention_mask"])
+    if mask.ndim != 1:
+        raise DataError(
+            f"Sample {index}: attention_mask has the shape {list(mask.shape)}, but must be [S], ones and then zeros: "
+            f"attention is causal over the whole sample. Leave it out."
+        )
     _check_length(index, "attention_mask", mask, length)
     kept = int((mask != 0).sum())
     if kept == 0 or not bool((mask[:kept] == 1).all()):
@@ -289,6 +315,10 @@ def _mask(index: int, sample: Sample, length: int) -> np.ndarray | None:
     if sample.get("loss_mask") is None:
         return None
     tensor = as_tensor(index, "loss_mask", sample["loss_mask"])
+    if tensor.is_complex():
+        raise DataError(
+            f"Sample {index}: loss_mask has the dtype {_name(tensor.dtype)}, but holds weights, real numbers."
+        )
     if tensor.ndim != 1:
         raise DataError(f"Sample {index}: loss_mask has the shape {list(tensor.shape)}, but must be [S], as input_ids.")
     mask = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()

@@ -70,8 +70,8 @@ class MimoPrecision(Precision):
 
     @override
     def convert_input(self, data: Any) -> Any:
-        """Convert the inputs of encoders to this dtype. Text, masks, and with 32-true all inputs, stay unchanged."""
-        if self.dtype_policy.dtype == torch.float32 or not isinstance(data, list):
+        """Convert the inputs of encoders to this dtype, with 32-true only those in float64. The rest is unchanged."""
+        if not isinstance(data, list):
             return data
         return SharedMemoryBatch(
             {**microbatch, "modality_inputs": apply_to_collection(inputs, torch.Tensor, self._convert)}
@@ -81,4 +81,7 @@ class MimoPrecision(Precision):
         )
 
     def _convert(self, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self.dtype_policy.dtype) if value.is_floating_point() else value
+        dtype = self.dtype_policy.dtype
+        # With float32, a module that a user keeps in a shorter dtype may be given inputs in it; numpy makes float64.
+        is_meant = value.is_floating_point() and (dtype != torch.float32 or value.dtype == torch.float64)
+        return value.to(dtype) if is_meant else value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from jsonargparse import ArgumentParser
 
@@ -13,6 +15,7 @@ from examples.digits_avlm.model import DigitsAvlmModule
 from examples.llava.data import ConversationData
 from examples.llava.model import LlavaModule
 from lightning_mimo import Checks, MimoStrategy, ModuleParallelism, Monitoring, OptimizerOverride, Saving
+from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.config_errors import condense
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 
@@ -58,3 +61,17 @@ def test_every_key_is_documented(kind: type) -> None:
 )
 def test_reports_are_condensed(report: str, line: str) -> None:
     assert condense(report) == line
+
+
+def test_command_may_stand_behind_its_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    config = ["--config", "configs/digits_vlm.yaml"]
+    shown = []
+    for arguments in (["layout", *config], [*config, "layout"]):
+        monkeypatch.setattr(sys, "argv", ["lightning-mimo", *arguments])
+        main()
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "4 ranks" in shown[0]
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo", "--config", "missing.yaml", "fit"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "missing.yaml" in capsys.readouterr().err

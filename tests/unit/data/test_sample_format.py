@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mimo.data.sample_format import SampleFormat, check_keys, read_ids, read_text
+from lightning_mimo.data.sample_format import SampleFormat, as_tensor, check_keys, read_ids, read_text
 
 IMAGE, VOCABULARY = 9, 32
 EXPECTED = SampleFormat(special_token_ids={"images": IMAGE}, vocab_size=VOCABULARY, max_sequence_length=8)
@@ -181,6 +181,46 @@ def test_minus_100_that_became_156_is_refused() -> None:
 def test_what_is_no_list_of_numbers_is_refused(value: Any) -> None:
     with pytest.raises(ValueError, match=r"^Sample 7: input_ids is an? .* that is no rectangular array of numbers"):
         read_ids(7, {"input_ids": value}, EXPECTED)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array(INPUT_IDS, ">i4"),
+        np.array(INPUT_IDS[::-1])[::-1],
+        tuple(INPUT_IDS),
+        [np.int64(token) for token in INPUT_IDS],
+    ],
+    ids=["byte_order", "reversed", "tuple", "numpy_numbers"],
+)
+def test_arrays_in_any_order_of_bytes_and_elements_are_taken(array: Any) -> None:
+    assert read_ids(7, sample(input_ids=array), EXPECTED).tolist() == INPUT_IDS
+
+
+def test_floats_of_a_list_are_float32_as_in_torch() -> None:
+    assert as_tensor(7, "x", [[0.5, 1.0]]).dtype == torch.float32
+    assert as_tensor(7, "x", np.ones((1, 2))).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(5).to_sparse(), "sparse"),
+        (torch.empty(5, device="meta"), "meta"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "nested"),
+    ],
+    ids=["sparse", "meta", "nested"],
+)
+def test_tensor_that_is_not_dense_on_the_cpu_is_refused(tensor: torch.Tensor, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"Sample 7: loss_mask is a {kind} tensor, but workers collate dense"):
+        read_text(7, sample(loss_mask=tensor), EXPECTED)
+
+
+def test_complex_weights_and_masks_of_pairs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Sample 7: loss_mask has the dtype complex64, but holds weights, real"):
+        read_text(7, sample(loss_mask=np.ones(5, np.complex64)), EXPECTED)
+    with pytest.raises(ValueError, match=r"Sample 7: attention_mask has the shape \[5, 5\], but must be \[S\]"):
+        read_text(7, sample(attention_mask=torch.ones(5, 5)), EXPECTED)
 
 
 def test_batch_dimension_is_refused_with_the_remedy() -> None:

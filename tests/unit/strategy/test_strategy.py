@@ -75,6 +75,16 @@ def test_other_plugin_is_refused_by_its_name(plugin: type[Precision]) -> None:
         MimoPrecision.convert(plugin.__new__(plugin))
 
 
+@pytest.mark.parametrize(("precision", "kept"), [("32-true", torch.float16), ("bf16-mixed", torch.bfloat16)])
+def test_inputs_of_encoders_are_given_the_dtype_of_the_run(precision: str, kept: torch.dtype) -> None:
+    wide, short = torch.ones(2, dtype=torch.float64), torch.ones(2, dtype=torch.float16)
+    numbers = {"vit": {"wide": wide, "short": short, "grid": torch.ones(2, dtype=torch.int64)}}
+    (found,) = MimoPrecision(precision).convert_input([{"modality_inputs": {"images": numbers}}])
+    dtypes = {name: tensor.dtype for name, tensor in found["modality_inputs"]["images"]["vit"].items()}
+    meant = torch.float32 if precision == "32-true" else torch.bfloat16
+    assert dtypes == {"wide": meant, "short": kept, "grid": torch.int64}
+
+
 @pytest.mark.parametrize("ahead", [-1, 1.5, True])
 def test_encoders_run_ahead_by_whole_microbatches(ahead: object) -> None:
     with pytest.raises(ValueError, match=rf"encoder_run_ahead={ahead}\) must be a whole number of microbatches, 0 or"):
