@@ -113,6 +113,8 @@ def _in_files_form(model: Pretrained, layout: Layout, found: Sequence[Found], st
     whole = {name: join(each) for name, each in pieces.items()}
     with SafetensorsFolder(model.folder) as files:
         table = model_of(read_config(model.folder)).rules(files.shapes(), whole[_EMBEDDINGS].size(0))
+    for name in set().union(*(rank.untrained for rank in found)):  # transformers' loop has zeros there, too
+        whole[name] = torch.zeros(table.rules[name].shape, dtype=torch.float64)
     table.check_parameters({name: tensor.shape for name, tensor in whole.items()}, all_of=True)
     return {name: table.gather(name, whole.__getitem__) for name in table.sources}
 

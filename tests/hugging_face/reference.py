@@ -97,7 +97,12 @@ def load(folder: Path) -> transformers.PreTrainedModel:
     options = {"dtype": torch.float64, "attn_implementation": "eager"}
     if hasattr(config, "_experts_implementation"):  # since transformers 5, whose fastest has no float64
         options["experts_implementation"] = "eager"
-    return kind.from_pretrained(folder, **options).eval()
+    model = kind.from_pretrained(folder, **options).eval()
+    # What a class of transformers does not train, transformers 5 trains once it is loaded.
+    with torch.device("meta"):
+        for name, parameter in kind(config).named_parameters():
+            model.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return model
 
 
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:
@@ -146,7 +151,8 @@ def truth(folder: Path, samples: Sequence[Conversation], *, frozen: Sequence[str
             logits = [logits_of(model, sample).logits[0] for sample in samples]
             answers = [_answer(model, sample) for sample in samples]
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in frozen))
+            if any(part in name for part in frozen):
+                parameter.requires_grad_(False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
         losses, gradients = [], []

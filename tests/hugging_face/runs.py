@@ -59,6 +59,7 @@ class Found:
         losses: of validation, then of each step.
         answers: of each sample.
         gradients: of each step: parameter's global name -> where the shard lies, and the shard.
+        untrained: global names of the parameters that have none.
     """
 
     logits: dict[int, torch.Tensor]
@@ -67,6 +68,7 @@ class Found:
     losses: list[float]
     answers: list[list[int]]
     gradients: list[dict[str, tuple[ShardSpec, torch.Tensor]]]
+    untrained: set[str]
 
 
 class Observed(HuggingFaceModule):
@@ -89,6 +91,7 @@ class Observed(HuggingFaceModule):
 class Gradients(pl.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.untrained: set[str] = set()
         self.steps: list[dict[str, tuple[ShardSpec, torch.Tensor]]] = []
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Observed, optimizer: Any) -> None:
@@ -101,6 +104,12 @@ class Gradients(pl.Callback):
                 if parameter.requires_grad
             }
         )
+        self.untrained = {
+            name
+            for module in infra.participating_modules
+            for name, parameter in named_parameters_of(pl_module.model, infra, module)
+            if not parameter.requires_grad
+        }
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
@@ -181,6 +190,7 @@ def run(
         [metrics["val/loss"], *gradients.losses],
         [answers[i] for i in range(len(samples))],
         gradients.steps,
+        gradients.untrained,
     )
     infra.destroy()
     return found

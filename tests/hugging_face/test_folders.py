@@ -153,6 +153,25 @@ def test_missing_tensor_is_named(copied: Path) -> None:
         check(copied)
 
 
+@pytest.mark.parametrize("kind", ["llava_next", "qwen2_audio"])
+def test_names_of_both_versions_of_transformers_are_known(tmp_path: Path, kind: str) -> None:
+    """Published files begin with language_model.model; others are called like the parameters in transformers 5."""
+    folder = save_model(kind, tmp_path / kind)
+    modules = {ITEMS[kind].module: ModuleParallelism(), "language": ModuleParallelism()}
+    layout = MimoLayout.resolve(modules, world_size=2, colocate=False)
+    HuggingFaceModule(str(folder)).check_layout(layout)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tail = name.removeprefix("language_model.")
+            inside = f"model.language_model.{tail.removeprefix('model.')}" if tail != name else f"model.{name}"
+            tensors[tail if "lm_head" in name else inside] = tensors.pop(name)
+
+    edit_weights(folder, rename)
+    assert "model.language_model.embed_tokens.weight" in load_file(folder / "model.safetensors")
+    HuggingFaceModule(str(folder)).check_layout(layout)
+
+
 def test_tokenizer_larger_than_the_vocabulary_is_refused(copied: Path) -> None:
     tokens = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": VOCABULARY, "content": "<image>"}]}
     (copied / "tokenizer.json").write_text(json.dumps(tokens))
@@ -173,6 +192,7 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(copied: Path) -> None:
         pytest.param("llava_next", {}, marks=pytest.mark.hugging_face),
         pytest.param("idefics3", {"max_shard_size": "40KB"}, marks=pytest.mark.hugging_face),
         pytest.param("smolvlm", {}, marks=pytest.mark.hugging_face),
+        pytest.param("qwen2_audio", {}, marks=pytest.mark.hugging_face),
     ],
 )
 def test_import_and_export_without_training_is_the_same_bit_for_bit(
@@ -183,8 +203,8 @@ def test_import_and_export_without_training_is_the_same_bit_for_bit(
     (source / "preprocessor_config.json").write_text("{}")
     modules = {"language": ModuleParallelism(tp=2)}
     if kind in ITEMS:
-        images = ModuleParallelism(tp=1 if kind in UNDIVIDED else 2)
-        modules = {"images": images, "language": ModuleParallelism(pp=2)}
+        encoder = ModuleParallelism(tp=1 if kind in UNDIVIDED else 2)
+        modules = {ITEMS[kind].module: encoder, "language": ModuleParallelism(pp=2)}
     layout, checkpoint = Layout(modules=modules, options={"sequence_parallel": True}), tmp_path / "weights.ckpt"
     for precision in ("32-true", "bf16-mixed"):
         out = tmp_path / f"out-{precision}"

@@ -16,8 +16,8 @@ from lightning_mimo.data.encoder_inputs import concatenate, read_inputs
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.models.hugging_face.idefics3 import Tiles
 from lightning_mimo.models.hugging_face.registry import model_of
+from tests.hugging_face.processors import image_processor, word_tokenizer
 from tests.hugging_face.tiny_models import MODELS, SPLIT
-from tests.hugging_face.tokenizer import word_tokenizer
 
 SIZE = SPLIT["image_size"]
 TILES = Tiles(size=SIZE, side=SIZE // SPLIT["patch_size"], shuffled=2)
@@ -36,12 +36,10 @@ def test_features_are_shuffled_as_in_transformers() -> None:
 
 def test_what_the_processor_gives_is_a_sample() -> None:
     image_module = pytest.importorskip("PIL.Image")
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
     words = ["<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *tiles, "what"]
     processor = transformers.Idefics3Processor(
-        Idefics3ImageProcessorPil(size={"longest_edge": 3 * SIZE}, max_image_size={"longest_edge": SIZE}),
+        image_processor("Idefics3")(size={"longest_edge": 3 * SIZE}, max_image_size={"longest_edge": SIZE}),
         word_tokenizer(*words),
         image_seq_len=TILES.embeddings_per_tile,
     )

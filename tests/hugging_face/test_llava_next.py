@@ -17,8 +17,8 @@ from lightning_mimo.data.encoder_inputs import concatenate, read_inputs
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.models.hugging_face.llava_next import AnyResolution
 from lightning_mimo.models.hugging_face.registry import model_of
+from tests.hugging_face.processors import image_processor, word_tokenizer
 from tests.hugging_face.tiny_models import MODELS, RESOLUTIONS, VISION
-from tests.hugging_face.tokenizer import word_tokenizer
 
 IMAGES = AnyResolution(
     resolutions=tuple((height, width) for height, width in RESOLUTIONS), tile_size=VISION["image_size"], side=2
@@ -54,11 +54,9 @@ def _processed(processor: Any, *sizes: tuple[int, int]) -> dict[str, Any]:
 
 def test_what_the_processor_gives_is_a_sample() -> None:
     pytest.importorskip("PIL")
-    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-
     side = VISION["image_size"]
     processor = transformers.LlavaNextProcessor(
-        LlavaNextImageProcessorPil(
+        image_processor("LlavaNext")(
             size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_grid_pinpoints=RESOLUTIONS
         ),
         word_tokenizer("<image>", "what"),

@@ -124,6 +124,7 @@ QWEN2_7B = {
 }
 
 
+QWEN2_AUDIO_7B = {"text_config": {"model_type": "qwen2", "vocab_size": 156032, "intermediate_size": 11008}}
 SMOLVLM_256M = {
     "scale_factor": 4,
     "vision_config": {
@@ -175,6 +176,7 @@ SMOLVLM_256M = {
         ("Qwen2_5_VL", {}, 8_292_166_656),
         ("LlavaNext", {}, 7_566_747_648 - 12_596_224 - 2_048),
         ("SmolVLM", SMOLVLM_256M, 256_484_928),
+        ("Qwen2Audio", QWEN2_AUDIO_7B, 8_397_094_912),
     ],
 )
 def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: dict, published: int) -> None:
@@ -191,8 +193,8 @@ def test_full_sizes_have_the_published_numbers_of_parameters(kind: str, sizes: d
     model = model_of(config)
     tp = {"Qwen2": 4, "Qwen2_5_VL": 4, "Qwen2Audio": 4, "SmolVLM": 1}.get(kind, 8)
     cuts = {name: ModuleParallelism(tp=tp, dp=1) for name in model.modules}
-    if kind == "Qwen2_5_VL":
-        cuts["images"] = ModuleParallelism(dp=1)
+    if kind in ("Qwen2_5_VL", "Qwen2Audio"):
+        cuts[model.modules[0]] = ModuleParallelism(dp=1)
     from megatron.core.distributed import DistributedDataParallelConfig
 
     from lightning_mimo.models.hugging_face.decoder import BuildOptions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ pytest.importorskip("transformers")
 
 from lightning_mimo import ModuleParallelism as Cut
 from tests.hugging_face.comparison import Differences, Pretrained, compare
+from tests.hugging_face.reference import truth
 from tests.hugging_face.runs import Layout, run
+from tests.hugging_face.tiny_models import ITEMS
 from tests.support.rank_pool import RankPool
 
 LIMIT = 1e-9
@@ -23,6 +26,10 @@ def text(language: Cut, **options: object) -> Layout:
 
 def apart(images: Cut, language: Cut, **options: object) -> Layout:
     return Layout(modules={"images": images, "language": language}, **options)
+
+
+def heard(audio: Cut, language: Cut, **options: object) -> Layout:
+    return Layout(modules={"audio": audio, "language": language}, **options)
 
 
 TEXT = {
@@ -66,6 +73,15 @@ IMAGES = {
 WHOLE_IMAGES = {
     name: layout for name, layout in IMAGES.items() if layout.modules["images"].tp == layout.modules["images"].pp == 1
 }
+AUDIO = {
+    "one_process": heard(Cut(), Cut(), colocate=True),
+    "audio_dp1-language_tp2": heard(Cut(), Cut(tp=2)),
+    "audio_dp1-language_pp2": heard(Cut(), Cut(pp=2), num_microbatches=2),
+    "audio_dp2-language_tp2pp2": heard(Cut(dp=2), Cut(tp=2, pp=2), num_microbatches=3),
+    "audio_dp1-language_dp3": heard(Cut(), Cut(dp=3), num_microbatches=2),
+    "audio_dp3-language_tp2-sequence_parallel": heard(Cut(dp=3), Cut(tp=2), options={"sequence_parallel": True}),
+    "colocated-audio_dp2-language_tp2": heard(Cut(dp=2), Cut(tp=2), colocate=True, num_microbatches=3),
+}
 LAYOUTS = {
     "llama2": {**TEXT, "tp4": text(Cut(tp=4))},
     "llama3": TEXT,
@@ -87,6 +103,7 @@ LAYOUTS = {
         "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
     },
     "llava_next": IMAGES,
+    "qwen2_audio": AUDIO,
     "idefics3": IMAGES,
     "smolvlm": IMAGES,
     "llava_next_siglip": IMAGES,
@@ -99,6 +116,8 @@ QUICK = [
     ("llava_clip", "images_tp2-language_pp2"),
     ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),
     ("llava_next", "images_pp2-language_dp3"),
+    ("idefics3", "colocated-images_tp2-language_dp2"),
+    ("qwen2_audio", "colocated-audio_dp2-language_tp2"),
 ]
 
 
@@ -133,3 +152,30 @@ def test_agrees_in_every_layout(
 ) -> None:
     layout = LAYOUTS[model][name]
     add_line(model, name, layout.ranks, _check(rank_pool, pretrained, tmp_path, model, layout))
+
+
+# Names of transformers' parameters under which each part is.
+PARTS = {
+    ("llava_next", "encoders"): ("vision_tower",),
+    ("llava_next", "input_projections"): ("multi_modal_projector", "image_newline"),
+    ("idefics3", "encoders"): ("vision_model",),
+    ("idefics3", "input_projections"): ("connector",),
+    ("qwen2_audio", "encoders"): ("audio_tower",),
+    ("qwen2_audio", "input_projections"): ("multi_modal_projector",),
+}
+
+
+@pytest.mark.hugging_face
+@pytest.mark.parametrize(("model", "part"), PARTS)
+def test_encoder_and_projector_can_be_frozen_apart(
+    rank_pool: RankPool, pretrained: Callable[[str], Pretrained], tmp_path: Path, model: str, part: str
+) -> None:
+    made = pretrained(model)
+    expected = truth(made.folder, made.samples, frozen=PARTS[model, part])
+    module, layout = ITEMS[model].module, Layout(modules={ITEMS[model].module: Cut(dp=2), "language": Cut(tp=2)})
+    checkpoint, frozen = tmp_path / "trained.ckpt", [f"{module}.{part}"]
+    found = rank_pool.run(run, made.folder, made.samples, layout, checkpoint, frozen=frozen, world_size=layout.ranks)
+    assert all(name.startswith(tuple(frozen)) for rank in found for name in rank.untrained if "embed_pos" not in name)
+    assert any(name.startswith(f"{module}.") for rank in found for name in rank.gradients[0])
+    result = compare(replace(made, truth=expected), layout, found, checkpoint, tmp_path / "exported")
+    assert max(result.logits, result.loss, result.gradient, result.weight, result.export) < LIMIT

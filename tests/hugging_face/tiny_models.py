@@ -125,6 +125,24 @@ def _idefics3(kind: str, *, tie: bool = False) -> transformers.PreTrainedModel:
     return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
 
 
+AUDIO = {"num_mel_bins": 6, "max_source_positions": 8}
+
+
+def _qwen2_audio() -> transformers.PreTrainedModel:
+    config = transformers.Qwen2AudioConfig(
+        audio_config={
+            "d_model": 24,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            **AUDIO,
+        },
+        text_config={**_TEXT, "model_type": "qwen2"},
+        audio_token_index=IMAGE_TOKEN,
+    )
+    return transformers.Qwen2AudioForConditionalGeneration(config)
+
+
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama2": _text("Llama", num_key_value_heads=4),
     "llama3": _text("Llama", **_LLAMA3_ROPE),
@@ -163,6 +181,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     ),
     "idefics3": lambda: _idefics3("Idefics3"),
     "smolvlm": lambda: _idefics3("SmolVLM", tie=True),
+    "qwen2_audio": _qwen2_audio,
     "llava_dinov2": lambda: _llava(
         transformers.Dinov2Config(**{k: v for k, v in VISION.items() if k != "intermediate_size"}, mlp_ratio=2)
     ),
@@ -248,6 +267,16 @@ def _split(number: int, generator: torch.Generator) -> tuple[list[int], dict[str
     return [4] * tiles, {"pixel_values": values, "pixel_attention_mask": counts}
 
 
+def _clips(number: int, generator: torch.Generator) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """16 frames each, silence included; of two embeddings or more, as by one alone transformers expects old inputs."""
+    frames = torch.randint(9, 17, (number,), generator=generator)
+    features = _normal(number, AUDIO["num_mel_bins"], 16, generator=generator)
+    return (((frames - 1) // 2 - 1) // 2 + 1).tolist(), {
+        "input_features": features,
+        "feature_attention_mask": (torch.arange(16) < frames[:, None]).int(),
+    }
+
+
 def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
@@ -255,7 +284,8 @@ def _normal(*shape: int, generator: torch.Generator) -> torch.Tensor:
 ITEMS = {kind: Items(make=_tiles if "next" in kind else _images) for kind in MODELS if kind.startswith("llava")}
 ITEMS |= {kind: Items(make=_grids, before=(VISION_START,)) for kind in ("qwen2_vl", "qwen2_5_vl")}
 ITEMS |= {kind: Items(make=_split) for kind in ("idefics3", "smolvlm")}
-UNDIVIDED = ("llava_dinov2", "qwen2_vl", "qwen2_5_vl")
+ITEMS["qwen2_audio"] = Items(make=_clips, module="audio", encoder="encoder")
+UNDIVIDED = ("llava_dinov2", "qwen2_audio", "qwen2_vl", "qwen2_5_vl")
 """Models whose vision encoder is taken from transformers as it is."""
 
 

@@ -77,7 +77,7 @@ def is_tied(config: Any) -> bool:
     counts = int(version("transformers").partition(".")[0]) >= 5
     # transformers 5 keeps it on the outside alone, where the file has all fields there.
     in_text = getattr(config.text_config, "tie_word_embeddings", False)
-    return bool(in_text or (counts and config.tie_word_embeddings))
+    return bool(in_text or (counts and getattr(config, "tie_word_embeddings", False)))
 
 
 def sliding_window_of(config: Any) -> int | None:

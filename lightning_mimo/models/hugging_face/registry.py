@@ -17,6 +17,7 @@ from lightning_mimo.models.hugging_face.llava import LlavaModel
 from lightning_mimo.models.hugging_face.llava_next import LlavaNextModel
 from lightning_mimo.models.hugging_face.mixtral import MIXTRAL_EXPERTS, mixtral_size
 from lightning_mimo.models.hugging_face.qwen import QWEN3_EXPERTS, qwen2_size, qwen3_moe_size, qwen3_size
+from lightning_mimo.models.hugging_face.qwen2_audio import Qwen2AudioModel
 from lightning_mimo.models.hugging_face.qwen_vl import QWEN2_5_VISION, QWEN2_VISION, QwenVLModel
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.weights.rules import RuleTable
@@ -93,3 +94,4 @@ register("qwen2_5_vl", lambda config: QwenVLModel(config, QWEN2_5_VISION))
 register("llava_next", lambda config: LlavaNextModel(config, model_of))
 register("idefics3", lambda config: Idefics3Model(config, model_of))
 register("smolvlm", lambda config: Idefics3Model(config, model_of))
+register("qwen2_audio", lambda config: Qwen2AudioModel(config, model_of))

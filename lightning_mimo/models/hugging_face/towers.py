@@ -75,7 +75,7 @@ def check_undivided(layout: MimoLayout, module: str, model_type: str) -> None:
     sizes = layout.modules[module]
     if sizes.tp > 1 or sizes.pp > 1:
         raise LayoutError(
-            f"Module {module!r}: tp={sizes.tp}, pp={sizes.pp}, but a vision encoder of the kind {model_type!r} is "
+            f"Module {module!r}: tp={sizes.tp}, pp={sizes.pp}, but an encoder of the kind {model_type!r} is "
             f"taken from transformers as it is, which cannot be divided. Set tp=1 and pp=1, and as many dp as you like."
         )
 
@@ -123,14 +123,14 @@ class TransformersTower:
     def rules(self, target: str, source: str, shapes: Mapping[str, Sequence[int]]) -> list[Rule]:
         return [
             Rename(f"{target}tower.{name}", Source(name=f"{source}{in_files}", shape=tuple(shape)))
-            for in_files, (name, shape) in _names_in_files(self._config).items()
+            for in_files, (name, shape) in names_in_files(self._config).items()
         ]
 
     def kept(self, source: str) -> list[str]:
         return []
 
 
-def _names_in_files(config: Any) -> dict[str, tuple[str, torch.Size]]:
+def names_in_files(config: Any) -> dict[str, tuple[str, torch.Size]]:
     """Name of a tensor in files -> name and shape of the parameter in transformers' model. Builds it without memory."""
     from transformers import AutoModel
 

@@ -1,6 +1,8 @@
-"""A tokenizer of a few words, for processors."""
+"""Parts of processors: a tokenizer of a few words, and image processors that need Pillow alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import transformers
 from tokenizers import Tokenizer
@@ -15,3 +17,9 @@ def word_tokenizer(*words: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.add_special_tokens([word for word in known if word.startswith("<")])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+def image_processor(family: str) -> Any:
+    """The class that does not need torchvision."""
+    name = f"{family}ImageProcessor"
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)  # the latter in transformers 4
