@@ -1,4 +1,4 @@
-"""The command line: ``lightning-mimo fit | validate | test | predict | layout | checkpoint | export-hf | new``.
+"""The command line: ``lightning-mimo fit | validate | test | predict | layout | verify | checkpoint | export-hf | new``.
 
 ``layout`` and ``new`` need neither torch nor Lightning, so other commands import them only when they run.
 """
@@ -17,6 +17,7 @@ from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
        lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
+       lightning-mimo verify --config FILE [--layers 2] [--ranks 8] [--as-is] [--KEY=VALUE ...]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
        lightning-mimo export-hf CHECKPOINT OUT [--pretrained FOLDER] [--max-shard-size 5GB] [--import MODULE]
        lightning-mimo new FOLDER
@@ -25,6 +26,7 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
   validate   evaluate on the validation data        test      evaluate on the test data
   predict    generate the model's answers           layout    print which module runs on which ranks; starts no process
   new        write a small project to begin with: config, model, data, and a job script
+  verify     train two steps of your model, scaled down, in its layout and in one process, and compare all parameters
   export-hf  write a checkpoint of a HuggingFaceModule as a folder that transformers loads
 
   --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print_report(checkpoint_tool(arguments[1:]))
         elif arguments[0] == "export-hf":
             print_report(_export_hf(arguments[1:]))
+        elif arguments[0] == "verify":
+            check_config_files(arguments[1:])
+            _verify(arguments[1:])
         elif arguments[0] == "new":
             print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
@@ -60,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_lightning()
         else:
             raise ConfigError(
-                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, checkpoint, "
-                f"export-hf, new."
+                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, verify, "
+                f"checkpoint, export-hf, new."
             )
     except MimoError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
@@ -106,6 +111,13 @@ def _export_hf(arguments: Sequence[str]) -> str:
     from lightning_mimo.commands.export_hf import export_command
 
     return export_command(arguments)
+
+
+def _verify(arguments: Sequence[str]) -> None:
+    hush_known_warnings()
+    from lightning_mimo.commands.verify import verify_command
+
+    verify_command(arguments)
 
 
 def _run_lightning() -> None:

@@ -61,14 +61,14 @@ class MimoCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        with _one_line():
+        with one_line():
             if self.dry_run:
                 self._take_any_machine()
             super().instantiate_classes()
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
-        with _one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
+        with one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
             if self.dry_run:
                 print_report(dry_run_report(self.model, self.trainer, training=subcommand == "fit"))
             else:
@@ -103,26 +103,31 @@ def run(*, dry_run: bool) -> None:
     Raises:
         SystemExit: with code 2 and one line on stderr, if the config is invalid.
     """
-    if dry_run:
+    run_cli(DryRunCLI if dry_run else MimoCLI)
+
+
+def run_cli(cli: type[MimoCLI]) -> None:
+    """Run the command in ``sys.argv`` with a kind of MimoCLI."""
+    if cli.dry_run:
         # Messages about the devices of this machine and about features of megatron-core are irrelevant here.
         for name in ("lightning.pytorch", "lightning.fabric", "megatron.core"):
             logging.getLogger(name).setLevel(logging.ERROR)
     else:
         check_slurm_tasks()
-    (DryRunCLI if dry_run else MimoCLI)(
+    cli(
         MimoModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        save_config_callback=None if dry_run else SaveConfigCallback,
+        save_config_callback=None if cli.dry_run else SaveConfigCallback,
         parser_class=OneLineParser,
     )
 
 
 @contextlib.contextmanager
-def _one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn a user error into one line and exit code 2. Bugs, and all errors during training, keep their traceback."""
     try:
         yield
