@@ -1,4 +1,4 @@
-"""The command line: ``lightning-mimo fit | validate | test | predict | layout | verify | checkpoint | export-hf | new``.
+"""The command line, ``lightning-mimo COMMAND ...``; see the usage below.
 
 ``layout`` and ``new`` need neither torch nor Lightning, so other commands import them only when they run.
 """

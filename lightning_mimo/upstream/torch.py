@@ -19,6 +19,7 @@ ATTRIBUTES = (
     Attribute("torch", "_foreach_norm", "norms of all gradients in one kernel, as torch's own clipping takes them"),
     Attribute("torch", "_foreach_mul_", "the same for the clipping"),
     Attribute("torch", "_assert_async", "a check on the device, for which the host does not wait"),
+    Attribute("torch.nn.Module", "_apply", "moves and converts a module; rotary frequencies must keep their dtype"),
     Attribute("torch.nn.Module", "_non_persistent_buffers_set", "which buffers belong into a checkpoint"),
     Attribute("torch.autograd.variable.Variable", "_execution_engine", "calls back when a backward pass ends"),
     Attribute("torch.distributed.distributed_c10d", "_set_pg_timeout", "the name of set_timeout before it was public"),
