@@ -7,10 +7,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+import yaml
 
 from lightning_mimo import MimoModule
 from lightning_mimo.commands.config_errors import OneLineParser
 from lightning_mimo.commands.run import MimoCLI
+from tests.unit.commands.test_configs import needs_of
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SAVE_DIR = "--trainer.logger.init_args.save_dir"
@@ -36,22 +38,28 @@ def folders(monkeypatch: pytest.MonkeyPatch, config: Path, *overrides: str) -> t
     return Path(trainer.logger.log_dir), Path(trainer.checkpoint_callback.dirpath)
 
 
+def below_root(config: Path) -> Path:
+    """Folder of the logs below the root, by the logger of the config."""
+    logger = yaml.safe_load(config.read_text())["trainer"]["logger"]["init_args"]
+    return Path(logger.get("name", "lightning_logs"), logger.get("version", "version_0"))
+
+
 def test_there_are_configs() -> None:
     assert CONFIGS
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_root_dir_moves_logs_and_checkpoints(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logs, checkpoints = folders(monkeypatch, config, f"--trainer.default_root_dir={tmp_path}/new")
-    assert logs == tmp_path / "new" / "lightning_logs" / "version_0"
+    logs, checkpoints = folders(monkeypatch, config, f"--trainer.default_root_dir={tmp_path}/new", *needs_of(config))
+    assert logs == tmp_path / "new" / below_root(config)
     assert checkpoints == logs / "checkpoints"
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_without_it_they_are_in_a_folder_named_like_the_config(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logs, checkpoints = folders(monkeypatch, config)
-    assert logs.parent == Path("logs") / config.stem / "lightning_logs"
+    logs, checkpoints = folders(monkeypatch, config, *needs_of(config))
+    assert logs.parent == Path("logs", config.stem, below_root(config).parent)
     assert checkpoints == logs / "checkpoints"
 
 
