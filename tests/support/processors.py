@@ -35,13 +35,20 @@ AUDIO_TOKENS = ["<|im_start|>", "<|im_end|>", "<|audio_bos|>", "<|AUDIO|>", "<|a
 TEXT = "What is in the image? A cat and a dog on a table, two of them. USER: ASSISTANT: Yes, there are three."
 
 
-def tokenizer(special: list[str], *, begins: bool = False, template: str | None = None) -> Any:
+# Version 4 wants a tokenizer of the right class, and says less of what it puts for images.
+IS_5 = int(transformers.__version__.partition(".")[0]) >= 5
+
+
+def tokenizer(
+    special: list[str], *, begins: bool = False, template: str | None = None, kind: str = "PreTrainedTokenizerFast"
+) -> Any:
     """A byte-level BPE of at most 400 tokens; 0, 1 and 2 are padding, begin and end.
 
     Args:
         special: further tokens, from 3 on.
         begins: put the begin before every text, as Llama's does.
         template: its chat template.
+        kind: its class in version 4 of transformers.
     """
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -53,7 +60,7 @@ def tokenizer(special: list[str], *, begins: bool = False, template: str | None 
     made.train_from_iterator([TEXT] * 3, trainer)
     if begins:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
+    return getattr(transformers, "PreTrainedTokenizerFast" if IS_5 else kind)(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=template
     )
 
@@ -96,16 +103,28 @@ def qwen(kind: str = "Qwen2VL", *, patch_size: int = 7) -> Any:
     options = {"size": size, "patch_size": patch_size, "merge_size": 2}
     return getattr(transformers, f"{kind}Processor")(
         transformers.Qwen2VLImageProcessor(**options),
-        tokenizer(QWEN_TOKENS),
+        tokenizer(QWEN_TOKENS, kind="Qwen2TokenizerFast"),
         transformers.Qwen2VLVideoProcessor(**options),
         chat_template=CHATML_TEMPLATE,
+    )
+
+
+def idefics3() -> Any:
+    """Idefics3's: an image becomes tiles of 16 pixels, between which there is text, too."""
+    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 48}, max_image_size={"longest_edge": 16})
+    tiles = [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
+    special = ["<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *tiles]
+    return transformers.Idefics3Processor(
+        images, tokenizer(special, begins=True), image_seq_len=4, chat_template=LLAVA_TEMPLATE
     )
 
 
 def qwen_audio() -> Any:
     """Qwen2-Audio's, with sounds of at most a second."""
     sounds = transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1)
-    return transformers.Qwen2AudioProcessor(sounds, tokenizer(AUDIO_TOKENS), chat_template=CHATML_TEMPLATE)
+    return transformers.Qwen2AudioProcessor(
+        sounds, tokenizer(AUDIO_TOKENS, kind="Qwen2TokenizerFast"), chat_template=CHATML_TEMPLATE
+    )
 
 
 def image(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -24,6 +24,7 @@ TooLong = Literal["error", "skip"]
 
 INPUTS: Mapping[str, str | None] = {
     "pixel_values": "images.vision.pixel_values",
+    "pixel_attention_mask": "images.vision.pixel_attention_mask",
     "image_sizes": "images.vision.image_sizes",
     "pixel_attention_mask": "images.vision.pixel_attention_mask",
     GRID: f"images.vision.{GRID}",

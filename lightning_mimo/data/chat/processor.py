@@ -18,6 +18,7 @@ from lightning_mimo.data.chat.template import Rendered, Span
 from lightning_mimo.errors import ConfigError, MimoError
 
 _OFFSETS = "text_replacement_offsets"
+_DECODE = "Set decode_everywhere=True, so that all ranks decode images."
 # Outputs that are about the text, of which the rest of the package makes its own.
 _OF_TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "offset_mapping", _OFFSETS)
 
@@ -144,11 +145,12 @@ class ChatProcessor:
             raise conversation.error(
                 "images",
                 f"the {self.name} makes {len(ids)} tokens, but {len(expected.ids)}, or others, were expected from the "
-                f"sizes of the images. Set decode_everywhere=True, so that all ranks decode images.",
+                f"sizes of the images. {_DECODE}",
             )
         for name, value in expected.arguments.items():
             if not torch.equal(torch.as_tensor(arguments[name]), value):
-                raise conversation.error("images", f"{name} is {arguments[name]}, but {value} by the sizes of images.")
+                made, told = (torch.as_tensor(each).tolist() for each in (arguments[name], value))
+                raise conversation.error("images", f"{name} is {made}, but {told} by the sizes of images. {_DECODE}")
         return Tokens(ids=ids, is_learned=expected.is_learned, arguments=arguments)
 
     def _run(self, conversation: Conversation, rendered: Rendered, *, offsets: bool) -> Any:
@@ -186,7 +188,7 @@ class ChatProcessor:
         if replaced is None and conversation.media:
             raise ConfigError(
                 f"The {self.name} of this version of transformers does not say what it puts for an image, so the "
-                f"assistant's turns cannot be found among its tokens. Update transformers (5.20 and later do)."
+                f"assistant's turns cannot be found among its tokens. Update transformers; 5.24 does."
             )
         moved = [_moved(span, replaced[0] if replaced else ()) for span in rendered.spans]
         return _overlaps(np.asarray(output["offset_mapping"][0]), moved)
