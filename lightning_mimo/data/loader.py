@@ -134,10 +134,15 @@ class ResumableLoader(DataLoader):
         """Load the next batch now, or take it from a worker; ``None`` if there is none."""
         return None if self._batches is None else self._batches.load_ahead()
 
+    @property
+    def order(self) -> SeededSampler:
+        """The order of samples over all ranks."""
+        assert isinstance(self.batch_sampler, RankBatchSampler)
+        return self.batch_sampler.order
+
     def sampler_states(self) -> SamplerStates:
         """What the user's sampler needs to give the order of this epoch, or of the next one, again."""
-        assert isinstance(self.batch_sampler, RankBatchSampler)
-        return self.batch_sampler.order.states()
+        return self.order.states()
 
     def state_dict(self) -> dict[str, int]:
         """What the strategy fills in when it saves a checkpoint."""

@@ -65,6 +65,11 @@ class SeededSampler(Sampler[int]):
         """State of the user's sampler before this epoch and before the next one, if it has a state."""
         return [(epoch, state) for epoch, state in self._states.items() if state is not None]
 
+    @property
+    def name_and_state(self) -> tuple[str, Any]:
+        """Class of the user's sampler, and its state now; ``None`` if it has none that could be saved."""
+        return type(self._sampler).__name__, _state_of(self._sampler)
+
     def __len__(self) -> int:
         return len(cast(Sized, self._sampler))
 
@@ -137,7 +142,8 @@ def _depends_on_epoch_only(sampler: Any) -> bool:
 def _state_of(sampler: Any) -> Any:
     if _has_state_dict(sampler):
         return copy.deepcopy(sampler.state_dict())
-    return {"generator": sampler.generator.get_state()} if _is_torchs(sampler) else None
+    generator = sampler.generator if _is_torchs(sampler) else None
+    return None if generator is None else {"generator": generator.get_state()}
 
 
 def _restore(sampler: Any, state: Any) -> None:

@@ -44,7 +44,7 @@ class RunData:
         seed: int,
         training: bool,
         first_epoch: int = 0,
-    ) -> DataLoader:
+    ) -> ResumableLoader:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
         Args:

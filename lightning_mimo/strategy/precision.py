@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, override
 
 import torch
@@ -71,8 +72,8 @@ class MimoPrecision(Precision):
     @override
     def convert_input(self, data: Any) -> Any:
         """Convert the inputs of encoders to this dtype, with 32-true only those in float64. The rest is unchanged."""
-        if not isinstance(data, list):
-            return data
+        if not isinstance(data, list) or not all(isinstance(microbatch, Mapping) for microbatch in data):
+            return data  # what several loaders give at once is refused later
         return SharedMemoryBatch(
             {**microbatch, "modality_inputs": apply_to_collection(inputs, torch.Tensor, self._convert)}
             if (inputs := microbatch.get("modality_inputs"))

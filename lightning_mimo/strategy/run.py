@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_mimo.checkpoint.initial import fill
 from lightning_mimo.checkpoint.manager import Resumed, RunCheckpoints
-from lightning_mimo.checkpoint.saving import set_generators
+from lightning_mimo.checkpoint.saving import is_plain, set_generators
 from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
-from lightning_mimo.errors import CheckpointError, ConfigError
+from lightning_mimo.errors import CheckpointError, ConfigError, DataError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.optim.ddp import complete_gathering
@@ -129,7 +129,7 @@ class Run:
         if loader == [] and not trainer.training:  # val_dataloaders=[]: Lightning's way to say that there is none
             return loader
         epoch, period = trainer.fit_loop.epoch_progress.current.processed, trainer.reload_dataloaders_every_n_epochs
-        return self.data.shard(
+        sharded = self.data.shard(
             loader,
             sample_format=module.sample_format(),
             seed=seed,
@@ -137,6 +137,13 @@ class Run:
             # Without reloading, the loader of epoch 0 serves all epochs.
             first_epoch=epoch - epoch % period if period and trainer.state.fn == TrainerFn.FITTING else 0,
         )
+        name, state = sharded.order.name_and_state
+        if trainer.training and not is_plain(state):
+            raise DataError(
+                f"The state_dict() of the sampler {name} holds more than numbers, strings, tensors, lists and "
+                f"dictionaries, so a checkpoint could not be read without executing code. Return only these."
+            )
+        return sharded
 
     def save(
         self, path: Path, trainer: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer], *, seed: int

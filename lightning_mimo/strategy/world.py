@@ -100,11 +100,11 @@ def join_world(environment: ClusterEnvironment, device: torch.device, backend: s
     patience = Watchdog.patience_after(timeout)
     options: dict[str, Any] = {}
     if not dist.is_initialized() and environment.main_address in _LOOPBACK:
-        options["store"] = _loopback_store(environment, patience)
+        options["store"] = loopback_store(environment, patience)
     _init_dist_connection(environment, backend, timeout=patience, **options)
 
 
-def _loopback_store(environment: ClusterEnvironment, timeout: timedelta) -> dist.TCPStore:
+def loopback_store(environment: ClusterEnvironment, timeout: timedelta) -> dist.TCPStore:
     """The store at which ranks of one machine meet. torch's own listens on all network interfaces."""
     port, ranks, is_first = environment.main_port, environment.world_size(), environment.global_rank() == 0
     if not is_first:

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import DeviceStatsMonitor, LambdaCallback, Spik
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from megatron.core.optimizer import OptimizerConfig
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from tests.parity.layouts import PoolEnvironment
@@ -112,6 +112,21 @@ class KeepsInterval(pl.LightningDataModule):
         self.save_hyperparameters()
 
 
+class KeepsObjects(SequentialSampler):
+    """Has a state that only its own code could read back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": timedelta(1)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def with_sampler() -> pl.Trainer:
+    dataset = PicturesAndText(BATCH)
+    return train(TinyModule(), data=DataLoader(dataset, batch_size=BATCH, sampler=KeepsObjects(dataset)))
+
+
 class Freezes(pl.Callback):
     """Freezes the encoder in the second batch, or unfreezes it where it is frozen."""
 
@@ -190,6 +205,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "hyperparameters_of_data": (
         lambda: trainer().fit(TinyModule(), datamodule=KeepsInterval(timedelta(1))),
         r"KeepsInterval\.save_hyperparameters\(\) keeps 'interval', a timedelta",
+    ),
+    "sampler": (with_sampler, r"The state_dict\(\) of the sampler KeepsObjects holds more than numbers"),
+    "second_trainer": (
+        lambda: trainer(devices=2).fit(TinyModule(), loader()),
+        r"has devices \* num_nodes = 2 ranks, but an earlier Trainer of this script has started 1",
     ),
     "remote": (lambda: train(TinyModule()).save_checkpoint("memory://a/b.ckpt"), r"in a remote store \(memory\)"),
 }

@@ -1,0 +1,38 @@
+"""Where the ranks of one machine meet, and a module that an earlier Trainer has built."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import psutil
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment
+
+from lightning_mimo import ConfigError, MimoModule, ModuleParallelism
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy
+from lightning_mimo.strategy.world import loopback_store
+
+
+def test_ranks_of_one_machine_meet_on_the_loopback_interface_only() -> None:
+    environment = LightningEnvironment()
+    store = loopback_store(environment, timedelta(seconds=30))
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+    listening = [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
+    assert [each.ip for each in listening if each.port == environment.main_port] == ["127.0.0.1"]
+
+
+def test_module_that_was_built_for_something_else_is_refused() -> None:
+    one, other = (
+        MimoLayout.resolve({"images": ModuleParallelism(), "language": ModuleParallelism()}, world_size=n, colocate=c)
+        for n, c in ((2, False), (1, True))
+    )
+    module = MimoModule()
+    module.check_built_for(other, FLOAT32)  # not built yet
+    module._built_for = one, FLOAT32
+    module.check_built_for(one, FLOAT32)
+    with pytest.raises(ConfigError, match=r"built by an earlier Trainer for another layout, .* with ckpt_path="):
+        module.check_built_for(other, FLOAT32)
+    with pytest.raises(ConfigError, match=r"for another precision"):
+        module.check_built_for(one, DtypePolicy(mixed=True))
