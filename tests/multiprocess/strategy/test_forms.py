@@ -36,10 +36,9 @@ def trainer(*callbacks: pl.Callback, colocate: bool = True, strategy: dict[str, 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     return pl.Trainer(
         accelerator="cpu",
-        devices=dist.get_world_size(),
         strategy=MimoStrategy(TWO, BATCH, colocate=colocate, cluster_environment=PoolEnvironment(), **(strategy or {})),
         callbacks=list(callbacks),
-        **{**quiet, "max_epochs": 1, "enable_checkpointing": False, **options},
+        **{**quiet, "devices": dist.get_world_size(), "max_epochs": 1, "enable_checkpointing": False, **options},
     )
 
 
