@@ -26,7 +26,6 @@ INPUTS: Mapping[str, str | None] = {
     "pixel_values": "images.vision.pixel_values",
     "pixel_attention_mask": "images.vision.pixel_attention_mask",
     "image_sizes": "images.vision.image_sizes",
-    "pixel_attention_mask": "images.vision.pixel_attention_mask",
     GRID: f"images.vision.{GRID}",
     "pixel_values_videos": "videos.vision.pixel_values_videos",
     "video_grid_thw": "videos.vision.video_grid_thw",
