@@ -18,7 +18,8 @@ def main() -> None:
     folder, image, question = sys.argv[1:]
     processor = AutoProcessor.from_pretrained(folder)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
-    prompt = f"USER: <image> {question} ASSISTANT:"
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(images=Image.open(image).convert("RGB"), text=prompt, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].size(1) :]
     print(processor.decode(tokens, skip_special_tokens=True))

@@ -10,6 +10,7 @@ An image is a file of `numpy.save` with uint8 [channels, height, width].
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-
-from examples.llava.lines import JsonLines
 
 
 class Conversations(Dataset[dict[str, Any]]):
@@ -34,13 +33,16 @@ class Conversations(Dataset[dict[str, Any]]):
 
     def __init__(self, file: Path, *, image_token_id: int, tokens_per_image: int, max_sequence_length: int) -> None:
         self.file = file
-        self._records = JsonLines(file)
         self.image_token_id = image_token_id
         self.tokens_per_image = tokens_per_image
         self.max_sequence_length = max_sequence_length
+        # Byte offset of each line, so that single samples can be read.
+        with file.open("rb") as lines:
+            lengths = [len(line) for line in lines]
+        self._begins = np.cumsum([0, *lengths[:-1]]) if lengths else np.zeros(0, dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._begins)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the sample with the inputs of all modules."""
@@ -48,7 +50,9 @@ class Conversations(Dataset[dict[str, Any]]):
 
     def load(self, index: int, modules: Collection[str]) -> dict[str, Any]:
         """Return sample `index` with the inputs of `modules` only."""
-        record = self._records[index]
+        with self.file.open("rb") as lines:
+            lines.seek(int(self._begins[index]))
+            record = json.loads(lines.readline())
         tokens, counts = self._spread(record["tokens"])
         if counts != len(record["images"]):
             raise ValueError(

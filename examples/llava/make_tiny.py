@@ -28,20 +28,24 @@ from transformers import (
 )
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (235, 235, 235)}
-QUESTION = "<image> What colour is it?"
+QUESTION = "What colour is it?"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 IMAGE_SIZE, PATCH_SIZE = 16, 8
 SAMPLES = {"train": 1024, "val": 32}
 _TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() }}: {% for part in message['content'] %}"
-    "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "ASSISTANT: {% generation %}{{ message['content'][0]['text'] }}</s>{% endgeneration %}"
+    "{% else %}USER: {% for part in message['content'] %}"
+    "{{ '<image> ' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer with a token for every word that occurs."""
-    words = dict.fromkeys([*SPECIAL, *f"USER: {QUESTION} ASSISTANT:".split(), *COLOURS])
+    words = dict.fromkeys([*SPECIAL, *f"USER: <image> {QUESTION} ASSISTANT:".split(), *COLOURS])
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -110,7 +114,7 @@ def make_data(folder: Path) -> None:
                 pixels = np.array(colour) + numbers.integers(-20, 21, (IMAGE_SIZE, IMAGE_SIZE, 3))
                 file = f"images/{split}-{index:04d}.png"
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / file)
-                turns = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": name}]
+                turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": name}]
                 lines.write(json.dumps({"image": file, "conversations": turns}) + "\n")
 
 

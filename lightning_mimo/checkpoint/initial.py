@@ -15,7 +15,7 @@ from lightning_mimo.checkpoint.sources import Shapes, WeightSource
 from lightning_mimo.checkpoint.state import load_shards
 from lightning_mimo.errors import CheckpointError, ConfigError
 from lightning_mimo.mimo.model import RaggedMimoModel
-from lightning_mimo.mimo.parameter_names import lies_under, module_of, named_parameters_of, part_of
+from lightning_mimo.mimo.parameter_names import lies_under, module_of, named_buffers_of, named_parameters_of, part_of
 from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 
@@ -123,6 +123,13 @@ def fill(
         name: ShardSpec.of(parameter, infra.pg_collections[module]).shape
         for module in infra.participating_modules
         for name, parameter in named_parameters_of(model, infra, module)
+    }
+    # Buffers keep the values that they were built with where no source holds them.
+    held |= {
+        name: tuple(buffer.shape)
+        for module in infra.participating_modules
+        for name, buffer in named_buffers_of(model, infra, module)
+        if any(name in source.shapes for source in sources)
     }
     own = find_origins(held, sources, init_missing)
     shapes, origins = _of_all_ranks(held, own, sources)

@@ -238,6 +238,10 @@ class Run:
             optimizer = the_only(optimizers).mimo if optimizers else None
             table = fill(module.mimo_model, self.infra, optimizer, sources=sources, init_missing=module.init_missing)
             rank_zero_info("\n" + table)
+        elif module.frozen and module.trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_info(
+                f"frozen={list(module.frozen)} keeps random weights: neither init_from nor ckpt_path is set."
+            )
         module.has_initial_weights = True
 
     def restore_generators(self, rank: int) -> None:

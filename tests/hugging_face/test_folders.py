@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ pytest.importorskip("transformers")
 from safetensors.torch import load_file, save_file
 
 from lightning_mimo import ConfigError, HuggingFaceModule, LayoutError, ModuleParallelism
+from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.export_hf import export_hf
 from lightning_mimo.layout.layout import MimoLayout
 from tests.hugging_face.runs import Layout, load_and_save
@@ -179,6 +181,67 @@ def test_tokenizer_larger_than_the_vocabulary_is_refused(copied: Path) -> None:
         check(copied)
 
 
+def no_tokenizer_fits(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": VOCABULARY}}}))
+
+
+def only_pickles(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_projector(folder: Path) -> None:
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "projector" in name]:
+            del tensors[name]
+
+    edit_weights(folder, drop)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (shutil.rmtree, [], "is no folder. Give the folder of a model"),
+        (no_tokenizer_fits, [], f"has token ids up to {VOCABULARY}, but the model has embeddings for"),
+        (only_pickles, [], "holds its weights as pickles (pytorch_model.bin), which may run any code"),
+        (drop_projector, [], "What is to start from the seed is named: init_missing=['images.input_projections']"),
+        (
+            lambda folder: edit_config(folder, text_config__num_attention_heads=1, text_config__num_key_value_heads=1),
+            [],
+            "Module 'language': tp=2 does not divide num_attention_heads=1",
+        ),
+        (
+            lambda folder: None,
+            ["--model.init_args.init_from=missing.ckpt"],
+            "init_from='missing.ckpt': there is nothing",
+        ),
+        (
+            lambda folder: None,
+            ["--model.init_args.init_missing=[images]"],
+            "init_missing names 'images', but all of it",
+        ),
+    ],
+    ids=["missing", "tokenizer", "pickles", "projector", "heads", "init_from", "init_missing"],
+)
+def test_command_refuses_in_one_line_before_any_process_starts(
+    copied: Path,
+    spoil: Edit,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("os.fork", lambda: pytest.fail("a process was started"))
+    spoil(copied)
+    root = [f"--trainer.default_root_dir={copied.parent}", "--data.train=configs", "--data.val=null"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "configs/tiny_llava.yaml", f"--model.init_args.pretrained={copied}", *root, *options])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lightning-mimo: error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -236,3 +299,24 @@ def test_export_divides_tensors_over_files_of_a_given_size(rank_pool: RankPool, 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     with pytest.raises(ConfigError, match="exists already"):
         export_hf(checkpoint, out, pretrained=source)
+
+
+def test_projector_that_a_folder_lacks_starts_from_the_seed_and_is_exported(
+    rank_pool: RankPool, copied: Path, tmp_path: Path
+) -> None:
+    names = set(load_file(copied / "model.safetensors"))
+    drop_projector(copied)
+    layout = Layout(
+        modules={"images": ModuleParallelism(), "language": ModuleParallelism()},
+        colocate=True,
+        options={"init_missing": ["images.input_projections"]},
+    )
+    checkpoint, out = tmp_path / "w.ckpt", tmp_path / "out"
+    rank_pool.run(load_and_save, "llava_clip", copied, layout, checkpoint, "32-true", world_size=1)
+    out.mkdir()  # an empty folder may be there
+    export_hf(checkpoint, out)
+    exported, kept = load_file(out / "model.safetensors"), load_file(copied / "model.safetensors")
+    assert exported.keys() == names
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    weights = exported["multi_modal_projector.linear_1.weight"]
+    assert 0.5 < float(weights.std()) * weights.size(1) ** 0.5 < 2

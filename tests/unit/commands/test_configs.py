@@ -55,7 +55,8 @@ def needs_of(config: Path) -> list[str]:
     if "HuggingFaceModule" not in config.read_text():
         return []
     pytest.importorskip("transformers")
-    return ["--model.init_args.pretrained=configs/llava_1_5_7b"] if config.stem == "tiny_llava" else []
+    there = ["--model.init_args.pretrained=configs/llava_1_5_7b", "--data.train=configs", "--data.val=null"]
+    return there if config.stem == "tiny_llava" else []
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -70,7 +70,14 @@ def _expect(is_so: bool, words: object) -> None:
 def _uv(words: list[str]) -> None:
     command, *rest = words
     _expect(command in ("run", "sync", "build", "publish"), words)
-    while rest and rest[0] in ("--group", "--extra"):
+    while rest and rest[0] in ("--group", "--extra", "--with"):
+        if rest[0] == "--with":
+            _expect(
+                any(rest[1].partition("=")[0] in each for each in PROJECT["project"]["optional-dependencies"]["hf"]),
+                words,
+            )
+            rest = rest[2:]
+            continue
         known = "dependency-groups" if rest[0] == "--group" else "optional-dependencies"
         _expect(rest[1] in (PROJECT.get(known) or PROJECT["project"][known]), words)
         rest = rest[2:]
