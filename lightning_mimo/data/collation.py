@@ -21,8 +21,9 @@ from lightning_mimo.data.encoder_inputs import (
     read_inputs,
 )
 from lightning_mimo.data.sample_check import NOT_LOADED
-from lightning_mimo.data.sample_format import IGNORED, Sample, SampleFormat, Text, check_keys, read_ids, read_text
+from lightning_mimo.data.sample_format import Sample, SampleFormat, Text, check_keys, read_ids, read_text
 from lightning_mimo.data.shared_memory import SharedMemoryBatch
+from lightning_mimo.data.tensors import IGNORED
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.module_parallelism import LANGUAGE

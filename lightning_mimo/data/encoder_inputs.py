@@ -10,7 +10,8 @@ import torch
 from torch.nn.functional import pad
 
 from lightning_mimo.data.items import Inputs, ItemSizes, PerItem
-from lightning_mimo.data.sample_format import Sample, SampleFormat, as_tensor
+from lightning_mimo.data.sample_format import Sample, SampleFormat
+from lightning_mimo.data.tensors import as_tensor
 from lightning_mimo.errors import DataError
 from lightning_mimo.microbatch import Ragged
 

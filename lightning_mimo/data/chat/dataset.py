@@ -17,7 +17,7 @@ from lightning_mimo.data.chat.placeholders import GRID
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens, load_processor
 from lightning_mimo.data.chat.rows import Row, open_rows
 from lightning_mimo.data.chat.template import ChatTemplate, Rendered, TrainOn
-from lightning_mimo.data.sample_format import IGNORED
+from lightning_mimo.data.tensors import IGNORED
 from lightning_mimo.errors import ConfigError, DataError
 
 TooLong = Literal["error", "skip"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mimo.data.sample_format import as_tensor
+from lightning_mimo.data.tensors import as_tensor
 from lightning_mimo.errors import DataError
 
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mimo.data.sample_format import SampleFormat, as_tensor, check_keys, read_ids, read_text
+from lightning_mimo.data.sample_format import SampleFormat, check_keys, read_ids, read_text
+from lightning_mimo.data.tensors import as_tensor
 
 IMAGE, VOCABULARY = 9, 32
 EXPECTED = SampleFormat(special_token_ids={"images": IMAGE}, vocab_size=VOCABULARY, max_sequence_length=8)
