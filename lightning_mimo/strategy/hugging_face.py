@@ -19,6 +19,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.mimo.parameter_names import lies_under
 from lightning_mimo.models.hugging_face.decoder import BuildOptions
 from lightning_mimo.models.hugging_face.folder import check_tokenizer, read_config
+from lightning_mimo.models.hugging_face.hub import folder_of
 from lightning_mimo.models.hugging_face.registry import model_of
 from lightning_mimo.models.sizes import Recompute
 from lightning_mimo.optim.param_groups import OptimizerOverride
@@ -72,8 +73,9 @@ class HuggingFaceModule(MimoModule):
     ) -> None:
         """
         Args:
-            pretrained: folder with config.json and safetensors files. No code in it is run. For a dry run, config.json
-                is enough.
+            pretrained: folder with config.json and safetensors files, or the id of a model of the hub such as
+                ``llava-hf/llava-1.5-7b-hf``, which is downloaded. No code in it is run. For a dry run, config.json is
+                enough.
             lr: learning rate of Adam, with Megatron's defaults otherwise (gradients are clipped to a norm of 1);
                 override :meth:`configure_optimizers` for anything else.
             weight_decay: of all weights but biases and norms.
@@ -93,9 +95,10 @@ class HuggingFaceModule(MimoModule):
             extra_keys: as for MimoModule.
 
         Raises:
-            ConfigError: if transformers is not installed, the folder is none of a model, or the model is not supported.
+            ConfigError: if transformers is not installed, the folder is none of a model, the download failed, or the
+                model is not supported.
         """
-        folder = Path(pretrained)
+        folder = folder_of(pretrained)
         config = read_config(folder)
         self._pretrained = model_of(config)
         check_tokenizer(folder, self._pretrained.vocab_size)

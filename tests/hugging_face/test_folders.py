@@ -149,6 +149,20 @@ def test_folder_that_is_no_model_is_refused(tmp_path: Path, copied: Path) -> Non
         check(copied)
 
 
+def test_model_of_the_hub_is_taken_from_its_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "models--some--llava"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("0123")
+    shutil.copytree(folder, model / "snapshots" / "0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert HuggingFaceModule("some/llava").pretrained == model / "snapshots" / "0123"
+    with pytest.raises(ConfigError, match=r"pretrained='some/other' is no folder, and no model of this name could be"):
+        HuggingFaceModule("some/other")
+
+
 def test_missing_tensor_is_named(copied: Path) -> None:
     edit_weights(copied, lambda tensors: tensors.pop("multi_modal_projector.linear_2.bias"))
     with pytest.raises(ConfigError, match=r"there is no tensor 'multi_modal_projector\.linear_2\.bias'"):
