@@ -71,7 +71,11 @@ IMAGES = {
 }
 # A vision encoder of transformers is not divided.
 WHOLE_IMAGES = {
-    name: layout for name, layout in IMAGES.items() if layout.modules["images"].tp == layout.modules["images"].pp == 1
+    **{name: each for name, each in IMAGES.items() if each.modules["images"].tp == each.modules["images"].pp == 1},
+    "images_dp2-language_tp2dp2": apart(Cut(dp=2), Cut(tp=2, dp=2)),
+    "images_dp1-language_pp2": apart(Cut(), Cut(pp=2), num_microbatches=2),
+    "images_dp2-language_dp2pp2": apart(Cut(dp=2), Cut(dp=2, pp=2), num_microbatches=3),
+    "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
 }
 AUDIO = {
     "one_process": heard(Cut(), Cut(), colocate=True),
@@ -95,13 +99,7 @@ LAYOUTS = {
     "llava_qwen2_siglip": IMAGES,
     "llava_dinov2": WHOLE_IMAGES,
     "qwen2_vl": WHOLE_IMAGES,
-    "qwen2_5_vl": {
-        **WHOLE_IMAGES,
-        "images_dp2-language_tp2dp2": apart(Cut(dp=2), Cut(tp=2, dp=2)),
-        "images_dp1-language_pp2": apart(Cut(), Cut(pp=2), num_microbatches=2),
-        "images_dp2-language_dp2pp2": apart(Cut(dp=2), Cut(dp=2, pp=2), num_microbatches=3),
-        "images_dp1-language_tp2-sequence_parallel": apart(Cut(), Cut(tp=2), options={"sequence_parallel": True}),
-    },
+    "qwen2_5_vl": WHOLE_IMAGES,
     "llava_next": IMAGES,
     "qwen2_audio": AUDIO,
     "idefics3": IMAGES,
