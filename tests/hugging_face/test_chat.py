@@ -19,7 +19,7 @@ import transformers
 
 from lightning_mimo.commands.cli import main
 from lightning_mimo.data import ChatDataset
-from tests.hugging_face.tiny_models import MODELS, PATCH, VISION
+from tests.hugging_face.tiny_models import MODELS, PATCH, RESOLUTIONS, VISION
 from tests.support import processors
 from tests.support.rank_pool import RankPool
 
@@ -36,6 +36,16 @@ def make_llava(folder: Path) -> None:
     _save(folder, "llava_clip", processor, image_token_index=processor.image_token_id)
 
 
+def make_llava_next(folder: Path) -> None:
+    processor = processors.llava_next(RESOLUTIONS)
+    _save(folder, "llava_next", processor, image_token_index=processor.image_token_id)
+
+
+def make_idefics3(folder: Path) -> None:
+    processor = processors.idefics3()
+    _save(folder, "idefics3", processor, image_token_id=processor.image_token_id)
+
+
 def make_qwen(folder: Path) -> None:
     processor = processors.qwen("Qwen2_5_VL", patch_size=PATCH["patch_size"])
     ids = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
@@ -48,6 +58,7 @@ def _save(folder: Path, kind: str, processor: Any, **config: Any) -> None:
     torch.manual_seed(7)
     model = MODELS[kind]()
     model.resize_token_embeddings(400)
+    model.config.text_config.max_position_embeddings = 512
     for name, value in config.items():
         setattr(model.config, name, value)
     with torch.no_grad():
@@ -118,7 +129,7 @@ def write_config(folder: Path, layout: str) -> Path:
         },
         "data": {
             "class_path": "lightning_mimo.data.ChatData",
-            "init_args": {"train": str(folder / "train.jsonl"), "val": str(folder / "val.jsonl"), "max_length": 128},
+            "init_args": {"train": str(folder / "train.jsonl"), "val": str(folder / "val.jsonl"), "max_length": 512},
         },
     }
     file = folder / f"{logs.name}.yaml"
@@ -160,7 +171,8 @@ def loss_of_transformers(folder: Path, file: Path) -> float:
 
 
 @pytest.mark.hugging_face
-@pytest.mark.parametrize("make_model", [make_llava, make_qwen])
+@pytest.mark.filterwarnings("ignore:Idefics3Processor does not tell from the size alone:UserWarning")
+@pytest.mark.parametrize("make_model", [make_llava, make_llava_next, make_idefics3, make_qwen])
 def test_yaml_trains_the_same_in_two_layouts(make_model: Any, rank_pool: RankPool, tmp_path: Path) -> None:
     make_model(tmp_path / "model")
     write_rows(tmp_path, "train.jsonl", BATCH)  # one step an epoch

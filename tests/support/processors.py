@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,12 +81,12 @@ def llava(*, size: int = 16, template: str | None = LLAVA_TEMPLATE, image_proces
     )
 
 
-def llava_next() -> Any:
-    """LLaVA-NeXT's: tiles of 16 pixels, at most four."""
+def llava_next(resolutions: Sequence[Sequence[int]] = ((16, 32), (32, 16), (32, 32), (48, 16))) -> Any:
+    """LLaVA-NeXT's: tiles of 16 pixels."""
     images = transformers.LlavaNextImageProcessor(
         size={"shortest_edge": 16},
         crop_size={"height": 16, "width": 16},
-        image_grid_pinpoints=[[16, 32], [32, 16], [32, 32], [48, 16]],
+        image_grid_pinpoints=[list(each) for each in resolutions],
     )
     return transformers.LlavaNextProcessor(
         images,
