@@ -29,7 +29,12 @@ class RunData:
         self._training_samples: int | None = None
         self._training: ResumableLoader | None = None
         self._saved: DataState | None = None
-        self._sampler_states: SamplerStates = ()
+        self._sampler_states: SamplerStates | None = None  # of the checkpoint, until the training sampler is there
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the next training DataLoader is that of the epoch in which the checkpoint was saved."""
+        return self._sampler_states is not None
 
     def resume_from(self, saved: DataState, sampler_states: SamplerStates) -> None:
         """Set the position of the checkpoint from which training resumes, and the states of the training sampler."""
@@ -69,13 +74,13 @@ class RunData:
             sample_format=sample_format,
             seed=seed,
             first_epoch=first_epoch,
-            resumed=self._saved is not None,
-            sampler_states=self._sampler_states if training else (),
+            resumed=training and self.resumes,
+            sampler_states=(self._sampler_states if training else None) or (),
         )
         samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))
         if training:
-            self._training_samples, self._training = samples, sharded
+            self._training_samples, self._training, self._sampler_states = samples, sharded, None
             self._check_saved(samples)
         return sharded
 

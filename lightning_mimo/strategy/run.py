@@ -128,14 +128,12 @@ class Run:
         module, trainer = self.module, cast(Any, self.module.trainer)
         if loader == [] and not trainer.training:  # val_dataloaders=[]: Lightning's way to say that there is none
             return loader
-        epoch, period = trainer.fit_loop.epoch_progress.current.processed, trainer.reload_dataloaders_every_n_epochs
         sharded = self.data.shard(
             loader,
             sample_format=module.sample_format(),
             seed=seed,
             training=trainer.training,
-            # Without reloading, the loader of epoch 0 serves all epochs.
-            first_epoch=epoch - epoch % period if period and trainer.state.fn == TrainerFn.FITTING else 0,
+            first_epoch=self._first_epoch(),
         )
         name, state = sharded.order.name_and_state
         if trainer.training and not is_plain(state):
@@ -144,6 +142,16 @@ class Run:
                 f"dictionaries, so a checkpoint could not be read without executing code. Return only these."
             )
         return sharded
+
+    def _first_epoch(self) -> int:
+        """Epoch in which a run that was never interrupted would have asked for the loader that is asked for now."""
+        trainer: Any = self.module.trainer
+        if trainer.state.fn != TrainerFn.FITTING:
+            return 0
+        epoch, period = trainer.fit_loop.epoch_progress.current.processed, trainer.reload_dataloaders_every_n_epochs
+        if period:
+            return epoch - epoch % period
+        return 0 if self.data.resumes else epoch
 
     def save(
         self, path: Path, trainer: dict[str, Any], optimizers: Sequence[torch.optim.Optimizer], *, seed: int
