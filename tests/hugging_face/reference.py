@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
-from tests.hugging_face.tiny_models import IMAGE_TOKEN, VOCABULARY, Items
+from tests.hugging_face.tiny_models import IMAGE_TOKEN, MODELS, VOCABULARY, Items
 
 LEARNING_RATE = 1e-3
 STEPS = 2
@@ -103,6 +103,23 @@ def load(folder: Path) -> transformers.PreTrainedModel:
         for name, parameter in kind(config).named_parameters():
             model.get_parameter(name).requires_grad_(parameter.requires_grad)
     return model
+
+
+def positions_are_exact(kind: str) -> bool:
+    """Whether the image encoder of Idefics3 or SmolVLM gives each patch of a whole tile a position of its own.
+
+    transformers 4.56 rounds, so that some patches have the position of the one before, other ones in other dtypes.
+    """
+    config = MODELS[kind]().config.vision_config
+    embeddings = MODELS[kind]().model.vision_model.embeddings
+    side = config.image_size // config.patch_size
+    with torch.no_grad():
+        for parameter in embeddings.patch_embedding.parameters():
+            parameter.zero_()
+        embeddings.position_embedding.weight.copy_(torch.arange(side**2)[:, None])
+        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        found = embeddings(pixels, torch.ones(1, side, side, dtype=torch.bool))
+    return torch.equal(found[0, :, 0], torch.arange(float(side**2)))
 
 
 def logits_of(model: transformers.PreTrainedModel, sample: Conversation, **options: Any) -> Any:

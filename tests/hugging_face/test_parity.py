@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 from lightning_mimo import ModuleParallelism as Cut
 from tests.hugging_face.comparison import Differences, Pretrained, compare
-from tests.hugging_face.reference import truth
+from tests.hugging_face.reference import positions_are_exact, truth
 from tests.hugging_face.runs import Layout, run
 from tests.hugging_face.tiny_models import ITEMS
 from tests.support.rank_pool import RankPool
@@ -119,9 +119,15 @@ QUICK = [
 ]
 
 
+def _skip_if_rounded(model: str) -> None:
+    if model in ("idefics3", "smolvlm") and not positions_are_exact(model):
+        pytest.skip("this version of transformers gives some patches the position of the one before")
+
+
 def _check(
     rank_pool: RankPool, pretrained: Callable[[str], Pretrained], tmp_path: Path, model: str, layout: Layout
 ) -> Differences:
+    _skip_if_rounded(model)
     made = pretrained(model)
     checkpoint = tmp_path / "trained.ckpt"
     found = rank_pool.run(run, made.folder, made.samples, layout, checkpoint, world_size=layout.ranks)
@@ -168,6 +174,7 @@ PARTS = {
 def test_encoder_and_projector_can_be_frozen_apart(
     rank_pool: RankPool, pretrained: Callable[[str], Pretrained], tmp_path: Path, model: str, part: str
 ) -> None:
+    _skip_if_rounded(model)
     made = pretrained(model)
     expected = truth(made.folder, made.samples, frozen=PARTS[model, part])
     module, layout = ITEMS[model].module, Layout(modules={ITEMS[model].module: Cut(dp=2), "language": Cut(tp=2)})

@@ -88,7 +88,10 @@ class Tiles:
 
 
 class TilesEncoder(torch.nn.Module):
-    """A vision encoder over tiles, whose features are shuffled."""
+    """A vision encoder over tiles, whose features are shuffled.
+
+    Each patch has a position of its own, as in transformers 5; version 4.56 gives some that of the patch before.
+    """
 
     def __init__(self, tower: ModuleSpec, tiles: Tiles, pg_collection: ProcessGroupCollection) -> None:
         """
