@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_mimo.checkpoint.directory import discard, read_manifest
-from lightning_mimo.checkpoint.saving import Generators, content_of, generators, load, load_generators, verify
-from lightning_mimo.checkpoint.writer import CheckpointWriter
+from lightning_mimo.checkpoint.loading import TrainerCheck, check
+from lightning_mimo.checkpoint.manifest import Manifest
+from lightning_mimo.checkpoint.replacement import discard, recover
+from lightning_mimo.checkpoint.saving import Generators, content_of, generators
+from lightning_mimo.checkpoint.writer import CheckpointWriter, together
 from lightning_mimo.data.data_state import DataState
 from lightning_mimo.errors import CheckpointError, CheckpointWriteError
 from lightning_mimo.mimo.model import RaggedMimoModel
@@ -60,7 +62,7 @@ class RunCheckpoints:
         *,
         trainer: Mapping[str, Any],
         data_state: DataState | None,
-        window: Generators | None,
+        generators_before: Generators | None,
     ) -> None:
         """Write a checkpoint, after waiting for one that is still being written.
 
@@ -71,7 +73,8 @@ class RunCheckpoints:
             optimizer: optimizer to save; ``None`` saves weights only.
             trainer: state of Lightning's trainer.
             data_state: position in the training data; ``None`` outside training.
-            window: states of the random generators at the start of the current accumulation, if one is in progress.
+            generators_before: states of the random generators at the start of the current gradient accumulation, if one
+                is in progress.
 
         Raises:
             CheckpointWriteError: on every rank, if writing failed on any rank and ``on_save_error`` is ``raise``.
@@ -83,7 +86,7 @@ class RunCheckpoints:
                 model,
                 infra,
                 None if optimizer is None else optimizer.mimo,
-                states=window or generators(),
+                states=generators_before or generators(),
                 trainer=trainer,
                 about={
                     "step": trainer["global_step"],
@@ -110,8 +113,11 @@ class RunCheckpoints:
             self._complain(error)
 
     def remove(self, path: Path) -> None:
-        """Remove a checkpoint once the checkpoint that is being written is complete. Call it on rank 0 only."""
-        self._writer.then(lambda: discard(path))
+        """Remove a checkpoint once the checkpoint that is being written is complete. Call it on rank 0 only.
+
+        If it cannot be removed, or is not a checkpoint, it stays, with a warning.
+        """
+        self._writer.then(lambda: _remove(path))
 
     def load(
         self,
@@ -121,6 +127,7 @@ class RunCheckpoints:
         optimizer: MimoTorchOptimizer | None,
         *,
         global_batch_size: int,
+        check_trainer: TrainerCheck,
     ) -> tuple[dict[str, Any], Resumed | None]:
         """Load a checkpoint into the model and, to resume training, into the optimizer.
 
@@ -130,6 +137,7 @@ class RunCheckpoints:
             infra: process groups.
             optimizer: optimizer to fill; ``None`` loads weights only.
             global_batch_size: samples of one global batch in this run.
+            check_trainer: yields the problems of the state of Lightning's trainer.
 
         Returns:
             The state of Lightning's trainer, and with an optimizer the state for resuming.
@@ -140,16 +148,22 @@ class RunCheckpoints:
         """
         self.finish()
         complete_gathering(model)
-        # First, because this check has the same result on all ranks, even if only one of them cannot read the files.
-        verify(path, model, infra)
+        together(lambda: recover(path) if dist.get_rank() == 0 else None, path)
+        checked = check(
+            path,
+            model,
+            infra,
+            optimizer,
+            check_trainer=check_trainer,
+            check_manifest=lambda manifest: _problems_of_resuming(path, manifest, global_batch_size),
+        )
+        checked.load(model, infra, optimizer)
         if optimizer is None:
-            return load(path, model, infra, None), None
-        _check_can_resume_from(path, global_batch_size)
-        trainer = load(path, model, infra, optimizer.mimo)
-        optimizer.load_plain_state(trainer["optimizer_states"][0])
-        manifest = read_manifest(path)
-        data_state = DataState(**manifest["position"])
-        return trainer, Resumed(data_state=data_state, states=load_generators(path, infra), step=manifest["step"])
+            return checked.trainer, None
+        manifest = checked.manifest
+        assert manifest["position"] is not None, "checked"
+        resumed = Resumed(data_state=DataState(**manifest["position"]), states=checked.states, step=manifest["step"])
+        return checked.trainer, resumed
 
     def close(self) -> None:
         """Wait for this rank's asynchronous write without communicating with other ranks."""
@@ -162,19 +176,26 @@ class RunCheckpoints:
             warnings.warn(f"{error} Training continues.", RuntimeWarning, stacklevel=2)
 
 
-def _check_can_resume_from(path: Path, global_batch_size: int) -> None:
-    manifest = read_manifest(path)
+def _remove(path: Path) -> None:
+    try:
+        discard(path)
+    except (CheckpointError, OSError) as error:
+        warnings.warn(f"The checkpoint {path} could not be removed: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _problems_of_resuming(path: Path, manifest: Manifest, global_batch_size: int) -> Iterator[str]:
     if manifest["weights_only"]:
-        raise CheckpointError(
-            f"fit(ckpt_path={str(path)!r}): the checkpoint holds weights only, so training cannot resume from it. To "
-            f"start a new run with its weights, leave ckpt_path out and set MimoModule(init_from={str(path)!r}). To "
-            f"resume, save with ModelCheckpoint(save_weights_only=False)."
+        yield (
+            f"it holds weights only, so training cannot resume from it. To start a new run with its weights, leave "
+            f"ckpt_path out and set MimoModule(init_from={str(path)!r}). To resume, save with "
+            f"ModelCheckpoint(save_weights_only=False)"
         )
-    data_state = DataState(**manifest["position"])
-    if data_state.batches and data_state.global_batch_size != global_batch_size:
-        raise CheckpointError(
-            f"fit(ckpt_path={str(path)!r}): the checkpoint was saved after {data_state.batches} batches of "
-            f"{data_state.global_batch_size} samples of an epoch, but global_batch_size is {global_batch_size} now, so "
-            f"the next sample is not defined. Set global_batch_size={data_state.global_batch_size}, or resume from a "
-            f"checkpoint that was saved at the end of an epoch."
+        return
+    assert manifest["position"] is not None, "checked with weights_only"
+    batches, size = manifest["position"]["batches"], manifest["position"]["global_batch_size"]
+    if batches and size != global_batch_size:
+        yield (
+            f"it was saved after {batches} batches of {size} samples of an epoch, but global_batch_size is "
+            f"{global_batch_size} now, so the next sample is not defined. Set global_batch_size={size}, or resume from "
+            f"a checkpoint that was saved at the end of an epoch"
         )

@@ -6,6 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lightning_mimo.checkpoint.shards import ShardSpec, cut, join
+from lightning_mimo.checkpoint.directory import module_of_file, read_manifest
+from lightning_mimo.checkpoint.manifest import Manifest
+from lightning_mimo.checkpoint.shards import WEIGHT, ShardSpec, check_coverage, cut, join
 from lightning_mimo.checkpoint.state import TensorShard
 from lightning_mimo.errors import CheckpointError
 
 _SPECS = "places"  # key in the header of each file
-
-
-def file_name(module: str, rank: int) -> str:
-    """Name of the file with a rank's shards of a module, such as ``images-rank00000.safetensors``."""
-    return f"{module}-rank{rank:05d}.safetensors"
+GENERATOR = "generator"
+"""Kind of the shards that hold states of random generators."""
 
 
 def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
@@ -34,33 +34,57 @@ def write_shards(path: Path, shards: Collection[TensorShard]) -> None:
     save_file(tensors, path, metadata={_SPECS: json.dumps(specs)})
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """A shard in an open file: its key, its position in the full tensor, and its dtype as safetensors names it."""
+
+    file: Any
+    key: str
+    spec: ShardSpec
+    dtype: str
+
+
 class CheckpointReader:
     """Reads tensors of selected modules from a checkpoint. Use it in a ``with`` statement."""
 
-    def __init__(self, path: Path, modules: Collection[str]) -> None:
+    def __init__(self, path: Path, modules: Collection[str], manifest: Manifest | None = None) -> None:
         """
         Args:
             path: checkpoint directory.
             modules: names of the modules whose files are opened.
+            manifest: the manifest of the checkpoint, if it has been read already.
 
         Raises:
-            CheckpointError: if a file is damaged.
+            CheckpointError: if a file that the manifest lists is damaged or does not belong to it.
         """
         self._open = ExitStack()
-        self._found: dict[str, dict[str, list[tuple[Any, ShardSpec]]]] = defaultdict(lambda: defaultdict(list))
-        for module in modules:
-            for file in sorted(path.glob(f"{module}-rank*.safetensors")):
-                self._index(file)
+        self._found: dict[str, dict[str, list[_Stored]]] = defaultdict(lambda: defaultdict(list))
+        manifest = read_manifest(path) if manifest is None else manifest
+        try:
+            for name in sorted(manifest["files"]):
+                if module_of_file(name) in modules:
+                    self._index(path / name, manifest)
+        except BaseException:
+            self._open.close()
+            raise
 
-    def _index(self, file: Path) -> None:
+    def _index(self, file: Path, manifest: Manifest) -> None:
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing, or not a regular file.")
         try:
             opened = self._open.enter_context(safe_open(file, framework="pt"))
-            specs = json.loads(opened.metadata()[_SPECS])
+            specs = json.loads((opened.metadata() or {})[_SPECS])
+            if set(specs) != set(opened.keys()):
+                raise ValueError("its header does not describe its tensors")
+            for key, fields in specs.items():
+                spec, stored = ShardSpec.from_dict(fields), opened.get_slice(key)
+                if stored.get_shape() != [spec.stop - spec.start]:
+                    raise ValueError(f"{key} has the shape {stored.get_shape()}, but its header says otherwise")
+                name, _, kind = key.rpartition("/")
+                _check_belongs(name, kind, spec, manifest)
+                self._found[name][kind].append(_Stored(file=opened, key=key, spec=spec, dtype=stored.get_dtype()))
         except Exception as error:
             raise CheckpointError(f"{file} is damaged: {error}.") from error
-        for key, spec in specs.items():
-            name, _, kind = key.rpartition("/")
-            self._found[name][kind].append((opened, ShardSpec.from_dict(spec)))
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -77,7 +101,25 @@ class CheckpointReader:
 
     def shape(self, name: str, kind: str) -> tuple[int, ...]:
         """Shape of the full, unsharded tensor."""
-        return self._found[name][kind][0][1].shape
+        return self._found[name][kind][0].spec.shape
+
+    def dtype(self, name: str, kind: str) -> str:
+        """Dtype as safetensors names it, such as ``F32``."""
+        return self._found[name][kind][0].dtype
+
+    def check(self, name: str, kind: str) -> None:
+        """Check that the shards of a tensor cover it, and agree in how it is cut and in their dtype.
+
+        Raises:
+            CheckpointError: naming the tensor.
+        """
+        stored = self._found[name][kind] if kind in self.kinds(name) else []
+        try:
+            if len({each.dtype for each in stored}) > 1:
+                raise CheckpointError("its shards have different dtypes")
+            check_coverage([each.spec for each in stored])
+        except CheckpointError as error:
+            raise CheckpointError(f"{name} ({kind}): {str(error).rstrip('.')}.") from error
 
     def whole(self, name: str, kind: str) -> torch.Tensor:
         """Read a full tensor from all its shards.
@@ -85,11 +127,8 @@ class CheckpointReader:
         Raises:
             CheckpointError: if a shard is missing.
         """
-        shards = self._found[name][kind]
-        try:
-            return join((spec, file.get_tensor(f"{name}/{kind}")) for file, spec in shards)
-        except ValueError as error:
-            raise CheckpointError(f"{name}: {error}; a file of the checkpoint is missing.") from error
+        self.check(name, kind)
+        return join((each.spec, each.file.get_tensor(each.key)) for each in self._found[name][kind])
 
     def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
         """Read the elements that a spec describes, flat, on the CPU.
@@ -98,17 +137,29 @@ class CheckpointReader:
         is read and cut.
         """
         runs, position = [], spec.start
-        same = [(file, found) for file, found in self._found[name][kind] if found.is_same_shard(spec)]
-        for file, found in sorted(same, key=lambda each: each[1].start):
+        same = [each for each in self._found[name][kind] if each.spec.is_same_shard(spec)]
+        for each in sorted(same, key=lambda each: each.spec.start):
+            found = each.spec
             if found.start <= position < min(found.stop, spec.stop):
                 stop = min(found.stop, spec.stop)
-                runs.append(file.get_slice(f"{name}/{kind}")[position - found.start : stop - found.start])
+                runs.append(each.file.get_slice(each.key)[position - found.start : stop - found.start])
                 position = stop
         if position == spec.stop and runs:
             return torch.cat(runs) if len(runs) > 1 else runs[0]
         return cut(self.whole(name, kind), spec)
 
 
+def _check_belongs(name: str, kind: str, spec: ShardSpec, manifest: Manifest) -> None:
+    """Raise a ValueError if the manifest has no such parameter, or one of another shape."""
+    if kind == GENERATOR:
+        return
+    shape = manifest["parameters"].get(name)
+    if shape is None:
+        raise ValueError(f"it has {name!r}, which the manifest does not list")
+    if list(spec.shape) != ([] if kind == "step" else shape):  # the step of an optimizer is a number
+        raise ValueError(f"{name!r} has the shape {spec.shape}, but {tuple(shape)} in the manifest")
+
+
 def parameters_in(shards: Mapping[str, Collection[TensorShard]]) -> dict[str, list[int]]:
     """Global parameter name -> shape of the full parameter, for the weights among shards by module."""
-    return {shard.name: list(shard.spec.shape) for each in shards.values() for shard in each if shard.kind == "weight"}
+    return {shard.name: list(shard.spec.shape) for each in shards.values() for shard in each if shard.kind == WEIGHT}

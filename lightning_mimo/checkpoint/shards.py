@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
@@ -67,8 +68,26 @@ class ShardSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ShardSpec:
-        """Create a spec from the result of :meth:`to_dict`, also after a round trip through JSON."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
+        """Create a spec from the result of :meth:`to_dict`, also after a round trip through JSON.
+
+        Raises:
+            CheckpointError: if a field is missing or out of range.
+        """
+        names = {field.name for field in dataclass_fields(cls)}
+        if not isinstance(fields, dict) or set(fields) != names or not isinstance(fields["shape"], list | tuple):
+            raise CheckpointError(f"{fields!r} does not describe a shard")
+        numbers = [*fields["shape"], *(value for name, value in fields.items() if name != "shape")]
+        spec = cls(**{**fields, "shape": tuple(fields["shape"])})
+        if not all(type(number) is int and number >= 0 for number in numbers) or not spec._is_possible():
+            raise CheckpointError(f"{fields!r} does not describe a shard")
+        return spec
+
+    def _is_possible(self) -> bool:
+        if (self.shape and self.dim >= len(self.shape)) or not 0 <= self.tp_rank < self.tp_size or self.stride < 1:
+            return False
+        if self.tp_size > 1 and (not self.shape or self.shape[self.dim] % (self.tp_size * self.stride)):
+            return False
+        return self.start <= self.stop <= math.prod(self.shard_shape)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -94,26 +113,48 @@ def cut(whole: torch.Tensor, spec: ShardSpec) -> torch.Tensor:
     return whole.reshape(-1)[spec.start : spec.stop]
 
 
+def check_coverage(specs: Sequence[ShardSpec]) -> None:
+    """Check that pieces cover a tensor. Duplicates of a piece are allowed.
+
+    Raises:
+        CheckpointError: if elements are missing or overlap, or pieces are cut in different ways.
+    """
+    if not specs:
+        raise CheckpointError("none of its shards was found")
+    first = specs[0]
+    if any(replace(spec, tp_rank=0, start=0, stop=0) != replace(first, tp_rank=0, start=0, stop=0) for spec in specs):
+        raise CheckpointError("its shards are cut in different ways")
+    runs: dict[int, set[tuple[int, int]]] = {rank: set() for rank in {spec.tp_rank for spec in specs}}
+    for spec in specs:
+        runs[spec.tp_rank].add((spec.start, spec.stop))
+    size = math.prod(first.shard_shape)
+    if len(runs) < first.tp_size:
+        raise CheckpointError(f"only {len(runs)} of {first.tp_size} tensor-parallel shards were found")
+    for each in runs.values():
+        position = 0
+        for start, stop in sorted(each):
+            if start != position:
+                break
+            position = stop
+        if position != size:
+            raise CheckpointError(f"only {position} of {size} elements of a shard were found")
+
+
 def join(pieces: Iterable[tuple[ShardSpec, torch.Tensor]]) -> torch.Tensor:
     """Join pieces that cover a tensor to the full tensor. Duplicates of a piece are ignored.
 
     Raises:
         CheckpointError: if elements are missing.
     """
-    runs: dict[int, dict[int, tuple[ShardSpec, torch.Tensor]]] = {}
-    for spec, tensor in pieces:
-        runs.setdefault(spec.tp_rank, {})[spec.start] = (spec, tensor)
-    first = next(iter(next(iter(runs.values())).values()))[0]
-    shards = [_join_runs(runs.get(rank, {}).values(), first) for rank in range(first.tp_size)]
+    pieces = list(pieces)
+    check_coverage([spec for spec, _ in pieces])
+    first = pieces[0][0]
+    shards = []
+    for rank in range(first.tp_size):
+        runs = {spec.start: tensor for spec, tensor in pieces if spec.tp_rank == rank and spec.stop > spec.start}
+        flat = [runs[start].reshape(-1) for start in sorted(runs)] or [pieces[0][1].reshape(-1)[:0]]
+        shards.append(torch.cat(flat).reshape(first.shard_shape))
     if first.tp_size == 1:
         return shards[0]
     cut_up = [shard.chunk(first.stride, dim=first.dim) for shard in shards]
     return torch.cat([shard[i] for i in range(first.stride) for shard in cut_up], dim=first.dim)
-
-
-def _join_runs(runs: Iterable[tuple[ShardSpec, torch.Tensor]], like: ShardSpec) -> torch.Tensor:
-    ordered: Sequence[tuple[ShardSpec, torch.Tensor]] = sorted(runs, key=lambda run: run[0].start)
-    flat = torch.cat([tensor.reshape(-1) for _, tensor in ordered]) if ordered else torch.empty(0)
-    if flat.numel() != math.prod(like.shard_shape):
-        raise CheckpointError(f"only {flat.numel()} of {math.prod(like.shard_shape)} elements of a shard were found")
-    return flat.reshape(like.shard_shape)

@@ -11,10 +11,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MegatronOptimizer
 
 from lightning_mimo.checkpoint.shards import MAIN, WEIGHT, ShardSpec
+from lightning_mimo.errors import CheckpointError
 from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.mimo.parameter_names import named_buffers_of, named_parameters_of
 from lightning_mimo.optim.mimo_optimizer import SingleSyncMimoOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
+
+_OR_ONLY_WEIGHTS = "resume with the same value of frozen, or begin a new run from the weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,16 @@ class Reader(Protocol):
 
     def read(self, name: str, kind: str, spec: ShardSpec) -> torch.Tensor:
         """Read the elements of a tensor that a spec describes, flat, on the CPU."""
+
+
+class CheckedReader(Reader, Protocol):
+    """Source of shards that can be checked before they are read."""
+
+    def check(self, name: str, kind: str) -> None:
+        """Raise a CheckpointError if the shards of a tensor do not cover it."""
+
+    def dtype(self, name: str, kind: str) -> str:
+        """Dtype of a tensor as safetensors names it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +111,91 @@ def shards_of(
     if groups.dp.rank() == 0:
         for name, buffer in named_buffers_of(model, infra, module):
             yield TensorShard(name=name, kind=WEIGHT, spec=_whole(buffer), tensor=buffer.detach().reshape(-1))
+
+
+def problems_of_shards(
+    model: RaggedMimoModel,
+    infra: MimoModelInfra,
+    reader: CheckedReader,
+    optimizer: SingleSyncMimoOptimizer | None,
+    *,
+    has_state: bool,
+) -> Iterator[str]:
+    """Yield what :func:`load_shards` would not find for this rank: weights, main parameters or optimizer state.
+
+    Args:
+        model: the model.
+        infra: process groups.
+        reader: source of the shards.
+        optimizer: optimizer to load; ``None`` checks weights only.
+        has_state: whether the optimizer that was saved had updated the weights. Before that, it has no state.
+    """
+    for module in infra.participating_modules:
+        updated = {} if optimizer is None else _updated(optimizer, module)
+        named = list(named_parameters_of(model, infra, module))
+        trained = [
+            (reader.kinds(name), updated[id(parameter)]) for name, parameter in named if id(parameter) in updated
+        ]
+        all_kinds = {kind for kinds, _ in trained for kind in kinds}
+        for name, parameter in named:
+            kinds, held = reader.kinds(name), updated.get(id(parameter))
+            needed = {WEIGHT}
+            if held is not None:
+                needed |= {MAIN} & all_kinds if held.is_copy else set()
+                if has_state:
+                    state = _kinds_of_state(held.optimizer, otherwise=all_kinds - {WEIGHT, MAIN})
+                    yield from _problems_of_state(name, kinds - {WEIGHT, MAIN}, state, held.optimizer)
+                    needed |= state & kinds
+            elif optimizer is not None and not parameter.requires_grad and kinds - {WEIGHT, MAIN}:
+                yield f"{name!r} was trained, but is frozen now; {_OR_ONLY_WEIGHTS}"
+            if absent := needed - kinds:
+                yield f"{name!r} has no {_listed(absent)}"
+            for kind in sorted(needed & kinds):
+                yield from _problem_of(reader, name, kind, is_floating_point=True)
+        for name, buffer in named_buffers_of(model, infra, module):
+            yield from _problem_of(reader, name, WEIGHT, is_floating_point=buffer.is_floating_point())
+
+
+def _problems_of_state(name: str, found: set[str], needed: set[str], optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    if not found and needed:
+        yield f"{name!r} has no optimizer state, because it was frozen; {_OR_ONLY_WEIGHTS}"
+    elif found != needed:
+        yield (
+            f"{name!r} has the optimizer state {_listed(found)}, but {type(optimizer).__name__} keeps "
+            f"{_listed(needed) or 'none'}; resume with the optimizer that it was saved with"
+        )
+
+
+def _problem_of(reader: CheckedReader, name: str, kind: str, *, is_floating_point: bool) -> Iterator[str]:
+    try:
+        reader.check(name, kind)
+    except CheckpointError as error:
+        yield str(error).rstrip(".")
+    else:
+        if reader.dtype(name, kind).startswith(("F", "BF")) != is_floating_point:
+            expected = "floating point" if is_floating_point else "whole numbers"
+            yield f"{name!r} ({kind}) has the dtype {reader.dtype(name, kind)}, but must be {expected}"
+
+
+def _listed(kinds: set[str]) -> str:
+    return " and ".join(sorted(kinds))
+
+
+def _kinds_of_state(optimizer: torch.optim.Optimizer, *, otherwise: set[str]) -> set[str]:
+    """Kinds of state that an optimizer keeps for each parameter once it has updated it.
+
+    Args:
+        optimizer: Adam or SGD of torch, Apex or Transformer Engine.
+        otherwise: the result for all other optimizers.
+    """
+    name = type(optimizer).__name__.lower()
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return {"exp_avg", "exp_avg_sq", "step"}
+    if "adam" in name:
+        return {"exp_avg", "exp_avg_sq"}  # the fused kernels keep the step in the parameter group
+    if "sgd" in name:
+        return {"momentum_buffer"} if any(group["momentum"] for group in optimizer.param_groups) else set()
+    return otherwise
 
 
 def load_shards(

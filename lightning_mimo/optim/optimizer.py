@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -134,6 +135,34 @@ class MimoTorchOptimizer(torch.optim.Optimizer):
             "skipped_steps": self.skipped_steps,
         }
 
+    def problems_of_plain_state(self, state: Any) -> Iterator[str]:
+        """Yield the reasons why a state cannot be loaded by :meth:`load_plain_state`."""
+        if not isinstance(state, Mapping) or set(state) != {"param_groups", "grad_scaler", "skipped_steps"}:
+            yield "the state of the optimizer must have param_groups, grad_scaler and skipped_steps"
+            return
+        if type(state["skipped_steps"]) is not int or state["skipped_steps"] < 0:
+            yield f"skipped_steps is {state['skipped_steps']!r}, but must be a whole number of at least 0"
+        groups = state["param_groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, Mapping) and "name" in group for group in groups):
+            yield "param_groups must be a list of groups with names"
+            return
+        own = {group["name"]: group for group in self.param_groups}
+        for group in groups:
+            if group["name"] in own and (unknown := sorted(set(group) - set(own[group["name"]]))):
+                yield (
+                    f"the parameter group {group['name']!r} has {unknown[0]!r}, which the optimizer and scheduler of "
+                    f"this run do not use"
+                )
+            for key, value in group.items():
+                current = own.get(group["name"], {}).get(key)
+                if isinstance(current, int | float) and not isinstance(value, int | float):
+                    yield f"{key} of the parameter group {group['name']!r} is {value!r}, but must be a number"
+        scaler = self.mimo.grad_scaler
+        if scaler is not None and state["grad_scaler"]:
+            expected = scaler.state_dict()
+            if not isinstance(state["grad_scaler"], Mapping) or set(state["grad_scaler"]) != set(expected):
+                yield f"grad_scaler must have {', '.join(expected)}"
+
     def load_plain_state(self, state: Mapping[str, Any]) -> None:
         """Load a state from :meth:`plain_state`. Groups are matched by name; groups not in the state do not change."""
         saved = {group["name"]: group for group in state["param_groups"]}
@@ -181,6 +210,10 @@ def build_optimizer(
             f"{distributed[0]!r}): megatron-core shards the state of Adam only. Use optimizer='adam', or omit "
             f"use_distributed_optimizer in MimoStrategy(ddp=...)."
         )
+    for name in ("lr", "min_lr", "weight_decay", "clip_grad", "adam_eps"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"OptimizerConfig({name}={value}) must be a number of at least 0.")
     config = dtype_policy.optimizer_config(config)
     specs = divide_into_groups(model, infra, overrides)
     if not specs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -46,8 +47,8 @@ class OptimizerOverride:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < 0:
-                raise ConfigError(f"OptimizerOverride({field.name}={value}): must not be negative.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"OptimizerOverride({field.name}={value}): must not be negative, infinite or NaN.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ from lightning_mimo.strategy.batch_runner import BatchRunner
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving
 from lightning_mimo.strategy.step_metrics import StepMetrics
+from lightning_mimo.strategy.trainer_state import problems_of_trainer_state
 
 
 @dataclass(kw_only=True)
@@ -169,8 +171,8 @@ class Run:
             CheckpointWriteError: on every rank, if writing failed on any rank and ``Saving(on_error="raise")`` is set.
         """
         is_training = self.trained is self.data and not self.is_over
-        held, generators = self.batches.accumulation if is_training else (0, None)
-        trainer, batches = rewind_to_last_step(trainer, held=held, training=is_training)
+        pending_batches, generators = self.batches.accumulation if is_training else (0, None)
+        trainer, batches = rewind_to_last_step(trainer, pending_batches=pending_batches, training=is_training)
         data_state = None if self.trained is None else self.trained.data_state(seed=seed, batches=batches)
         with_optimizer = "optimizer_states" in trainer and bool(optimizers)
         if with_optimizer and self.trained is None:
@@ -190,7 +192,7 @@ class Run:
             the_only(optimizers) if with_optimizer and data_state is not None else None,
             trainer=trainer,
             data_state=data_state,
-            window=generators,
+            generators_before=generators,
         )
         if self.is_over:
             self.checkpoints.finish()
@@ -219,6 +221,7 @@ class Run:
             self.infra,
             the_only(optimizers) if is_fitting else None,
             global_batch_size=self.plan.global_batch_size,
+            check_trainer=partial(problems_of_trainer_state, self.module.trainer),
         )
         self.module.has_initial_weights = True
         if self._resumed is None:

@@ -70,14 +70,17 @@ def strike(folder: Path, process: HostedRun, draw: random.Random) -> Kill | None
     pids = wait_for_ranks(folder, process)
     rank = draw.randrange(RANKS)
     time.sleep(draw.uniform(0.0, 3.0))
-    being_written = folder / "checkpoints" / "unfinished" / "last.ckpt"
+
+    def is_being_written() -> bool:
+        return any((folder / "checkpoints").glob("unfinished/last.ckpt.*"))
+
     if draw.random() < 0.6:
-        while not being_written.exists() and process.poll() is None:
+        while not is_being_written() and process.poll() is None:
             pass
         time.sleep(draw.uniform(0.0, 0.05))
     if process.poll() is not None or not pids:
         return None
-    in_save = being_written.exists()
+    in_save = is_being_written()
     try:
         os.kill(pids[rank], signal.SIGKILL)
     except ProcessLookupError:

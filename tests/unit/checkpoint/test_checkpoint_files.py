@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lightning_mimo.checkpoint import tools
-from lightning_mimo.checkpoint.directory import MANIFEST, publish, read_manifest, unfinished, write_json
 from lightning_mimo.checkpoint.shards import ShardSpec, cut, join
 from lightning_mimo.commands.cli import main
 from lightning_mimo.errors import CheckpointError
@@ -52,43 +52,6 @@ def test_missing_piece_is_an_error() -> None:
         join([(spec, torch.zeros(2))])
 
 
-def checkpoint_at(path: Path, step: int) -> None:
-    """The smallest complete checkpoint, moved to its final path."""
-    unfinished(path).mkdir(parents=True)
-    write_json(unfinished(path) / MANIFEST, {"format": 1, "step": step})
-    publish(path)
-
-
-def test_new_checkpoint_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    for step in (1, 2):
-        checkpoint_at(path, step)
-        assert read_manifest(path)["step"] == step
-        assert [each.name for each in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-def test_new_checkpoint_takes_the_place_of_a_link(tmp_path: Path) -> None:
-    checkpoint_at(tmp_path / "step=1.ckpt", 1)
-    (tmp_path / "last.ckpt").symlink_to("step=1.ckpt")
-    checkpoint_at(tmp_path / "last.ckpt", 2)
-    assert read_manifest(tmp_path / "last.ckpt")["step"] == 2
-    assert read_manifest(tmp_path / "step=1.ckpt")["step"] == 1
-
-
-def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nothing\.ckpt is not a checkpoint.*there is no such directory"):
-        read_manifest(tmp_path / "nothing.ckpt")
-    (tmp_path / "empty.ckpt").mkdir()
-    with pytest.raises(CheckpointError, match=r"empty\.ckpt is not a checkpoint.*it has no checkpoint\.json"):
-        read_manifest(tmp_path / "empty.ckpt")
-    unfinished(tmp_path / "half.ckpt").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"it was not written completely"):
-        read_manifest(unfinished(tmp_path / "half.ckpt"))
-    (tmp_path / "empty.ckpt" / MANIFEST).write_text('{"format": 7, "lightning_mimo": "9.0"}')
-    with pytest.raises(CheckpointError, match=r"has format 7, but this version .* reads format 1.*by version 9\.0"):
-        read_manifest(tmp_path / "empty.ckpt")
-
-
 def weights_file(folder: Path) -> Path:
     tensors = {"images.a": torch.arange(6.0).reshape(2, 3), "language.b": torch.ones(4, dtype=torch.bfloat16)}
     save_file(tensors, folder / "weights.safetensors")
@@ -115,13 +78,99 @@ def test_damaged_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    assert "DAMAGED" in tools.inspect(path) and "images-rank00000.safetensors has" in tools.inspect(path)
-    with pytest.raises(SystemExit):
-        main(["checkpoint", "export", str(path), str(tmp_path / "out.safetensors")])
+    main_fails(["checkpoint", "inspect", str(path)])
+    printed = capsys.readouterr()
+    assert "DAMAGED" in printed.out and "images-rank00000.safetensors has" in printed.out
+    assert f"error: {path} is damaged: images-rank00000.safetensors has" in printed.err
+    main_fails(["checkpoint", "export", str(path), str(tmp_path / "out.safetensors")])
     error = capsys.readouterr().err
     assert "is damaged: images-rank00000.safetensors has" in error and error.count("\n") == 1
     file.unlink()
-    assert "images-rank00000.safetensors is missing" in tools.inspect(path)
+    assert tools.inspect(path)[1] == "images-rank00000.safetensors is missing"
+    os.mkfifo(file)
+    assert tools.inspect(path)[1] == "images-rank00000.safetensors is missing, or not a regular file"
+
+
+def main_fails(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+# ---- import and export write nothing but what was asked for
+
+
+@pytest.mark.parametrize(
+    "name", ["/tmp/lightning-mimo-outside/language.weight", "../language.weight", "language", "a b.weight", ".weight"]
+)
+def test_import_refuses_what_is_no_name_of_a_parameter(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({name: torch.ones(2)}, tmp_path / "weights.safetensors")
+    main_fails(["checkpoint", "import", str(tmp_path / "weights.safetensors"), str(tmp_path / "in.ckpt")])
+    assert f"{name!r} is not the name of a parameter" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["weights.safetensors"]
+    assert not Path("/tmp/lightning-mimo-outside").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "weights.safetensors has no tensors"),
+        (b"no safetensors", "weights.safetensors is not a safetensors file"),
+        (None, "weights.safetensors is not a safetensors file: it is not there"),
+        ("fifo", "weights.safetensors is not a safetensors file: it is not a file"),
+    ],
+    ids=["empty", "other", "missing", "fifo"],
+)
+def test_import_names_what_cannot_be_imported(content: object, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    if content == "fifo":
+        os.mkfifo(file)
+    elif isinstance(content, bytes):
+        file.write_bytes(content)
+    elif isinstance(content, dict):
+        save_file(content, file)
+    with pytest.raises(CheckpointError, match=message):
+        tools.import_weights(file, tmp_path / "in.ckpt")
+    assert [entry.name for entry in tmp_path.iterdir()] == [file.name][: content is not None]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "fifo", "device"])
+def test_export_overwrites_nothing(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = tmp_path / "in.ckpt", tmp_path / "out.safetensors"
+    tools.import_weights(weights_file(tmp_path), path)
+    {
+        "file": lambda: out.write_text("mine"),
+        "folder": out.mkdir,
+        "fifo": lambda: os.mkfifo(out),
+        "device": lambda: out.symlink_to("/dev/null"),
+    }[kind]()
+    before = out.lstat()
+    main_fails(["checkpoint", "export", str(path), str(out)])
+    assert capsys.readouterr().err == (
+        f"lightning-mimo: error: {out} already exists; remove it first, or choose another name.\n"
+    )
+    assert (out.lstat().st_ino, out.lstat().st_mtime) == (before.st_ino, before.st_mtime)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_export_into_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.import_weights(weights_file(tmp_path), tmp_path / "in.ckpt")
+    out = tmp_path / "no" / "out.safetensors"
+    main_fails(["checkpoint", "export", str(tmp_path / "in.ckpt"), str(out)])
+    assert f"error: {out} cannot be written: " in capsys.readouterr().err
+
+
+def test_files_can_be_read_by_whoever_can_read_the_folder(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        tools.import_weights(weights_file(tmp_path), tmp_path / "in.ckpt")
+        tools.export(tmp_path / "in.ckpt", tmp_path / "out.safetensors")
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "in.ckpt").iterdir(), tmp_path / "out.safetensors"]
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {file.name: "0o640" for file in files}
 
 
 def test_tool_says_how_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
