@@ -239,7 +239,7 @@ def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, i
 
     ``sample_check`` compares the former over all ranks, the latter over those of the module.
     """
-    text = zlib.crc32(sample.input_ids.numpy())
+    text = zlib.crc32(sample.input_ids.contiguous().numpy())
     if module == LANGUAGE:
         assert sample.text is not None
         own = _checksum([sample.text.labels, sample.text.loss_mask, sample.text.position_ids])

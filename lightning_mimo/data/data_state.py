@@ -24,12 +24,14 @@ class DataState:
     batches: int
 
 
-def rewind_to_last_step(checkpoint: dict[str, Any], *, held: int, training: bool) -> tuple[dict[str, Any], int]:
+def rewind_to_last_step(
+    checkpoint: dict[str, Any], *, pending_batches: int, training: bool
+) -> tuple[dict[str, Any], int]:
     """Rewind Lightning's loop counters to the last optimizer step, so that a resumed run trains on each batch once.
 
     Args:
         checkpoint: the dictionary that Lightning dumps; not modified.
-        held: batches of an incomplete accumulation window, which no optimizer step has used yet.
+        pending_batches: batches of an unfinished gradient accumulation, which no optimizer step has used yet.
         training: whether training is in progress; False after it has ended.
 
     Returns:
@@ -40,8 +42,8 @@ def rewind_to_last_step(checkpoint: dict[str, Any], *, held: int, training: bool
     progress = loop["epoch_loop.batch_progress"]
     if not training:
         _end_epoch(progress)
-    elif held:
-        _rewind(progress, held)
+    elif pending_batches:
+        _rewind(progress, pending_batches)
     _validate_again(loop["epoch_loop.val_loop.batch_progress"])
     return checkpoint, 0 if progress["is_last_batch"] else progress["current"]["processed"]
 

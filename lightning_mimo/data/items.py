@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from lightning_mimo.errors import DataError
 from lightning_mimo.microbatch import Ragged
 
 Inputs = Mapping[str, torch.Tensor | Ragged]
@@ -61,8 +62,11 @@ class ItemSizes:
             grid: the argument with the grids.
             merge_size: patches that become one embedding, along height and along width.
         """
-        rows = partial(_rows_of_grid, grid)
-        return cls(rows={values: rows}, embeddings=partial(_divided, rows, merge_size**2), every_stage=(grid,))
+        return cls(
+            rows={values: partial(_rows_of_grid, grid)},
+            embeddings=partial(_merged, grid, merge_size),
+            every_stage=(grid,),
+        )
 
     @classmethod
     def of_tiles(cls, values: str = "pixel_values", tiles: str = "num_tiles", *, embeddings_per_tile: int) -> ItemSizes:
@@ -90,8 +94,16 @@ def _rows_of_grid(grid: str, inputs: Inputs) -> torch.Tensor:
     return _argument(grid, inputs).prod(dim=-1)
 
 
-def _divided(numbers: PerItem, divisor: int, inputs: Inputs) -> torch.Tensor:
-    return torch.as_tensor(numbers(inputs)) // divisor
+def _merged(grid: str, merge_size: int, inputs: Inputs) -> torch.Tensor:
+    sizes = _argument(grid, inputs)
+    if sizes.is_floating_point() or sizes.is_complex() or sizes.ndim != 2 or sizes.size(1) != 3:
+        raise DataError(f"{grid} has the shape {list(sizes.shape)} and {sizes.dtype}, but must be int64 [items, 3].")
+    if bool((sizes < 1).any()) or bool((sizes[:, 1:] % merge_size).any()):
+        raise DataError(
+            f"{grid} is {sizes.tolist()}, but time, height and width of an item are at least 1, and merge_size="
+            f"{merge_size} must divide height and width."
+        )
+    return sizes.prod(dim=-1) // merge_size**2
 
 
 def _multiplied(numbers: PerItem, factor: int, inputs: Inputs) -> torch.Tensor:

@@ -279,13 +279,13 @@ def test_usual_positions_are_marked_as_such() -> None:
 @pytest.mark.parametrize("change", ["labels", "loss_mask", "position_ids", "pixels", "grid"])
 def test_fingerprint_covers_all_that_a_module_takes(change: str) -> None:
     def fingerprints(changed: bool) -> dict[str, list[int]]:
-        arguments = {"pixel_values": torch.arange(20.0).view(4, 5), "image_grid_thw": torch.tensor([[1, 2, 2]])}
-        given = sample(1, arguments, loss_mask=[0, 0, 1], position_ids=[0, 1, 1])
+        arguments = {"pixel_values": torch.arange(40.0).view(8, 5), "image_grid_thw": torch.tensor([[1, 2, 4]])}
+        given = sample(2, arguments, loss_mask=[0, 0, 0, 1], position_ids=[0, 1, 1, 2])
         if changed and change in given:
-            given[change] = torch.as_tensor(given[change]) + torch.tensor([0, 0, 1])
+            given[change] = torch.as_tensor(given[change]) + torch.tensor([0, 0, 0, 1])
         elif changed:
             arguments["pixel_values"] = arguments["pixel_values"] + (change == "pixels")
-            arguments["image_grid_thw"] = torch.tensor([[1, 2, 2]] if change == "pixels" else [[2, 1, 2]])
+            arguments["image_grid_thw"] = torch.tensor([[1, 2, 4]] if change == "pixels" else [[1, 4, 2]])
         (batch,) = collate(given, sizes=GRID)
         return {name: each[0].tolist() for name, each in batch["sample_fingerprints"].items()}
 
