@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_mimo.errors import ConfigError
+
 VOCAB_SIZE = 32
 """Rows of the embedding table: more than the ids in use, so that tensor-parallel sizes divide it."""
 
@@ -279,6 +281,8 @@ class ScansData(pl.LightningDataModule):
 
     def __init__(self, *, global_batch_size: int, num_workers: int) -> None:
         super().__init__()
+        if global_batch_size < 1 or num_workers < 0:
+            raise ConfigError(f"data: {global_batch_size=} must be at least 1, and {num_workers=} at least 0.")
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
 

@@ -139,8 +139,8 @@ def import_weights(source: Path, path: Path) -> int:
         The number of parameters.
 
     Raises:
-        CheckpointError: if the file is not a safetensors file, a name in it is not that of a parameter, or the checkpoint
-            exists or cannot be written.
+        CheckpointError: if the file is not a safetensors file, a name in it is not that of a parameter, or the
+            checkpoint exists or cannot be written.
     """
     if os.path.lexists(path):
         raise CheckpointError(f"{path} already exists; remove it first, or choose another name.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from lightning_mimo.commands.layout import check_config_files, picture_of
 from lightning_mimo.commands.new import new_project
 from lightning_mimo.commands.report import print_report
-from lightning_mimo.errors import ConfigError, MimoError
+from lightning_mimo.errors import CheckpointError, ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if arguments[0] == "layout":
             print_report(picture_of(arguments[1:]))
         elif arguments[0] == "checkpoint":
-            print_report(checkpoint_tool(arguments[1:]))
+            checkpoint_tool(arguments[1:])
         elif arguments[0] == "export-hf":
             print_report(_export_hf(arguments[1:]))
         elif arguments[0] == "verify":
@@ -83,11 +83,11 @@ def _command_first(arguments: list[str]) -> list[str]:
     return [commands[0], *rest]
 
 
-def checkpoint_tool(arguments: Sequence[str]) -> str:
-    """Run ``checkpoint inspect``, ``export`` or ``import``, and return the text to print.
+def checkpoint_tool(arguments: Sequence[str]) -> None:
+    """Run ``checkpoint inspect``, ``export`` or ``import``, and print the result.
 
     Raises:
-        MimoError: if the arguments or the files are invalid.
+        MimoError: if the arguments or the files are invalid, or the inspected checkpoint is damaged.
     """
     hush_known_warnings()
     match list(arguments):
@@ -100,10 +100,13 @@ def checkpoint_tool(arguments: Sequence[str]) -> str:
             )
     one, two = Path(paths[0]), Path(paths[-1])
     if arguments[0] == "inspect":
-        return tools.inspect(one)
-    if arguments[0] == "export":
-        return f"{tools.export(one, two)} parameters written to {two}"
-    return f"{tools.import_weights(one, two)} parameters written to {two}"
+        text, problem = tools.inspect(one)
+        print_report(text)
+        if problem is not None:
+            raise CheckpointError(f"{one} is damaged: {problem}.")
+    else:
+        count = tools.export(one, two) if arguments[0] == "export" else tools.import_weights(one, two)
+        print(f"{count} parameters written to {two}")
 
 
 def _export_hf(arguments: Sequence[str]) -> str:

@@ -136,6 +136,11 @@ def _best_of(
     for choice in choices:
         if _CLASS.match(choice.text) or choice.below:
             return _explain(choice, where=where, given=given, owner=owner)
+    for choice in choices:
+        if (key := _KEY.match(choice.text)) and not key["rest"]:
+            return f"{_place(where, given)} must have keys and values, but is {value}."
+        if not _EXPECTED.match(choice.text):  # the message of a constructor of a class that was given
+            return f"{_place(where, given)}: {choice.text}".removeprefix(": ")
     expected = [found["what"] for choice in choices if (found := _EXPECTED.match(choice.text))]
     if expected:
         return f"{_place(where, given)} must be {_any_of(expected)}, but is {value!r}."
@@ -149,6 +154,8 @@ def _value_of(line: _Line) -> str | None:
 
 def _leaf(text: str, where: str, given: tuple[str, str] | None, owner: str | None) -> str:
     place = _place(where, given)
+    if (key := _KEY.match(text)) and not key["rest"]:
+        return f"{place} must have keys and values" + (f", but is {given[1]}." if given else ".")
     if found := _UNRECOGNIZED.match(text):
         return _no_key(found["key"], f"{where}.{found['group']}", _keys_of(owner, found["group"]))
     if found := _NO_CLASS.match(text):

@@ -13,6 +13,7 @@ from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootpri
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.strategy import MimoStrategy
+from lightning_mimo.strategy.trainer_check import check_trainer
 
 _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
 
@@ -33,14 +34,12 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
         ConfigError: if the run is invalid.
     """
     strategy = trainer.strategy
-    if not isinstance(strategy, MimoStrategy):
-        raise ConfigError(
-            f"trainer.strategy is a {type(strategy).__name__}; a dry run needs class_path: lightning_mimo.MimoStrategy."
-        )
+    assert isinstance(strategy, MimoStrategy), "checked by the command line"
     if dist.is_initialized():
         raise ConfigError(
             "A dry run needs a process in which torch.distributed is not initialized: start it separately."
         )
+    check_trainer(trainer, module)
     layout = strategy.validate()
     module.check_layout(layout)
     missing = module.missing_files()

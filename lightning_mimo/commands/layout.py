@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lightning_mimo.commands.yaml_file import read_value, read_yaml
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
@@ -22,7 +20,9 @@ def picture_of(arguments: Sequence[str]) -> str:
         ConfigError: if the config has no MimoStrategy, or its layout cannot run.
     """
     config = _read_config(arguments)
-    trainer = config.get("trainer") or {}
+    trainer = config.get("trainer", {})
+    if not isinstance(trainer, dict):
+        raise ConfigError(f"trainer must have keys and values, but is {trainer!r}.")
     strategy = trainer.get("strategy")
     strategy = (strategy.get("init_args") if isinstance(strategy, dict) else None) or {}
     if not isinstance(strategy.get("modules"), dict):
@@ -34,7 +34,7 @@ def picture_of(arguments: Sequence[str]) -> str:
     modules = {name: _parallelism(name, sizes) for name, sizes in strategy["modules"].items()}
     layout = MimoLayout.resolve(
         modules,
-        world_size=_number_of_devices(trainer.get("devices")) * int(trainer.get("num_nodes") or 1),
+        world_size=_number_of_devices(trainer.get("devices")) * _number_of_nodes(trainer.get("num_nodes")),
         colocate=bool(strategy.get("colocate", False)),
     )
     global_batch_size: Any = strategy.get("global_batch_size")  # refused below if it is missing
@@ -53,7 +53,7 @@ def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
         if key in ("--config", "-c"):
             _merge(config, read_yaml(value))
         elif key.startswith("--"):
-            nested: Any = yaml.safe_load(value)
+            nested: Any = read_value(value, key)
             for part in reversed(key[2:].split(".")):
                 nested = {part: nested}
             _merge(config, nested)
@@ -72,26 +72,6 @@ def check_config_files(arguments: Sequence[str]) -> None:
         key, equals, value = argument.partition("=")
         if key in ("--config", "-c"):
             read_yaml(value if equals else following)
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read a config file.
-
-    Raises:
-        ConfigError: if the file does not exist, or is not YAML with keys and values.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f"--config {path}: there is no such file.")
-    try:
-        config = yaml.safe_load(Path(path).read_text())
-    except yaml.MarkedYAMLError as error:
-        where = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ConfigError(f"--config {path} is not YAML: {where}{error.problem}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict | None):
-        raise ConfigError(f"--config {path} must hold keys and values, such as 'trainer: ...', but it is {config!r}.")
-    return config or {}
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
@@ -116,8 +96,16 @@ def _parallelism(name: str, sizes: dict[str, Any] | None) -> ModuleParallelism:
 def _number_of_devices(devices: object) -> int:
     if isinstance(devices, list):
         return len(devices)
-    if isinstance(devices, int) and devices > 0:
+    if isinstance(devices, int) and not isinstance(devices, bool) and devices > 0:
         return devices
     raise ConfigError(
         f"trainer.devices={devices!r}: to draw a layout the number must be known; give --trainer.devices=N."
     )
+
+
+def _number_of_nodes(nodes: object) -> int:
+    if nodes is None:
+        return 1
+    if isinstance(nodes, int) and not isinstance(nodes, bool) and nodes > 0:
+        return nodes
+    raise ConfigError(f"trainer.num_nodes={nodes!r} must be a whole number of at least 1.")

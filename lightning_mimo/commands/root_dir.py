@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_mimo.commands.layout import read_yaml
+from lightning_mimo.commands.yaml_file import read_yaml
 
 _FOLDERS = ("save_dir", "dirpath")  # of loggers, and of ModelCheckpoint
 

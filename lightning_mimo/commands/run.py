@@ -16,13 +16,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.callbacks.step_trace import StepTrace
-from lightning_mimo.commands.config_errors import OneLineParser
+from lightning_mimo.commands.config_check import check_ckpt_path, check_numbers, check_options, check_root_dir
+from lightning_mimo.commands.config_errors import OneLineParser, condense
 from lightning_mimo.commands.dry_run import dry_run_report
 from lightning_mimo.commands.report import print_report
 from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.launch.cluster import check_slurm_tasks
 from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.strategy import MimoStrategy
 
 # Exception types with which packages report user errors; bugs raise the same types.
 _MESSAGES = (ValueError, TypeError, FileNotFoundError, MisconfigurationException)
@@ -46,7 +48,22 @@ class MimoCLI(LightningCLI):
         )
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: LightningCLI would unpickle a file, but checkpoints are directories."""
+
+    @override
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool | None) and not 0 <= seed < 2**32:
+            raise ConfigError(f"seed_everything={seed} must be a whole number from 0 to {2**32 - 1}, true or false.")
+        super()._set_seed()
+
+    @override
     def before_instantiate_classes(self) -> None:
+        check_numbers(self._get(self.config, "trainer"))
+        check_options(self._get(self.config, "trainer"))
+        if not self.dry_run:
+            check_root_dir(self._get(self.config, "trainer").default_root_dir)
         config_files = [str(path) for path in self._get(self.config, "config") or ()]
         follow_root_dir(self._get(self.config, "trainer"), config_files)
         folder = self._get(self.config, "trace")
@@ -61,10 +78,16 @@ class MimoCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
+        check_ckpt_path(self._get(self.config, "ckpt_path"))
         with one_line():
             if self.dry_run:
                 self._take_any_machine()
             super().instantiate_classes()
+            if not isinstance(self.trainer.strategy, MimoStrategy):
+                raise ConfigError(
+                    f"trainer.strategy is a {type(self.trainer.strategy).__name__}, but this command runs a "
+                    f"MimoStrategy; write class_path: lightning_mimo.MimoStrategy."
+                )
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -84,8 +107,7 @@ class MimoCLI(LightningCLI):
                 f"--trainer.devices=N, the devices of one node."
             )
         trainer.accelerator, trainer.devices = "cpu", int(devices)
-        trainer.logger = trainer.enable_checkpointing = False
-        trainer.plugins = trainer.profiler = trainer.callbacks = None
+        trainer.logger, trainer.plugins, trainer.profiler = False, None, None
 
 
 class DryRunCLI(MimoCLI):
@@ -133,11 +155,12 @@ def one_line(has_begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
         yield
     except _MESSAGES as raised:
         error = _without_parsers_report(raised)
-        if has_begun() or not _is_for_users(error):
+        if has_begun() or not (_is_for_users(error) or _raised_in(error) == "jsonargparse"):
             raise
         if rank_zero_only.rank:  # type: ignore[attr-defined]  # Lightning keeps it on the function
             time.sleep(_LET_RANK_ZERO_SPEAK)
-        print(f"lightning-mimo: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        text = condense(str(raised)) if _raised_in(error) == "jsonargparse" else str(error)
+        print(f"lightning-mimo: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
         sys.last_exc = error  # as Python does for a traceback; the launcher then does not wait for the other ranks
         sys.exit(2)
 
@@ -156,7 +179,10 @@ def _raised_in(error: BaseException) -> str:
 
 
 def _is_for_users(error: BaseException) -> bool:
-    """Whether an error was raised on purpose by this package or by Lightning, and is not a bug."""
+    """Whether an error was raised on purpose by this package, by Lightning or by a DataLoader, and is not a bug."""
     if isinstance(error, MimoError | MisconfigurationException):
         return True
-    return _raised_in(error) == "lightning"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    # A DataLoader names the argument that it refuses, and the user's code hands it on from the config.
+    return module.partition(".")[0] == "lightning" or module == "torch.utils.data.dataloader"

@@ -29,6 +29,9 @@ from lightning_mimo.layout.module_parallelism import (
 )
 from lightning_mimo.layout.placement import check_no_pipeline, place_one_after_another, share_all_ranks
 
+MOST_RANKS = 2**15
+"""Ranks of the largest run. Without a limit, a typing error would start to build a million process groups."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MimoLayout:
@@ -63,6 +66,11 @@ class MimoLayout:
             LayoutError: if the layout cannot run; the message names the module and the remedy.
         """
         _check_names(modules)
+        if not isinstance(world_size, int) or not 1 <= world_size <= MOST_RANKS:
+            raise LayoutError(
+                f"devices * num_nodes = {world_size!r} ranks: write a whole number of devices of one node and of "
+                f"nodes, at most {MOST_RANKS:,} ranks together."
+            )
         for name, sizes in modules.items():
             _check_sizes(name, sizes)
         placed = share_all_ranks(modules, world_size) if colocate else place_one_after_another(modules, world_size)
@@ -138,6 +146,8 @@ def _check_sizes(name: str, sizes: ModuleParallelism) -> None:
         least = 0 if field.name == "rank_offset" else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise LayoutError(f"Module {name!r}: {field.name}={value!r} must be a whole number of at least {least}.")
+        if value > MOST_RANKS:
+            raise LayoutError(f"Module {name!r}: {field.name}={value}, but a run has at most {MOST_RANKS:,} ranks.")
     if sizes.cp > 1:
         raise LayoutError(
             f"Module {name!r}: cp={sizes.cp} is not supported, because the bridges between modules exchange whole "
@@ -162,6 +172,8 @@ def _check_coverage(complete: Mapping[str, ResolvedParallelism], world_size: int
             f"modules on all ranks (colocate=True), or each on ranks of its own (leave rank_offset out)."
         )
     needed = max(span.stop for span in spans.values())
+    if needed > MOST_RANKS:
+        raise LayoutError(f"The layout needs {needed:,} ranks ({table}), but a run has at most {MOST_RANKS:,}.")
     if gaps := [rank for rank in range(needed) if not any(rank in span for span in spans.values())]:
         total = sum(sizes.size for sizes in complete.values())
         raise LayoutError(

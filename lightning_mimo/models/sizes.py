@@ -19,6 +19,8 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.initialization import fan_in_normal_
 
 _EMBEDDING_STD = 0.02
+# Far beyond any model. Without limits, a typing error would take hours to build.
+_MOST_LAYERS, _MOST_EXPERTS, _WIDEST = 4_096, 4_096, 2**24
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu", "relu"]
 
@@ -47,6 +49,9 @@ class Recompute:
     method: Literal["uniform", "block"] = "uniform"
     num_layers: int = 1
     modules: tuple[str, ...] = ("core_attn",)
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_layers", 1, _MOST_LAYERS)
 
     def settings(self) -> dict[str, Any]:
         """Fields of Megatron's TransformerConfig."""
@@ -113,9 +118,8 @@ class TransformerSize:
         last_stage_layers: layers of the last pipeline stage, where stages differ.
 
     Raises:
-        ConfigError: if there is a balancing loss without experts, or a negative one.
-        ValueError: if ``attention`` is unknown, or is ``te`` but Transformer Engine is not installed.
-        ConfigError: if ``mrope_section`` does not add up.
+        ConfigError: if a number is out of range, there is a balancing loss without experts, ``mrope_section`` does not
+            add up, or ``attention`` is unknown, or is ``te`` but Transformer Engine is not installed.
     """
 
     num_layers: int
@@ -145,6 +149,17 @@ class TransformerSize:
 
     def __post_init__(self) -> None:
         check_attention(self.attention)
+        check_range(self, "num_layers", 1, _MOST_LAYERS)
+        check_range(self, "num_experts", 1, _MOST_EXPERTS)
+        for name in ("hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size", "head_dim"):
+            check_range(self, name, 1, _WIDEST)
+        check_range(self, "experts_per_token", 1, self.num_experts or _MOST_EXPERTS)
+        for name in ("first_stage_layers", "last_stage_layers"):
+            check_range(self, name, 1, self.num_layers)
+        check_range(self, "dropout", 0.0, 1.0)
+        for name in ("layernorm_epsilon", "rotary_base"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)!r}) must be a positive number.")
         section = self.mrope_section
         if section is not None and (len(section) != 3 or 2 * sum(section) != self.head):
             raise ConfigError(
@@ -171,6 +186,20 @@ class TransformerSize:
     def head(self) -> int:
         """Width of a head."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def check_range(options: Any, name: str, least: float, most: float) -> None:
+    """Check that a field of a dataclass is a number in a range, or ``None``.
+
+    Raises:
+        ConfigError: naming the field and the range.
+    """
+    value = getattr(options, name)
+    whole = isinstance(least, int)
+    is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and least <= value <= most):
+        kind = "a whole number" if whole else "a number"
+        raise ConfigError(f"{type(options).__name__}({name}={value!r}) must be {kind} from {least} to {most}.")
 
 
 def transformer_config(
@@ -286,6 +315,12 @@ def check_sizes(layout: MimoLayout, module: str, size: TransformerSize, *, seque
     check_divides("num_query_groups", size.query_groups, module, "tp", sizes.tp)
     _check_stages(size, module, sizes.pp)
     if size.num_experts is None:
+        for axis in ("ep", "expt_tp"):
+            if (degree := getattr(sizes, axis)) > 1:
+                raise LayoutError(
+                    f"Module {module!r}: {axis}={degree} divides experts, but num_experts is not set: the model is "
+                    f"dense. Leave {axis} out, or set num_experts."
+                )
         check_divides("ffn_hidden_size", size.ffn, module, "tp", sizes.tp)
     else:
         check_divides("num_experts", size.num_experts, module, "ep", sizes.ep)

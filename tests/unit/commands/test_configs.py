@@ -29,6 +29,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CLUSTER = [config for config in CONFIGS if "num_nodes" in config.read_text()]
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
 VLM, STRATEGY = "configs/digits_vlm.yaml", "--trainer.strategy.init_args"
 
 
@@ -157,6 +158,57 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
         ),
         (["--trainer.precision=16-true"], "precision='16-true') is not supported by MimoStrategy"),
         (["--model.init_args.frozen=[images.enc]"], "frozen=['images.enc']: no parameter lies under these names"),
+        (
+            ["--model.init_args.vision.num_layers=0"],
+            "TransformerSize(num_layers=0) must be a whole number from 1",
+        ),
+        (
+            ["--model.init_args.language.num_layers=1000000"],
+            "TransformerSize(num_layers=1000000) must be a whole",
+        ),
+        (
+            ["--model.init_args.vision.hidden_size=-64"],
+            "TransformerSize(hidden_size=-64) must be a whole number",
+        ),
+        (["--model.init_args.language.dropout=1.5"], "TransformerSize(dropout=1.5) must be a number from 0.0 to 1.0"),
+        (["--model.init_args.language.dropout=.nan"], "TransformerSize(dropout=nan) must be a number from 0.0 to 1.0"),
+        (["--model.init_args.language.rotary_base=0"], "TransformerSize(rotary_base=0.0) must be a positive number"),
+        (
+            ["--trainer.devices=1000000"],
+            "trainer.devices=1000000 with trainer.num_nodes=1: write the number",
+        ),
+        (
+            ["--trainer.devices=0"],
+            "trainer.devices=0 with trainer.num_nodes=1: write the number",
+        ),
+        (["--trainer.num_nodes=-1"], "trainer.num_nodes=-1 must be a whole number of at least 1"),
+        (
+            [f"{STRATEGY}.modules.language.pp=9223372036854775808"],
+            "pp=9223372036854775808, but a run has at most",
+        ),
+        (["--trainer=null"], "trainer must have keys and values"),
+        (["--trainer.strategy=ddp"], "trainer.strategy is a DDPStrategy, but this command runs a MimoStrategy"),
+        (["--model.init_args.language.recompute={num_layers: 0}"], "Recompute(num_layers=0) must be a whole number"),
+        (["--trainer.val_check_interval=0"], "trainer.val_check_interval=0 must be a whole number of batches"),
+        (["--trainer.limit_val_batches=1.5"], "trainer.limit_val_batches=1.5 must be a whole number of batches, or"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1"),
+        (
+            ["--trainer.accumulate_grad_batches=0"],
+            "trainer.accumulate_grad_batches=0 must be a whole number",
+        ),
+        (
+            ["--trainer.devices=5", f"{STRATEGY}.modules={{images: {{}}, language: {{tp: 2, dp: 2, ep: 2}}}}"],
+            "Module 'language': ep=2 divides experts, but num_experts is not set: the model is dense. Leave ep out",
+        ),
+        (["--seed_everything=-1"], "seed_everything=-1 must be a whole number from 0 to 4294967295"),
+        ([f"{STRATEGY}.monitoring.timeout=0:00:00"], "Monitoring(timeout=datetime.timedelta(0)) must be a positive"),
+        ([f"{STRATEGY}.checks=1"], "trainer.strategy.init_args.checks must have keys and values"),
+        (["--ckpt_path=/etc/passwd"], "/etc/passwd is not a checkpoint of lightning-mimo: it is not a directory"),
+        (
+            ["--ckpt_path=/nowhere.ckpt"],
+            "/nowhere.ckpt is not a checkpoint of lightning-mimo: there is no such",
+        ),
+        (["--data.init_args.global_batch_size=0"], "global_batch_size=0 must be at least 1"),
     ],
     ids=lambda value: "" if isinstance(value, str) else value[0].partition("=")[0].rpartition(".")[2],
 )
@@ -191,8 +243,17 @@ def test_key_of_an_earlier_version_in_a_file_names_its_new_place(
         (None, "there is no such file."),
         ("a: [1", "is not YAML: line "),
         ("just words", "must hold keys and values, such as 'trainer: ...', but it is 'just words'."),
+        ("trainer: null", "trainer must have keys and values, but is null."),
+        ("trainer: false", "trainer must have keys and values, but is False."),
+        ("data: {class_path: a.b, init_args: }", "data.init_args must have keys and values, but is null; write them"),
+        ("trainer: {devices: 2}\ntrainer: {devices: 4}", "is not YAML: line 2: the key 'trainer' occurs twice."),
+        ("trainer: {devices: 2, devices: 4}", "is not YAML: line 1: the key 'devices' occurs twice."),
+        ("trainer: &a {callbacks: [*a]}", "is not YAML: line 1: a value refers to itself."),
+        (BOMB, "its references expand to more than 1,000,000 values."),
+        ("trainer: " + "[" * 5_000 + "]" * 5_000, "is not a config: its values are nested too deeply."),
+        ("trainer: {1: 2}", "trainer has the key 1, but keys are words."),
     ],
-    ids=["missing", "not_yaml", "words"],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
 def test_config_file_that_cannot_be_read(
     command: str, text: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -215,6 +276,35 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.digits.model.DigitsModule.configure_mimo", broken)
     with pytest.raises(ValueError, match="invalid literal for int"):
         main(["fit", "--dry-run", "--config", VLM])
+
+
+def test_options_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", VLM, "--trainer.precision=bf16-mixed", "--dry-run", "fit"])
+    assert "on each rank, in bf16-mixed, with Adam" in capsys.readouterr().out
+    main(["--config", VLM, "layout", "--trainer.devices=4"])
+    assert "4 ranks, each module on ranks of its own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("/etc/passwd/logs", "/etc/passwd is not a folder"), ("/proc/self/fd/0/logs", "is not a folder that can be")],
+)
+def test_run_refuses_a_root_dir_that_cannot_be_written(
+    folder: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", VLM, f"--trainer.default_root_dir={folder}"])
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_dry_run_refuses_the_callbacks_that_a_run_would(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "callback.yaml"
+    kind = "lightning.pytorch.callbacks.OnExceptionCheckpoint"
+    config.write_text(f"trainer: {{callbacks: [{{class_path: {kind}, init_args: {{dirpath: {tmp_path}}}}}]}}")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--dry-run", "--config", VLM, "--config", str(config)])
+    assert "The callback OnExceptionCheckpoint is not supported by MimoStrategy" in capsys.readouterr().err
 
 
 def test_a_command_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
