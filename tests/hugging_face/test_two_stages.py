@@ -88,7 +88,10 @@ def test_projector_and_then_everything_is_trained_and_answers_in_transformers(
 
     printed = printed_by(tmp_path, STAGE_2[1:])
     (table,) = (block.text for block in blocks_of(GUIDE, "text") if "left out:" in block.text)
-    assert table in printed
+    rows = [line.split() for line in table.splitlines() if "init_from" in line]
+    assert len(rows) == 5
+    assert all(row in [line.split() for line in printed.splitlines()] for row in rows)
+    assert "left out: vision_tower." in printed  # whose names are those of the version of transformers
     manifest = read_manifest(Path(EXPORT[2]))
     assert (manifest["step"], manifest["epoch"]) == (32, 0)
     stage_2 = export(EXPORT[1:], capsys)
