@@ -56,6 +56,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
