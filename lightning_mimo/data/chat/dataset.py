@@ -147,7 +147,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
         rendered = self._render(conversation)
         tokens, is_complete = self._tokens(conversation, rendered)
         if not self._fits(conversation, tokens):
-            return self._placeholder_of(row, tokens)
+            return self._sample(row, self._processor.stand_in(tokens), {})
         if conversation.media and not is_complete and not self._modules.isdisjoint(modules):
             tokens = self._processor.encode(conversation, rendered, tokens)
         return self._sample(row, tokens, self._inputs(conversation, tokens))
@@ -225,11 +225,6 @@ class ChatDataset(Dataset[dict[str, Any]]):
                 stacklevel=2,
             )
         return False
-
-    def _placeholder_of(self, row: Row, tokens: Tokens) -> dict[str, Any]:
-        """In place of a sample that is skipped: one token, from which nothing is learned."""
-        tokens = Tokens(ids=tokens.ids[:1], is_learned=np.zeros(1, dtype=bool), arguments={})
-        return self._sample(row, tokens, {})
 
     def _sample(self, row: Row, tokens: Tokens, modality_inputs: dict[str, Any]) -> dict[str, Any]:
         sample: dict[str, Any] = {

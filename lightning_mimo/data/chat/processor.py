@@ -124,6 +124,11 @@ class ChatProcessor:
         arguments = self._images.arguments(sizes) if self._images is not None else {}
         return Tokens(ids=ids, is_learned=is_learned & ~self._is_placeholder(ids), arguments=arguments)
 
+    def stand_in(self, tokens: Tokens) -> Tokens:
+        """One token, from which nothing is learned, in place of a sample."""
+        ids = tokens.ids[~self._is_placeholder(tokens.ids)][:1]
+        return Tokens(ids=ids, is_learned=np.zeros(len(ids), dtype=bool), arguments={})
+
     def encode(self, conversation: Conversation, rendered: Rendered, expected: Tokens | None) -> Tokens:
         """Tokens of a conversation, and all arguments of encoders, by running the processor in full.
 

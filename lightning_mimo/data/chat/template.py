@@ -56,7 +56,7 @@ class ChatTemplate:
 
     def is_used(self, key: str) -> bool:
         """Whether the template looks at a key of a message."""
-        return key in self._source
+        return re.search(rf"\b{re.escape(key)}\b", self._source) is not None
 
     def render(self, conversation: Conversation, train_on: TrainOn) -> Rendered:
         """A conversation, and what is learned of it.

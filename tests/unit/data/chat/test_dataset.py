@@ -362,6 +362,15 @@ def test_too_long_a_row_is_an_error_or_skipped(folder: Path) -> None:
     assert [dataset.length(index) for index in range(2)] == lengths
 
 
+def test_no_placeholder_stands_for_a_sample_that_is_skipped(folder: Path) -> None:
+    template = "{% for part in messages[0]['content'] %}{{ '<|image_pad|>' if part['type'] == 'image' }}{% endfor %}Yes"
+    row = {"messages": conversation([str(folder / "20x50.png")])}
+    options: dict[str, Any] = {"max_length": 2, "too_long": "skip", "train_on": "all", "chat_template": template}
+    with pytest.warns(UserWarning, match="it is skipped"):
+        (token,) = ChatDataset([row], processors.qwen(), **options)[0]["input_ids"].tolist()
+    assert token == processors.qwen().tokenizer("Yes")["input_ids"][0]
+
+
 def test_extra_keys() -> None:
     row = {"messages": conversation([]), "weight": 0.5, "id": 7}
     assert ChatDataset([row], processors.llava(), extra_keys=("weight",))[0]["weight"] == 0.5

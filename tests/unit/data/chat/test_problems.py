@@ -114,6 +114,14 @@ def test_a_template_must_write_all_placeholders() -> None:
         ChatDataset([with_image(processors.image(8, 8))], processors.llava(template=template), train_on="all")
 
 
+def test_keys_that_the_template_does_not_look_at() -> None:
+    row = with_text("Yes?", "A cat.")
+    row["messages"][0]["type"] = "image"  # a word of the template
+    row["messages"][0]["pad"] = 1  # a part of one
+    with pytest.raises(DataError, match=r"messages\[0\]\.pad: is a key that the chat template does not look at"):
+        ChatDataset([row], processors.qwen())
+
+
 def test_nothing_to_learn() -> None:
     with pytest.raises(DataError, match="row 0, role: none of the messages is the assistant's"):
         ChatDataset([with_text("Yes?")], processors.qwen())
