@@ -40,7 +40,7 @@ class _Failure:
         cause: text of the exception, if there was one.
         code: exit code of the run.
         grace: seconds that other ranks get to report errors of their own.
-        told: whether the failure has been printed already.
+        is_printed: whether the failure has been printed already.
     """
 
     rank: int
@@ -48,7 +48,7 @@ class _Failure:
     code: int
     cause: str = ""
     grace: float = _GRACE_SECONDS
-    told: bool = False
+    is_printed: bool = False
 
 
 class Supervisor:
@@ -85,7 +85,7 @@ class Supervisor:
         while True:
             self._look()
             if self._board.explained:
-                return self._end_all(_Failure(rank=0, how="", code=1, grace=0.0, told=True))
+                return self._end_all(_Failure(rank=0, how="", code=1, grace=0.0, is_printed=True))
             failure = self._failed() or self._left_others() or self._works_on() or self._stands_still()
             if failure is not None:
                 return self._end_all(failure)
@@ -131,7 +131,7 @@ class Supervisor:
             cause=cause,
             code=code if code > 0 else 1,
             grace=_grace(in_one_line or (rank == 0 and slot.leaving)),
-            told=in_one_line,
+            is_printed=in_one_line,
         )
 
     def _errors(self) -> dict[int, float]:
@@ -187,7 +187,9 @@ class Supervisor:
             return _Failure(rank=min(here), how=how, code=1, grace=0.0)
         if not self._reminded:
             self._reminded = True
-            _say(f"{self._name(min(here))} is still running {since:.0f} s after the first rank ended; waiting for it.")
+            _print_line(
+                f"{self._name(min(here))} is still running {since:.0f} s after the first rank ended; waiting for it."
+            )
         return None
 
     def _stands_still(self) -> _Failure | None:
@@ -219,8 +221,8 @@ class Supervisor:
         """Print which rank failed, let the others report their errors, end them, and set the verdict."""
         others = bool(set(self._processes().values()) - {failure.rank})
         line = f"{self._name(failure.rank)} {failure.how}{f' ({failure.cause})' if failure.cause else ''}"
-        if not failure.told:
-            _say(f"{line}{'; ending the others.' if others else '.'}")
+        if not failure.is_printed:
+            _print_line(f"{line}{'; ending the others.' if others else '.'}")
         deadline = time.monotonic() + failure.grace
         while self._processes() and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
@@ -231,8 +233,8 @@ class Supervisor:
             os.waitpid(child, 0)
         self._alive.clear()
         self._wait_for_first_rank(_SHORT_GRACE_SECONDS)  # its own error about a lost connection
-        if others and not failure.told:
-            _say(f"First failure: {line}.")  # again, below the messages of other ranks about lost connections
+        if others and not failure.is_printed:
+            _print_line(f"First failure: {line}.")  # again, below the messages of other ranks about lost connections
         self._board.conclude(failure.code)
         self._wait_for_first_rank(_FIRST_RANK_SECONDS)
         if not self._first_has_left:
@@ -270,6 +272,6 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-def _say(line: str) -> None:
+def _print_line(line: str) -> None:
     # One call, so that the lines of several processes do not mix.
     os.write(2, f"{line}\n".encode())

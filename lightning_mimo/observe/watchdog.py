@@ -159,12 +159,14 @@ class Watchdog:
     def _end_run(self) -> None:
         """Report, let one rank print the conclusion, and exit. Does not return."""
         report = self._look()
-        self._say(f"{self._name(self._rank)} {report.label}.")
+        self._print_line(f"{self._name(self._rank)} {report.label}.")
         talk = threading.Thread(target=self._confer, args=(report,), daemon=True)
         talk.start()
         talk.join(2 * self._longest_wait)
         if talk.is_alive():
-            self._say(f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 does not answer.")
+            self._print_line(
+                f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 does not answer."
+            )
         time.sleep(0.5 if self._leaves_first else 3.0)
         self._end_node()
         os._exit(1)
@@ -174,12 +176,14 @@ class Watchdog:
         try:
             self._store.set(str(self._rank), json.dumps([report.waits, report.label]))
             if int(self._store.compare_set("first", "", str(self._rank))) == self._rank:
-                self._say(self._conclude())
+                self._print_line(self._conclude())
                 self._store.set("concluded", "yes")
             else:
                 self._wait_for(["concluded"])
         except RuntimeError:
-            self._say(f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 has exited.")
+            self._print_line(
+                f"{self._name(self._rank)} cannot reach the other ranks: the process of rank 0 has exited."
+            )
 
     def _wait_for(self, keys: list[str]) -> None:
         deadline = time.monotonic() + self._longest_wait
@@ -210,7 +214,7 @@ class Watchdog:
         return f"rank {rank} ({' and '.join(modules)}, stage {' and '.join(map(str, stages))})"
 
     @staticmethod
-    def _say(line: str) -> None:
+    def _print_line(line: str) -> None:
         # A single write, so that the lines of several processes are not interleaved.
         os.write(2, f"\n{line}".encode() + b"\n")
 
