@@ -113,9 +113,6 @@ QUICK = [
     ("mixtral", "ep2"),
     ("llava_clip", "images_tp2-language_pp2"),
     ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),
-    ("llava_next", "images_pp2-language_dp3"),
-    ("idefics3", "colocated-images_tp2-language_dp2"),
-    ("qwen2_audio", "colocated-audio_dp2-language_tp2"),
 ]
 
 

@@ -66,6 +66,7 @@ def export(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict
     return load_file(f"{arguments[2]}/model.safetensors")
 
 
+@pytest.mark.hugging_face
 def test_projector_and_then_everything_is_trained_and_answers_in_transformers(
     rank_pool: RankPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
