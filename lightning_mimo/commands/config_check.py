@@ -12,6 +12,7 @@ from lightning_mimo.checkpoint.replacement import before_replacement
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MOST_RANKS
 
+_LONGEST_NAME = 255  # bytes, of every file system in use
 _CHOSEN_BY_LIGHTNING = ("best", "last", "hpc")
 # The least value of numbers of the Trainer; -1 is without a limit.
 _LEAST = {
@@ -107,6 +108,8 @@ def check_root_dir(folder: str | Path | None) -> None:
     if folder is None or ":" in str(folder):  # a colon: not on the local file system
         return
     existing = Path(folder).absolute()
+    if "\0" in str(folder) or any(len(os.fsencode(part)) > _LONGEST_NAME for part in existing.parts):
+        raise ConfigError(f"trainer.default_root_dir={str(folder)[:60]!r}… is not the name of a folder.")
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):

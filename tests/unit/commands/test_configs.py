@@ -287,7 +287,11 @@ def test_options_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(
     ("folder", "message"),
-    [("/etc/passwd/logs", "/etc/passwd is not a folder"), ("/proc/self/fd/0/logs", "is not a folder that can be")],
+    [
+        ("/etc/passwd/logs", "/etc/passwd is not a folder"),
+        ("/proc/self/fd/0/logs", "is not a folder that can be"),
+        ("x" * 300, "is not the name of a folder"),
+    ],
 )
 def test_run_refuses_a_root_dir_that_cannot_be_written(
     folder: str, message: str, capsys: pytest.CaptureFixture[str]
