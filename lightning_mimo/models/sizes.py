@@ -158,8 +158,9 @@ class TransformerSize:
             check_range(self, name, 1, self.num_layers)
         check_range(self, "dropout", 0.0, 1.0)
         for name in ("layernorm_epsilon", "rotary_base"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{type(self).__name__}({name}={getattr(self, name)!r}) must be a positive number.")
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ConfigError(f"{type(self).__name__}({name}={value!r}) must be a positive number.")
         section = self.mrope_section
         if section is not None and (len(section) != 3 or 2 * sum(section) != self.head):
             raise ConfigError(
@@ -189,7 +190,7 @@ class TransformerSize:
 
 
 def check_range(options: Any, name: str, least: float, most: float) -> None:
-    """Check that a field of a dataclass is a number in a range, or ``None``.
+    """Check that a field of a dataclass is a number in a range, or ``None`` if that is its default.
 
     Raises:
         ConfigError: naming the field and the range.
@@ -197,7 +198,9 @@ def check_range(options: Any, name: str, least: float, most: float) -> None:
     value = getattr(options, name)
     whole = isinstance(least, int)
     is_number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if value is not None and not (is_number and least <= value <= most):
+    if value is None and type(options).__dataclass_fields__[name].default is None:
+        return
+    if not (is_number and least <= value <= most):
         kind = "a whole number" if whole else "a number"
         raise ConfigError(f"{type(options).__name__}({name}={value!r}) must be {kind} from {least} to {most}.")
 

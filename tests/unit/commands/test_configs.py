@@ -15,7 +15,8 @@ from lightning_mimo import LayoutError, MimoModule, MimoStrategy, OptimizerOverr
 from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.dry_run import describe
 from lightning_mimo.commands.layout import picture_of
-from lightning_mimo.models.sizes import Recompute
+from lightning_mimo.errors import ConfigError
+from lightning_mimo.models.sizes import Recompute, TransformerSize
 from lightning_mimo.planning.memory_estimate import memory_estimate
 
 IMPOSSIBLE = ["--trainer.devices=3", "--trainer.strategy.init_args.modules.images.dp=2"]
@@ -276,6 +277,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("examples.digits.model.DigitsModule.configure_mimo", broken)
     with pytest.raises(ValueError, match="invalid literal for int"):
         main(["fit", "--dry-run", "--config", VLM])
+
+
+@pytest.mark.parametrize("name", ["dropout", "layernorm_epsilon", "experts_per_token"])
+def test_number_that_null_cannot_stand_for(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"TransformerSize\({name}=None\) must be a"):
+        TransformerSize(**{"num_layers": 1, "hidden_size": 4, "num_attention_heads": 1, name: None})
 
 
 def test_options_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
