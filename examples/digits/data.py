@@ -86,6 +86,11 @@ def decode_answer(tokens: Sequence[int] | Tensor) -> str:
     return text
 
 
+def _check_max_images(max_images: int) -> None:
+    if max_images < 1:
+        raise ConfigError(f"max_images={max_images}: a sample has at least one image.")
+
+
 def sequence_length(max_images: int) -> int:
     """Return S: BOS, the images, the question and the longest answer. EOS occurs only as a label."""
     longest_answer = max(max_images, len(str(9 * max_images)))
@@ -155,8 +160,7 @@ class DigitsDataset(Dataset[Sample]):
     ) -> None:
         if len(images) != len(targets):
             raise ValueError(f"DigitsDataset got {len(images)} images but {len(targets)} targets")
-        if max_images < 1:
-            raise ValueError(f"DigitsDataset needs max_images >= 1, got {max_images}")
+        _check_max_images(max_images)
         if swap_images and length < 2:
             raise ValueError(f"DigitsDataset(swap_images=True) needs another sample to swap, got {length=}")
         self.images = images
@@ -336,6 +340,7 @@ class DigitsData(ScansData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(global_batch_size=global_batch_size, num_workers=num_workers)
+        _check_max_images(max_images)
         self.train_samples = train_samples
         self.val_samples = val_samples
         self.max_images = max_images

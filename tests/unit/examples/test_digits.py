@@ -244,7 +244,7 @@ def test_an_index_outside_is_refused(index):
     ("changes", "message"),
     [
         ({"targets": np.zeros(3, dtype=int)}, "50 images but 3 targets"),
-        ({"max_images": 0}, "max_images >= 1, got 0"),
+        ({"max_images": 0}, "max_images=0: a sample has at least one image"),
         ({"swap_images": True, "length": 1}, "another sample to swap, got length=1"),
     ],
 )
