@@ -38,6 +38,8 @@ _STRATEGY = "lightning.pytorch.strategies.strategy.Strategy"
 _CLI = "lightning.pytorch.cli.LightningCLI"
 
 ATTRIBUTES = (
+    Attribute("lightning.pytorch.cli.LightningCLI", "_parse_ckpt_path", "would unpickle a file; ours are directories"),
+    Attribute("lightning.pytorch.cli.LightningCLI", "_set_seed", "to refuse a seed out of range by its key"),
     Attribute(_TRAINER, "_model_registry", "to refuse it"),
     # The loop
     Attribute("lightning.pytorch.loops.fit_loop._FitLoop", "epoch_loop", "to put ours in its place"),

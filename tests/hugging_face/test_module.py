@@ -262,6 +262,7 @@ def _build_with_own_encoder(folder: Path) -> bool:
         return bool(files) and all(torch.equal(loaded[name], files[name]) for name in loaded)
 
 
+@pytest.mark.hugging_face
 def test_encoder_may_load_itself_with_from_pretrained(rank_pool: RankPool, tmp_path: Path) -> None:
     import transformers
 

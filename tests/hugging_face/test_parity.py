@@ -111,7 +111,6 @@ LAYOUTS = {
 QUICK = [
     ("qwen3", "tp2pp2-sequence_parallel"),
     ("mixtral", "ep2"),
-    ("llava_clip", "images_tp2-language_pp2"),
     ("qwen2_5_vl", "colocated-images_dp2-language_tp2"),
 ]
 

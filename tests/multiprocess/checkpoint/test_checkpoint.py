@@ -331,7 +331,11 @@ def with_model_checkpoint(run: Task, folder: str, last: bool | str, **options: A
     return sorted(each.name for each in Path(folder).iterdir())
 
 
-@pytest.mark.parametrize(("last", "asynchronous"), [(True, True), ("link", False)], ids=["last-behind", "link-waits"])
+@pytest.mark.parametrize(
+    ("last", "asynchronous"),
+    [(True, True), pytest.param("link", False, marks=pytest.mark.exhaustive)],
+    ids=["last-behind", "link-waits"],
+)
 def test_model_checkpoint_keeps_the_best_and_the_last(
     rank_pool: RankPool, tmp_path: Path, last: bool | str, asynchronous: bool
 ) -> None:
@@ -469,7 +473,9 @@ def on_full_disk(path: str, **strategy_options: Any) -> list[float]:
     return recorder.losses
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waits", "behind"])
+@pytest.mark.parametrize(
+    "asynchronous", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["waits", "behind"]
+)
 def test_full_disk_is_one_error_on_all_ranks_and_the_old_checkpoint_stays(
     rank_pool: RankPool, tmp_path: Path, asynchronous: bool
 ) -> None:

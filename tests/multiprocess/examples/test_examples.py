@@ -73,6 +73,7 @@ def test_four_processes_print_what_one_does(rank_pool: RankPool, tmp_path: Path)
     assert "bridge images -> language: dp 2 -> 1" in four
 
 
+@pytest.mark.exhaustive
 def test_torch_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
     text = printed_by("torch_encoder", tmp_path)
     assert number_after("loss:", text) < 0.1
@@ -89,6 +90,7 @@ def test_language_ranks_open_no_image(rank_pool: RankPool, tmp_path: Path) -> No
     assert "images opened by ranks 0 to 3: 32, 32, 0, 0" in printed_by("own_dataset", tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_hugging_face_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     assert number_after("loss:", printed_by("hugging_face_encoder", tmp_path)) < 0.2

@@ -47,6 +47,7 @@ def verify(run_host: RunHost, tmp_path: Path) -> Verify:
 REPLICAS = {"images": {"dp": 16}, "language": {"tp": 4, "dp": 2}}
 
 
+@pytest.mark.exhaustive
 def test_right_model_is_equal(verify: Verify) -> None:
     code, said = verify("none", **REPLICAS)
     assert code == 0, said
@@ -55,6 +56,7 @@ def test_right_model_is_equal(verify: Verify) -> None:
     assert "equal: every difference is below 1e-09" in said
 
 
+@pytest.mark.exhaustive
 def test_axes_without_ranks_are_named(verify: Verify) -> None:
     code, said = verify("none", "--ranks=3", "--layers=1", **REPLICAS)
     assert code == 0, said
