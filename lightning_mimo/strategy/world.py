@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from torch.distributed import ReduceOp
 
 from lightning_mimo.errors import ConfigError
@@ -99,7 +100,9 @@ def join_world(environment: ClusterEnvironment, device: torch.device, backend: s
     backend = backend or _get_default_process_group_backend_for_device(device)
     patience = Watchdog.patience_after(timeout)
     options: dict[str, Any] = {}
-    if not dist.is_initialized() and environment.main_address in _LOOPBACK:
+    # torchrun's agent holds a store of its own at the same port.
+    has_store = dist.is_initialized() or isinstance(environment, TorchElasticEnvironment)
+    if not has_store and environment.main_address in _LOOPBACK:
         options["store"] = loopback_store(environment, patience)
     _init_dist_connection(environment, backend, timeout=patience, **options)
 

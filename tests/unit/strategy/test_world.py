@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import psutil
 import pytest
-from lightning.fabric.plugins.environments import LightningEnvironment
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from lightning_mimo import ConfigError, MimoModule, ModuleParallelism
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy
+from lightning_mimo.strategy import world
 from lightning_mimo.strategy.world import loopback_store
 
 
@@ -21,6 +24,23 @@ def test_ranks_of_one_machine_meet_on_the_loopback_interface_only() -> None:
     assert store.get("key") == b"value"
     listening = [each.laddr for each in psutil.Process().net_connections("tcp") if each.status == psutil.CONN_LISTEN]
     assert [each.ip for each in listening if each.port == environment.main_port] == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_ours"),
+    [(LightningEnvironment, True), (TorchElasticEnvironment, False)],
+    ids=["own", "torchrun"],
+)
+def test_store_of_torchrun_is_left_to_it(
+    environment: type[LightningEnvironment | TorchElasticEnvironment], is_ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world, "loopback_store", lambda *args: "ours")
+    monkeypatch.setattr(world, "_init_dist_connection", lambda *args, **options: seen.update(options))
+    world.join_world(environment(), torch.device("cpu"), "gloo", timedelta(seconds=30))
+    assert ("store" in seen) == is_ours
 
 
 def test_module_that_was_built_for_something_else_is_refused() -> None:
