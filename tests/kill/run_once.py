@@ -66,4 +66,6 @@ def main() -> None:
     loader = DataLoader(PicturesSoundsAndText(Samples(number=96)), batch_size=12, shuffle=True)
     trainer.fit(ParityModule(Model(dropout=0.2)), loader, ckpt_path="last" if last.exists() else None)
     if trainer.is_global_zero:
-        tools.export(last, folder / "final.safetensors")
+        final = folder / "final.safetensors"
+        final.unlink(missing_ok=True)  # of a run that was killed after it had written this
+        tools.export(last, final)
