@@ -1,7 +1,7 @@
 """What a training step costs on each kind of rank: memory by purpose, arithmetic by kind, and what is sent over what.
 
-Plain numbers, without tensors. ``step_estimate`` measures them; ``layer_costs`` gives those of single layers, from which
-a planner computes any number of stages, replicas and microbatches by arithmetic.
+Plain numbers, without tensors. ``step_estimate`` measures them; ``layer_costs`` gives those of single layers, from
+which a planner computes any number of stages, replicas and microbatches by arithmetic.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Message:
             ``language stage 0 -> 1``, the last two with ``, backward`` for gradients.
         operation: ``all_reduce``, ``all_gather``, ``reduce_scatter``, ``all_to_all``, ``broadcast`` or ``send``.
         ranks: global ranks of the group; of an edge this rank and its peers.
-        bytes: sum of the sizes of the tensors, of an all-gather its result and of a reduce-scatter its input: what a
-            ring sends is (n - 1) / n of it, and twice that for an all-reduce. Of ``send`` the bytes that leave the rank.
+        bytes: sum of the sizes of the tensors, of an all-gather its result and of a reduce-scatter its input: a ring
+            sends (n - 1) / n of it, and twice that for an all-reduce. Of ``send`` the bytes that leave the rank.
         count: number of collectives or messages.
     """
 

@@ -7,31 +7,21 @@ but no storage, so a model of any size is built by its own code within seconds.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch.overrides import TorchFunctionMode
 
-from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.errors import ConfigError
-from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.initialization import shard_group
-from lightning_mimo.mimo.model import RaggedMimoModel, construct_mimo_model
+from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.mimo.parameter_names import lies_under, named_parameters_of
 from lightning_mimo.parallel.infra import MimoModelInfra
-from lightning_mimo.parallel.random import seed_megatron
-
-Configure = Callable[[MimoModelInfra], MimoModelConfig]
+from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,42 +150,12 @@ def _representatives(layout: MimoLayout) -> list[int]:
     return sorted({rank for _, _, ranks in _stages(layout) for rank in (ranks[0], ranks[-1])})
 
 
-class _OnMeta(TorchFunctionMode):
-    """Creates every tensor on the meta device, whatever ``device=`` it is given."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("meta")}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def _as_rank(layout: MimoLayout, rank: int) -> Iterator[MimoModelInfra]:
-    """Act as one rank of a layout, with fake process groups that do not communicate."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # on import it registers the backend
-
-    assert not dist.is_initialized(), "this process already belongs to a world"
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
-    try:
-        with megatron_on_cpu(), warnings.catch_warnings():
-            hush_known_warnings()
-            seed_megatron(layout, rank, seed=0)
-            infra = MimoModelInfra.build(layout)
-            yield infra
-            infra.destroy()
-    finally:
-        dist.destroy_process_group()
-
-
 def _sizes(
     layout: MimoLayout, rank: int, configure: Configure, dtype_policy: DtypePolicy
 ) -> dict[str, dict[str, ParameterSize]]:
     """Module name -> global parameter name -> its size on one rank."""
-    with _as_rank(layout, rank) as infra, torch.device("meta"), _OnMeta():
-        model = dtype_policy.convert(construct_mimo_model(configure(infra), infra, seed=0, dtype_policy=dtype_policy))
+    with as_rank(layout, rank) as infra:
+        model = build_on_meta(configure, infra, dtype_policy)
         return {name: _sizes_of(model, infra, name) for name in infra.participating_modules}
 
 

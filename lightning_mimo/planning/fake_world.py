@@ -1,0 +1,82 @@
+"""Acts as any rank of any layout in one process, with process groups that do not communicate."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.mimo import MimoModelConfig
+from torch.overrides import TorchFunctionMode
+
+from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.known_warnings import hush_known_warnings
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.mimo.model import RaggedMimoModel, construct_mimo_model
+from lightning_mimo.observe.spans import Spans
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.random import seed_megatron
+
+Configure = Callable[[MimoModelInfra], MimoModelConfig]
+"""Describes the model on a rank, as ``MimoModule.configure_mimo``."""
+
+
+class _OnMeta(TorchFunctionMode):
+    """Creates every tensor on the meta device, whatever ``device=`` it is given."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def as_rank(layout: MimoLayout, rank: int, *, spans: Spans | None = None) -> Iterator[MimoModelInfra]:
+    """Act as one rank of a layout. torch.distributed must not be initialized in this process.
+
+    Args:
+        layout: resolved layout.
+        rank: global rank.
+        spans: recorder of the rank's work; ``None`` creates a new one.
+    """
+    from torch.testing._internal.distributed.fake_pg import (  # on import it registers the backend
+        FakeProcessGroup,
+        FakeStore,
+    )
+
+    assert not dist.is_initialized(), "this process already belongs to a world"
+    options = FakeProcessGroup.Options()
+    options.simulate_uniform_ranks = True  # what is gathered are this rank's values, as often as there are ranks
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size, pg_options=options)
+    try:
+        with megatron_on_cpu(), warnings.catch_warnings():
+            hush_known_warnings()
+            seed_megatron(layout, rank, seed=0)
+            infra = MimoModelInfra.build(layout, spans=spans)
+            yield infra
+            infra.destroy()
+    finally:
+        dist.destroy_process_group()
+
+
+def build_on_meta(configure: Configure, infra: MimoModelInfra, dtype_policy: DtypePolicy) -> RaggedMimoModel:
+    """Build a rank's model on the meta device, in the dtypes of a run.
+
+    Args:
+        configure: describes the model. Its code must not read the values of weights.
+        infra: of :func:`as_rank`.
+        dtype_policy: dtypes of the run.
+
+    Raises:
+        LayoutError: if the model does not fit the layout.
+    """
+    with torch.device("meta"), _OnMeta():
+        model = construct_mimo_model(configure(infra), infra, seed=0, dtype_policy=dtype_policy)
+        return dtype_policy.convert(model)
