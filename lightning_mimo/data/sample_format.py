@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 
 from lightning_mimo.data.items import ItemSizes
 from lightning_mimo.data.tensors import IGNORED, as_tensor, dtype_name, whole_numbers
-from lightning_mimo.errors import DataError
+from lightning_mimo.errors import ConfigError, DataError
+from lightning_mimo.microbatch import Microbatch
 
 Sample = Mapping[str, Any]
 """What a dataset returns; see :class:`SampleFormat`."""
@@ -21,6 +22,18 @@ Positions = Callable[[int, torch.Tensor, Mapping[str, Any]], torch.Tensor | None
 
 TEXT_KEYS = ("input_ids", "labels", "loss_mask", "position_ids", "attention_mask")
 KEYS = (*TEXT_KEYS, "modality_inputs")
+
+
+def check_extra_keys(extra_keys: Sequence[str]) -> None:
+    """Refuse keys of a user's that have a meaning of their own.
+
+    Raises:
+        ConfigError: naming the first of them.
+    """
+    taken = [key for key in extra_keys if key in Microbatch.__annotations__ or key in KEYS]
+    if taken or isinstance(extra_keys, str):
+        what = f"holds {taken[0]!r}, which has a meaning of its own" if taken else "is a string"
+        raise ConfigError(f"extra_keys={extra_keys!r} {what}. Give a list of other names that your samples have.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from itertools import count
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.mimo import MimoModel, MimoModelConfig
 from megatron.core.models.mimo.config.role import ModuleLayout, ModuleStageInfo, RankRole
 from megatron.core.transformer.enums import ModelType
@@ -23,13 +22,18 @@ from lightning_mimo.layers.balancing_loss import balance_experts, check_experts,
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
-from lightning_mimo.mimo.encoders import check_one_encoder
-from lightning_mimo.mimo.initialization import RecordInitializers, global_named_parameters, initialize_by_name
+from lightning_mimo.mimo.initialization import RecordInitializers, initialize_by_name
+from lightning_mimo.mimo.model_check import (
+    check_batch_norm,
+    check_dropout,
+    check_embedding,
+    check_one_encoder,
+    check_stages,
+)
 from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.mimo.recompute import let_recomputed_layers_train
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
-from lightning_mimo.upstream.torch import _BatchNorm
 
 
 class RaggedMimoModel(MimoModel):
@@ -305,7 +309,7 @@ def build_mimo_model(
         model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
-        _check_stages(name, module, infra)
+        check_stages(name, module, infra)
         under = None
         if initialize is not None:
             under = [prefix + each.removeprefix(name) for each in initialize if each.partition(".")[0] == name]
@@ -358,9 +362,9 @@ def construct_mimo_model(
         dtype_policy.apply_to(transformer)
     _prepare_language_config(config.language_model_spec.params["config"])
     model = RaggedMimoModel(config, infra, seed=seed)
-    _check_embedding(model)
-    _check_dropout(model, infra)
-    _check_batch_norm(model)
+    check_embedding(model)
+    check_dropout(model, infra)
+    check_batch_norm(model)
     let_recomputed_layers_train(model)
     return model
 
@@ -374,67 +378,6 @@ def module_and_name(model: MimoModel, name: str) -> tuple[torch.nn.Module, str]:
     if name == LANGUAGE:
         return model.language_model, "language_model"
     return model.modality_submodules[name], f"modality_submodules.{name}"
-
-
-def _check_embedding(model: RaggedMimoModel) -> None:
-    """Check that the language module does not divide the sequence before text and images are combined."""
-    embedding = getattr(model.language_model, "embedding", None)
-    if model.config.sequence_parallel and getattr(embedding, "scatter_to_sequence_parallel", False):
-        raise DataError(
-            "sequence_parallel=True divides the sequence over the tensor-parallel ranks. MimoModel does this after "
-            "combining text and encoder embeddings, but the language module's embedding would divide the text before. "
-            "Pass scatter_embedding_sequence_parallel=False to GPTModel, as lightning_mimo.models.gpt does."
-        )
-
-
-def _check_dropout(model: MimoModel, infra: MimoModelInfra) -> None:
-    """Check that there is no dropout if colocated modules have different tp.
-
-    A rank would have to draw the same numbers as its tensor-parallel peers, which differ from module to module.
-    """
-    sizes = infra.layout.modules
-    if not infra.colocated or len({module.tp for module in sizes.values()}) == 1:
-        return
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if isinstance(config, TransformerConfig) and (config.hidden_dropout > 0 or config.attention_dropout > 0):
-            raise DataError(
-                f"Dropout (hidden {config.hidden_dropout}, attention {config.attention_dropout}) is not supported "
-                f"where modules share their ranks with different tp "
-                f"({', '.join(f'{name} tp={module.tp}' for name, module in sizes.items())}): tensor-parallel peers of "
-                f"one module would draw different masks. Set both to 0, give all modules the same tp, or put them on "
-                f"separate ranks."
-            )
-
-
-def _check_batch_norm(model: MimoModel) -> None:
-    """Check that there is no batch norm, which makes a sample's result depend on the other samples of its rank."""
-    for path, part in model.named_modules():
-        if isinstance(part, _BatchNorm):
-            raise DataError(
-                f"{path!r} is a {type(part).__name__}: it takes statistics over the items of one rank and microbatch, "
-                f"so results would depend on the layout. Use LayerNorm or GroupNorm, or "
-                f"torchvision.ops.FrozenBatchNorm2d, whose statistics are constant."
-            )
-
-
-def _check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> None:
-    """Check that pipeline stages hold different parameters. Collective over a module's stages."""
-    groups = infra.pg_collections[name]
-    if groups.pp.size() == 1:
-        return
-    parameters = global_named_parameters(module, prefix=name, groups=groups)
-    mine = {path for path, parameter in parameters if not getattr(parameter, "shared_embedding", False)}
-    stages: list[set[str]] = [set()] * groups.pp.size()
-    dist.all_gather_object(stages, mine, group=groups.pp)
-    for stage, held in enumerate(stages[1:], start=1):
-        if both := sorted(held & set().union(*stages[:stage])):
-            raise DataError(
-                f"Module {name!r}: pp={groups.pp.size()}, but stage {stage} holds {both[0]!r}"
-                f"{f' and {len(both) - 1} more' if len(both) > 1 else ''}, which an earlier stage holds too: it is not "
-                f"divided into pipeline stages. Set pp=1, or let each stage build its own layers only, as "
-                f"lightning_mimo.models.vision does."
-            )
 
 
 def _prepare_language_config(config: TransformerConfig) -> None:

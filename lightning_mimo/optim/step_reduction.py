@@ -30,8 +30,8 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
     to Python numbers.
 
     A new metric of the loss needs no change here: ``MimoModule.loss`` returns it. Any other new figure needs a field
-    here, whose default contributes nothing, and code in ``lightning_mimo/strategy/batch_runner.py``:
-    ``BatchRunner._figures_of_this_rank`` sets it and ``BatchRunner._show`` logs it.
+    here, whose default contributes nothing, and code in ``lightning_mimo/strategy``:
+    ``BatchRunner._figures_of_this_rank`` sets it and ``BatchMetrics.show_step`` shows it.
 
     Attributes:
         loss: scalar, sum of the token losses of the batch.

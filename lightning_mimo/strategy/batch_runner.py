@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +22,15 @@ from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.freezing import TrainedParameters
 from lightning_mimo.observe.spans import LOADING, Span, SpanInfo
 from lightning_mimo.observe.telemetry import Telemetry
-from lightning_mimo.optim.mimo_optimizer import StepOutcome
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
-from lightning_mimo.optim.step_reduction import DeviceReduction, HostReduction, StepReduction
+from lightning_mimo.optim.step_reduction import DeviceReduction, StepReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.schedule.generation import gather_indices, greedy_decode
 from lightning_mimo.schedule.nonfinite import describe, find_nonfinite
+from lightning_mimo.strategy.batch_metrics import BatchMetrics
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.step_check import check_batch, checked_loss, checked_step
-from lightning_mimo.strategy.step_metrics import StepMetrics
 
 Batch = list[Microbatch]
 """This rank's microbatches of a global batch, as its DataLoader yields them."""
@@ -48,8 +48,6 @@ class BatchRunner:
     """Runs global batches of one ``fit``, ``validate``, ``test`` or ``predict``. All methods are collective.
 
     Attributes:
-        is_accumulating: whether the optimizer does not step after the next batch, because more batches follow in the
-            accumulation window.
         must_stop: whether the run must end after the batch that just ran; the same on every rank.
         listeners: called with the spans of every optimizer step when it is complete.
     """
@@ -67,7 +65,7 @@ class BatchRunner:
         signals: Signals,
         telemetry: bool,
         load_ahead: Callable[[], Batch | None],
-        metrics: StepMetrics | None,
+        metrics: BatchMetrics,
     ) -> None:
         """Collective over the world: builds the bridges.
 
@@ -83,11 +81,11 @@ class BatchRunner:
             telemetry: whether to measure what each module does.
             load_ahead: loads the next training batch and returns it, or ``None`` if there is none; called once per
                 batch, while this rank waits for others.
-            metrics: receives the metrics of each step; ``None`` to show none.
+            metrics: shows the metrics of each batch.
         """
-        self.is_accumulating = False
         self.must_stop = False
         self.listeners: list[StepListener] = []
+        self._is_accumulating = False
         self._telemetry = Telemetry(infra.layout, infra.spans, device) if telemetry else None
         self._step_ended = 0.0
         self._signals = signals
@@ -111,7 +109,15 @@ class BatchRunner:
         self._last: tuple[Batch, int] | None = None
         self._samples = self._checksums()  # of the batches in the accumulation window
         self._losses: list[tuple[int, torch.Tensor]] = []  # of the batches in the accumulation window
-        self._step_started = 0.0
+
+    @contextlib.contextmanager
+    def accumulating(self) -> Iterator[None]:
+        """Context of a batch that the optimizer does not step after, so that gradients are not reduced."""
+        self._is_accumulating = True
+        try:
+            yield
+        finally:
+            self._is_accumulating = False
 
     def train(self, batch: Batch, batch_idx: int, optimizer: MimoTorchOptimizer) -> torch.Tensor:
         """Run the forward and backward passes of one global batch.
@@ -128,7 +134,7 @@ class BatchRunner:
         if self._generators is None:
             self._schedule.zero_grad()
             # Saved in a checkpoint that is written between two batches of an accumulation window.
-            self._generators = generators() if self.is_accumulating else {}
+            self._generators = generators() if self._is_accumulating else {}
         optimizer.outcome = None
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
@@ -138,14 +144,14 @@ class BatchRunner:
                 batch,
                 self._training_step(batch_idx),
                 self._loss,
-                optimizer=None if self.is_accumulating else optimizer.mimo,
+                optimizer=None if self._is_accumulating else optimizer.mimo,
                 figures=lambda: self._figures_of_this_rank(batch),
             )
         loss = totals.mean_loss
         self._losses.append((batch_idx, loss))
         self._last = batch, batch_idx
-        if self.is_accumulating:
-            self._show_accumulating(totals)
+        if self._is_accumulating:
+            self._metrics.show_accumulating(totals)
         else:
             optimizer.reduction = totals
         return loss.float()
@@ -175,7 +181,8 @@ class BatchRunner:
                 f"MimoStrategy(checks=Checks(samples='always')) compares samples before each batch."
             ) from None
         (batch, batch_idx), self._last = self._last, None
-        self._show(outcome, optimizer.skipped_steps, self._end_step(outcome.totals.telemetry))
+        telemetry = self._end_step(outcome.totals.telemetry)
+        self._metrics.show_step(outcome, skipped_steps=optimizer.skipped_steps, telemetry=telemetry)
         losses, self._losses = self._losses, []
         where = f"in step {self._module.global_step}"
         if not 0 <= (tokens := outcome.totals.accumulated_tokens) < math.inf:
@@ -214,7 +221,7 @@ class BatchRunner:
     def _another_follows(self, batch_idx: int) -> bool:
         """Whether the epoch has another training batch, as far as this is known in advance."""
         trainer = self._module.trainer
-        is_last_step = not self.is_accumulating and trainer.global_step + 1 == trainer.max_steps
+        is_last_step = not self._is_accumulating and trainer.global_step + 1 == trainer.max_steps
         return batch_idx + 1 < trainer.num_training_batches and not is_last_step
 
     def _load_next(self) -> None:
@@ -227,7 +234,7 @@ class BatchRunner:
         """Figures of this rank that are reduced over all ranks together with the step."""
         figures = self._stops()
         self._samples.add(batch)
-        if not self.is_accumulating:
+        if not self._is_accumulating:
             self._load_next()
             following = self._checksums()
             following.add(self._ahead or [])
@@ -238,7 +245,7 @@ class BatchRunner:
         trainer: Any = self._module.trainer
         # By this count alone, not by trainer.should_stop, which may change on different ranks at different times.
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
-        if self.is_accumulating or not every or steps % every:
+        if self._is_accumulating or not every or steps % every:
             return figures
         return replace(figures, telemetry=self._telemetry.figures().to(self._device))
 
@@ -262,42 +269,6 @@ class BatchRunner:
         for listener in tuple(self.listeners):
             listener(spans)
         return described
-
-    def _show(self, outcome: StepOutcome, skipped_steps: int, telemetry: Mapping[str, float]) -> None:
-        """Show the metrics of the last batch of an accumulation window and of its optimizer step.
-
-        Args:
-            outcome: outcome of the step.
-            skipped_steps: number of steps skipped so far.
-            telemetry: metrics of the modules.
-        """
-        if self._metrics is None:
-            return
-        totals = outcome.totals
-        in_bar = {"train/loss": totals.mean_loss}
-        if seconds := self._seconds_of_batch():
-            in_bar["train/tokens_per_sec"] = totals.tokens / seconds
-        in_bar |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
-        of_step = {"train/skipped_steps": float(skipped_steps)}
-        if outcome.updated:
-            of_step["train/grad_norm"] = outcome.grad_norm
-            of_step |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}
-        self._metrics.show({**in_bar, **of_step, **telemetry}, prog_bar=in_bar)
-
-    def _show_accumulating(self, totals: DeviceReduction) -> None:
-        """Show callbacks the metrics of an earlier batch of an accumulation window, as tensors, without a host wait."""
-        if self._metrics is None:
-            return
-        values = {"train/loss": totals.mean_loss}
-        if seconds := self._seconds_of_batch():
-            values["train/tokens_per_sec"] = totals.tokens / seconds
-        values |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
-        self._metrics.show_tensors({name: value.float() for name, value in values.items()})
-
-    def _seconds_of_batch(self) -> float | None:
-        """Seconds since the end of the previous batch; ``None`` if that was not a training batch."""
-        before, self._step_started = self._step_started, time.perf_counter()
-        return self._step_started - before if before else None
 
     @property
     def accumulation(self) -> tuple[int, Generators | None]:
@@ -324,7 +295,8 @@ class BatchRunner:
         samples = self._checksums()
         step = checked_step(step, type(self._module).__name__)
         samples.add(batch)
-        self._step_started = self._step_ended = 0.0  # the next training step must not include the validation
+        self._step_ended = 0.0  # the next training step must not include the validation
+        self._metrics.restart_clock()
         self._infra.spans.keep = False
         with self._module.microbatches():
             totals = self._schedule.evaluate(
@@ -336,7 +308,7 @@ class BatchRunner:
         figures = totals.read()
         samples.check(figures.samples)
         self.must_stop = figures.stops > 0
-        self._log(stage, figures)
+        self._metrics.log_evaluation(stage, figures)
         return totals.mean_loss.float()
 
     def predict(self, batch: Batch, batch_idx: int, *dataloader_idx: int) -> list[dict[str, Any]]:
@@ -386,20 +358,6 @@ class BatchRunner:
             device=self._device,
             enabled=self._check != "never",
         )
-
-    def _log(self, stage: str, figures: HostReduction) -> None:
-        """Log loss and metrics, weighted by their counts, so that an epoch's mean is the mean over all its tokens."""
-        how = {"prog_bar": True, "on_step": False, "on_epoch": True}
-        self._module.log(f"{stage}/loss", figures.mean_loss, batch_size=_weight(figures.tokens), **how)
-        means = figures.metric_means
-        for name, (_, count) in figures.metrics.items():
-            if count:
-                self._module.log(f"{stage}/{name}", means[name], batch_size=_weight(count), **how)
-
-
-def _weight(count: float) -> int | float:
-    """Convert a count to a weight for Lightning, which adds up integers without rounding."""
-    return int(count) if count.is_integer() else count
 
 
 def _on_any_rank(here: bool, *, device: torch.device) -> bool:

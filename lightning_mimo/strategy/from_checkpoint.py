@@ -13,6 +13,28 @@ from lightning_mimo.checkpoint.directory import TRAINER, read_manifest
 from lightning_mimo.errors import ConfigError
 
 
+def check_options(kind: type, *, map_location: Any, hparams_file: Any, strict: bool | None) -> None:
+    """Refuse what Lightning's ``load_from_checkpoint`` takes and a sharded checkpoint has no use for.
+
+    Args:
+        kind: class of the module.
+        map_location: must be ``None``.
+        hparams_file: must be ``None``.
+        strict: must not be ``False``.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for option, value in (("map_location", map_location), ("hparams_file", hparams_file)):
+        if value is not None:
+            raise ConfigError(f"{kind.__name__}.load_from_checkpoint({option}=...) is not supported. Leave it out.")
+    if strict is False:
+        raise ConfigError(
+            f"{kind.__name__}.load_from_checkpoint(strict=False) is not supported. Leave it out, and write "
+            f"{kind.__name__}(init_from=path, init_missing=[...]) for a checkpoint that does not hold everything."
+        )
+
+
 def saved_hyperparameters(path: Path) -> dict[str, Any]:
     """Read what ``save_hyperparameters()`` kept in a checkpoint; empty if nothing.
 

@@ -16,7 +16,7 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from lightning_mimo.checkpoint.sources import WeightSource, source_of
-from lightning_mimo.data.sample_format import KEYS, SampleFormat
+from lightning_mimo.data.sample_format import SampleFormat, check_extra_keys
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
 from lightning_mimo.layout.layout import MimoLayout
@@ -25,12 +25,12 @@ from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import RaggedMimoModel, build_mimo_model
-from lightning_mimo.mimo.parameter_names import module_of
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer, build_optimizer
 from lightning_mimo.optim.param_groups import OptimizerOverride
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.forward_backward import Metrics
-from lightning_mimo.strategy.from_checkpoint import arguments_of, saved_hyperparameters
+from lightning_mimo.strategy.from_checkpoint import arguments_of, check_options, saved_hyperparameters
+from lightning_mimo.strategy.initial_weights import check_init_missing
 from lightning_mimo.strategy.local_paths import local_path
 from lightning_mimo.strategy.registration import register
 
@@ -59,6 +59,10 @@ class MimoModule(pl.LightningModule):
     ``train/grad_norm/images`` and so on for each module, ``train/skipped_steps``, ``train/tokens_per_sec`` (by each
     rank's own clock), ``val/loss``, ``test/loss``, the metrics of :meth:`loss`, and ``telemetry/images/compute_s`` and
     similar, see :class:`lightning_mimo.observe.telemetry.Telemetry`.
+
+    Attributes:
+        model: this rank's part of the model; ``None`` before :meth:`configure_model`.
+        built_for: layout and dtypes that it was built for; ``None`` before.
     """
 
     _draws_weights = True  # False where all weights come from files, but for those under init_missing
@@ -99,10 +103,7 @@ class MimoModule(pl.LightningModule):
         super().__init__()
         if isinstance(init_missing, str):
             raise ConfigError(f"init_missing={init_missing!r} is a string; write [{init_missing!r}].")
-        taken = [key for key in extra_keys if key in Microbatch.__annotations__ or key in KEYS]
-        if taken or isinstance(extra_keys, str):
-            what = f"holds {taken[0]!r}, which has a meaning of its own" if taken else "is a string"
-            raise ConfigError(f"extra_keys={extra_keys!r} {what}. Give a list of other names that your samples have.")
+        check_extra_keys(extra_keys)
         self.pad_token_id = pad_token_id
         self.max_new_tokens = max_new_tokens
         self.frozen = tuple(frozen)
@@ -112,7 +113,7 @@ class MimoModule(pl.LightningModule):
         self.init_missing = tuple(init_missing)
         self.has_initial_weights = False
         self.model: RaggedMimoModel | None = None
-        self._built_for: tuple[MimoLayout, DtypePolicy] | None = None
+        self.built_for: tuple[MimoLayout, DtypePolicy] | None = None
         self._sees_microbatches = False
 
     def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
@@ -145,17 +146,7 @@ class MimoModule(pl.LightningModule):
         Raises:
             ConfigError: if ``init_from`` or ``init_missing`` cannot be used; a CheckpointError if files are damaged.
         """
-        if not self.weight_sources(layout) and self.init_missing:
-            raise ConfigError(
-                f"init_missing={list(self.init_missing)} says what init_from does not hold, but init_from is not set. "
-                f"Set it, or leave init_missing out."
-            )
-        for name in self.init_missing:
-            if module_of(name) not in layout.modules:
-                raise ConfigError(
-                    f"init_missing={name!r}: there is no module {module_of(name)!r}; the layout has "
-                    f"{', '.join(map(repr, layout.modules))}."
-                )
+        check_init_missing(self.init_missing, layout, has_sources=bool(self.weight_sources(layout)))
 
     def missing_files(self) -> str | None:
         """What a run needs and a dry run does without, in a sentence; ``None`` if nothing is missing."""
@@ -171,21 +162,6 @@ class MimoModule(pl.LightningModule):
             ConfigError: if ``init_from`` cannot be used; a CheckpointError if files are damaged.
         """
         return [] if self.init_from is None else [source_of(Path(self.init_from), argument="init_from")]
-
-    def check_built_for(self, layout: MimoLayout, dtype_policy: DtypePolicy) -> None:
-        """Check that an earlier Trainer, if there was one, has built the model for this layout and precision.
-
-        Raises:
-            ConfigError: saying how to go on in another one.
-        """
-        if self._built_for is None or self._built_for == (layout, dtype_policy):
-            return
-        what = "layout" if self._built_for[0] != layout else "precision"
-        raise ConfigError(
-            f"This {type(self).__name__} was built by an earlier Trainer for another {what}, whose shards its model "
-            f"holds. Save a checkpoint there, make a new {type(self).__name__}, and give it to this Trainer with "
-            f"ckpt_path=...: a checkpoint can be loaded in any layout."
-        )
 
     @classmethod
     def load_from_checkpoint(
@@ -211,14 +187,7 @@ class MimoModule(pl.LightningModule):
             ConfigError: if an option is not supported, or an argument of the module has no value.
             CheckpointError: if there is no checkpoint.
         """
-        for option, value in (("map_location", map_location), ("hparams_file", hparams_file)):
-            if value is not None:
-                raise ConfigError(f"{cls.__name__}.load_from_checkpoint({option}=...) is not supported. Leave it out.")
-        if strict is False:
-            raise ConfigError(
-                f"{cls.__name__}.load_from_checkpoint(strict=False) is not supported. Leave it out, and write "
-                f"{cls.__name__}(init_from=path, init_missing=[...]) for a checkpoint that does not hold everything."
-            )
+        check_options(cls, map_location=map_location, hparams_file=hparams_file, strict=strict)
         path = local_path(checkpoint_path)
         module = cls(**arguments_of(cls, saved_hyperparameters(path), kwargs))
         module.init_from = path
@@ -386,7 +355,7 @@ class MimoModule(pl.LightningModule):
         """Build this rank's modules. Lightning may call it more than once; only the first call builds."""
         if self.model is None:
             strategy: Any = self.trainer.strategy
-            self._built_for = self.infra.layout, strategy.precision_plugin.dtype_policy
+            self.built_for = self.infra.layout, strategy.precision_plugin.dtype_policy
             self.model = build_mimo_model(
                 self.configure_mimo(self.infra),
                 self.infra,
@@ -416,17 +385,3 @@ class MimoModule(pl.LightningModule):
     def _first_stage_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Inputs of encoders whose first pipeline stage is on this rank; later stages receive hidden states."""
         return {name: value for name, value in inputs.items() if self.mimo_model.role.is_first_stage(name)}
-
-
-def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
-    """Return a Trainer's module as a MimoModule.
-
-    Raises:
-        ConfigError: if it is not a MimoModule.
-    """
-    if not isinstance(module, MimoModule):
-        raise ConfigError(
-            f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
-            f"lightning_mimo.MimoModule and override configure_mimo."
-        )
-    return module

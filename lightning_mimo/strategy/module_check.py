@@ -10,6 +10,9 @@ import lightning.pytorch as pl
 
 from lightning_mimo.checkpoint.saving import is_plain
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.own_state import check_own_parameters
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -48,6 +51,48 @@ def check_module(module: pl.LightningModule, trainer: pl.Trainer) -> None:
     _check_hyperparameters(name, module.hparams)
     if (data := getattr(trainer, "datamodule", None)) is not None:
         _check_hyperparameters(type(data).__name__, data.hparams)
+
+
+def check_module_for(module: MimoModule, layout: MimoLayout, dtype_policy: DtypePolicy) -> None:
+    """Check that a module can run in a layout. Needs no process group.
+
+    Args:
+        module: the user's module.
+        layout: what runs where.
+        dtype_policy: the dtypes of the run.
+
+    Raises:
+        ConfigError: if an earlier Trainer has built the model for another layout or precision, or weights cannot be
+            used; a LayoutError if the model cannot run in the layout; a CheckpointError if files are damaged.
+    """
+    _check_built_for(module, layout, dtype_policy)
+    module.check_layout(layout)
+    module.check_weights(layout)
+
+
+def _check_built_for(module: MimoModule, layout: MimoLayout, dtype_policy: DtypePolicy) -> None:
+    if module.built_for is None or module.built_for == (layout, dtype_policy):
+        return
+    what, name = "layout" if module.built_for[0] != layout else "precision", type(module).__name__
+    raise ConfigError(
+        f"This {name} was built by an earlier Trainer for another {what}, whose shards its model holds. Save a "
+        f"checkpoint there, make a new {name}, and give it to this Trainer with ckpt_path=...: a checkpoint can be "
+        f"loaded in any layout."
+    )
+
+
+def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
+    """Return a Trainer's module as a MimoModule.
+
+    Raises:
+        ConfigError: if it is not a MimoModule.
+    """
+    if not isinstance(module, MimoModule):
+        raise ConfigError(
+            f"MimoStrategy trains a MimoModule, but got a {type(module).__name__}. Subclass "
+            f"lightning_mimo.MimoModule and override configure_mimo."
+        )
+    return module
 
 
 def _check_hyperparameters(owner: str, hyperparameters: Mapping[str, Any]) -> None:

@@ -38,8 +38,23 @@ def own_state(module: pl.LightningModule) -> dict[str, torch.Tensor]:
     return {**dict(_own_parameters(module)), **buffers}
 
 
-def move_own_state(module: pl.LightningModule, device: torch.device) -> None:
-    """Move what a module has beside the model, buffers that are not saved included, to this rank's device."""
+def own_state_to_save(module: pl.LightningModule) -> dict[str, torch.Tensor]:
+    """Copy :func:`own_state` to the CPU. Collective over the world, if it has something.
+
+    Raises:
+        ConfigError: on every rank, naming the first tensor that differs between ranks.
+    """
+    check_same_on_all_ranks(module)
+    return {name: tensor.detach().cpu().clone() for name, tensor in own_state(module).items()}
+
+
+def set_up_own_state(module: pl.LightningModule, device: torch.device) -> None:
+    """Move what a module has beside the model, buffers that are not saved included, to this rank's device.
+
+    Raises:
+        ConfigError: naming the first trained parameter of the module itself.
+    """
+    check_own_parameters(module)
     for name, child in module.named_children():
         if name != _MODEL:
             child.to(device)

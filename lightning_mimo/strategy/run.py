@@ -26,6 +26,7 @@ from lightning_mimo.optim.ddp import complete_gathering
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for, seed_megatron
+from lightning_mimo.strategy.batch_metrics import BatchMetrics
 from lightning_mimo.strategy.batch_runner import BatchRunner
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving
@@ -102,7 +103,7 @@ class Run:
             signals=signals,
             telemetry=monitoring.telemetry and is_fitting,
             load_ahead=data.load_ahead,
-            metrics=None if trainer.barebones else StepMetrics(trainer),
+            metrics=BatchMetrics(module, None if trainer.barebones else StepMetrics(trainer)),
         )
         checkpoints = RunCheckpoints(
             async_save=saving.asynchronous, on_save_error=saving.on_error, timeout=monitoring.timeout

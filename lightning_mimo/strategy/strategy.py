@@ -9,42 +9,35 @@ from typing import Any, override
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
-from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies.parallel import ParallelStrategy
 from lightning.pytorch.strategies.strategy import TBroadcast
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from megatron.core.distributed import DistributedDataParallelConfig
 
 from lightning_mimo.cpu import megatron_on
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.launch.fork_launcher import make_launcher
-from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
+from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
 from lightning_mimo.observe.spans import Spans, clock_of
-from lightning_mimo.optim.ddp import check_options, complete_gathering, options_by_module, wrap_with_ddp
+from lightning_mimo.optim.ddp import complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
+from lightning_mimo.strategy import world
 from lightning_mimo.strategy.batch_runner import Batch, StepListener
 from lightning_mimo.strategy.local_paths import local_path
-from lightning_mimo.strategy.module import MimoModule, as_mimo_module
+from lightning_mimo.strategy.module import MimoModule
+from lightning_mimo.strategy.module_check import as_mimo_module
 from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
-from lightning_mimo.strategy.own_state import (
-    check_own_parameters,
-    check_same_on_all_ranks,
-    load_own_state,
-    move_own_state,
-    own_state,
-)
+from lightning_mimo.strategy.own_state import load_own_state, own_state_to_save, set_up_own_state
 from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.run import Run, set_up_optimizer, the_only
-from lightning_mimo.strategy.trainer_check import check_trainer
+from lightning_mimo.strategy.strategy_check import check_strategy
 from lightning_mimo.strategy.trainer_setup import set_up_trainer
-from lightning_mimo.strategy.training_start import FirstStepCheck, check_training_start
-from lightning_mimo.strategy.world import WorldCollectives, build_infra, check_world_size, join_world, start_watchdog
+from lightning_mimo.strategy.training_start import check_training_start
 
 
 class MimoStrategy(ParallelStrategy):
@@ -122,7 +115,7 @@ class MimoStrategy(ParallelStrategy):
         self.infra: MimoModelInfra | None = None
         self.plan: RankBatchPlan | None = None
         self.seed = 0
-        self._world = WorldCollectives(self.spans)
+        self._world = world.WorldCollectives(self.spans)
         self._run: Run | None = None
         self._open = contextlib.ExitStack()  # resources that teardown() closes
 
@@ -170,18 +163,7 @@ class MimoStrategy(ParallelStrategy):
         Raises:
             ConfigError: names the module or option, the arithmetic and the remedy; a LayoutError for sizes.
         """
-        if trainer is not None:
-            check_trainer(trainer, None if self.lightning_module is None else self._module)
-        world_size = self.num_nodes * self.num_processes
-        check_world_size(world_size)
-        layout = MimoLayout.resolve(self.modules, world_size=world_size, colocate=self.colocate)
-        micro_batch_sizes(layout, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches)
-        if self.lightning_module is not None:
-            self._module.check_built_for(layout, self.precision_plugin.dtype_policy)
-            self._module.check_layout(layout)
-            self._module.check_weights(layout)
-        check_options(self.ddp_by_module, self.precision_plugin.dtype_policy)
-        return layout
+        return check_strategy(self, trainer)
 
     @property
     def ddp_by_module(self) -> dict[str, DistributedDataParallelConfig]:
@@ -205,15 +187,14 @@ class MimoStrategy(ParallelStrategy):
         layout = self.validate(self._module.trainer)
         super().setup_environment()
         assert self.cluster_environment is not None
-        self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-        self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]  # an attribute of the function
-        reset_seed()
+        environment, on_node = self.cluster_environment, self.num_processes
+        rank, world_size = self.node_rank * on_node + self.local_rank, self.num_nodes * on_node
+        world.tell_rank(environment, rank=rank, world_size=world_size)
         self._open.enter_context(megatron_on(self.root_device))
         if self.infra is None:
             self.spans.clock = clock_of(self.root_device)
-            join_world(self.cluster_environment, self.root_device, self.process_group_backend, self.monitoring.timeout)
-            self.infra, self.plan = build_infra(
+            world.join_world(environment, self.root_device, self.process_group_backend, self.monitoring.timeout)
+            self.infra, self.plan = world.build_infra(
                 layout, self.spans, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches
             )
             self.seed = self.broadcast(torch.initial_seed() % 2**63)
@@ -233,16 +214,10 @@ class MimoStrategy(ParallelStrategy):
         self.accelerator.setup(trainer)
         module, infra, plan, is_fitting = self._module, self.infra, self.plan, trainer.state.fn == TrainerFn.FITTING
         assert infra is not None and plan is not None
-        signals = set_up_trainer(
-            trainer,
-            self.cluster_environment,
-            must_stop=lambda: self.run.batches.must_stop,
-            load_initial=lambda: self.run.load_initial(self.optimizers),
-        )
-        check_own_parameters(module)
+        signals = set_up_trainer(self, trainer)
         # Megatron builds its layers on this rank's device, but torch's layers (layer norms) are still on the CPU.
         module.mimo_model.to(self.root_device)
-        move_own_state(module, self.root_device)
+        set_up_own_state(module, self.root_device)
         if is_fitting:
             wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
         self._run = Run.build(
@@ -258,8 +233,9 @@ class MimoStrategy(ParallelStrategy):
             previous=self._run,
         )
         self._open.callback(self._run.end)
-        watchdog = start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout)
-        self._open.callback(watchdog.stop)
+        self._open.callback(
+            world.start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout).stop
+        )
         if is_fitting:
             set_up_optimizer(self, trainer)
         self.setup_precision_plugin()
@@ -292,8 +268,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def on_train_start(self) -> None:
         """Compare the weights of replicas, and restore the random generators of a checkpoint."""
-        check_training_start(self._module, self._module.trainer)
-        self._after_first_step = FirstStepCheck(self._module)
+        self._after_first_step = check_training_start(self._module, self._module.trainer)
         self.run.restore_generators(self.global_rank)
 
     @override
@@ -305,11 +280,8 @@ class MimoStrategy(ParallelStrategy):
     @override
     def block_backward_sync(self) -> Iterator[None]:
         """Accumulate gradients without reducing them, because the optimizer does not step after this batch."""
-        self.run.batches.is_accumulating = True
-        try:
+        with self.run.batches.accumulating():
             yield
-        finally:
-            self.run.batches.is_accumulating = False
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
@@ -369,8 +341,7 @@ class MimoStrategy(ParallelStrategy):
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's own buffers; the model is written as shards, see :meth:`save_checkpoint`. Collective."""
-        check_same_on_all_ranks(self._module)
-        return {name: tensor.detach().cpu().clone() for name, tensor in own_state(self._module).items()}
+        return own_state_to_save(self._module)
 
     @override
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:

@@ -15,8 +15,11 @@ from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.own_state import check_same_on_all_ranks, own_state
 
 
-def check_training_start(module: MimoModule, trainer: pl.Trainer) -> None:
+def check_training_start(module: MimoModule, trainer: pl.Trainer) -> FirstStepCheck:
     """Compare what ranks hold copies of, and check the training data. Collective over the world.
+
+    Returns:
+        The check to call after every step.
 
     Raises:
         ReplicaError: if copies of weights differ.
@@ -30,6 +33,7 @@ def check_training_start(module: MimoModule, trainer: pl.Trainer) -> None:
         if isinstance(callback, Timer):
             # Lightning asks in on_fit_start, when the time that an earlier run has used is not loaded yet.
             Timer.on_fit_start(callback, trainer)
+    return FirstStepCheck(module)
 
 
 class FirstStepCheck:

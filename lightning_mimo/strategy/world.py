@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.distributed import ReduceOp
 
 from lightning_mimo.errors import ConfigError
@@ -85,6 +87,20 @@ class WorldCollectives:
         with self._spans.span(_BROADCAST):
             dist.broadcast_object_list(box, src)
         return box[0]
+
+
+def tell_rank(environment: ClusterEnvironment, *, rank: int, world_size: int) -> None:
+    """Tell Lightning and its ClusterEnvironment the rank of this process, and repeat the seeding of the run.
+
+    Args:
+        environment: the cluster.
+        rank: rank of this process.
+        world_size: number of ranks.
+    """
+    environment.set_global_rank(rank)
+    environment.set_world_size(world_size)
+    rank_zero_only.rank = environment.global_rank()  # type: ignore[attr-defined]  # an attribute of the function
+    reset_seed()
 
 
 def join_world(environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta) -> None:

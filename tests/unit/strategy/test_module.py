@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mimo import ConfigError, MimoModule
-from lightning_mimo.mimo.encoders import check_one_encoder
+from lightning_mimo.mimo.model_check import check_one_encoder
 
 
 @pytest.mark.parametrize("key", ["labels", "attention_mask", "token_order", "sample_indices"])

@@ -14,6 +14,7 @@ from lightning_mimo import ConfigError, MimoModule, ModuleParallelism
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy
 from lightning_mimo.strategy import world
+from lightning_mimo.strategy.module_check import check_module_for
 from lightning_mimo.strategy.world import loopback_store
 
 
@@ -49,10 +50,10 @@ def test_module_that_was_built_for_something_else_is_refused() -> None:
         for n, c in ((2, False), (1, True))
     )
     module = MimoModule()
-    module.check_built_for(other, FLOAT32)  # not built yet
-    module._built_for = one, FLOAT32
-    module.check_built_for(one, FLOAT32)
+    check_module_for(module, other, FLOAT32)  # not built yet
+    module.built_for = one, FLOAT32
+    check_module_for(module, one, FLOAT32)
     with pytest.raises(ConfigError, match=r"built by an earlier Trainer for another layout, .* with ckpt_path="):
-        module.check_built_for(other, FLOAT32)
+        check_module_for(module, other, FLOAT32)
     with pytest.raises(ConfigError, match=r"for another precision"):
-        module.check_built_for(one, DtypePolicy(mixed=True))
+        check_module_for(module, one, DtypePolicy(mixed=True))
