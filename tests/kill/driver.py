@@ -81,10 +81,9 @@ def strike(folder: Path, process: HostedRun, draw: random.Random) -> Kill | None
     if process.poll() is not None or not pids:
         return None
     in_save = is_being_written()
-    try:
-        os.kill(pids[rank], signal.SIGKILL)
-    except ProcessLookupError:
+    if not is_running(pids[rank]):
         return None
+    os.kill(pids[rank], signal.SIGKILL)
     begun = time.monotonic()
     process.wait(timeout=RUN_SECONDS)
     while processes_of(process.pid) and time.monotonic() - begun < RUN_SECONDS:
@@ -93,6 +92,14 @@ def strike(folder: Path, process: HostedRun, draw: random.Random) -> Kill | None
     log = (folder / "log").read_text()
     told = f"Rank {rank} (process {pids[rank]}) {'was killed by signal 9' if rank else 'is gone'}" in log
     return Kill(rank=rank, in_save=in_save, step=last_step(folder), seconds=seconds, told=told)
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs; not one that has ended and was not waited for, which a signal does not reach."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def processes_of(session: int) -> list[psutil.Process]:
