@@ -69,7 +69,7 @@ MODEL_NAMES = [
     "vision_spec",
 ]
 
-DATA_NAMES = ["ChatData", "ChatDataset"]
+DATA_NAMES = ["ChatData", "ChatDataset", "ParquetShards", "ShardSampler", "TarShards"]
 FAMILY_NAMES = [
     "PretrainedModel",
     "TextModel",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning_mimo.data.chat.rows import Row
+from lightning_mimo.data.streams.tar import TarRecord
 from lightning_mimo.errors import DataError
 
 KINDS = ("image", "video", "audio")
@@ -50,6 +51,7 @@ class Conversation:
             ``{"type": "image"}`` and so on.
         media: in the order of the messages.
         tools: of the row, for the template.
+        files: files of a tar shard beside the row, which are looked for before those on disk.
     """
 
     where: str
@@ -57,6 +59,7 @@ class Conversation:
     messages: tuple[dict[str, Any], ...]
     media: tuple[Media, ...]
     tools: list[Any] | None
+    files: TarRecord | None = None
 
     @property
     def answers(self) -> list[int]:
@@ -67,9 +70,7 @@ class Conversation:
         """The first ``end`` messages."""
         messages = self.messages[:end]
         kept = sum(part["type"] != "text" for message in messages for part in message["content"])
-        return Conversation(
-            where=self.where, folder=self.folder, messages=messages, media=self.media[:kept], tools=self.tools
-        )
+        return replace(self, messages=messages, media=self.media[:kept])
 
     def error(self, field: str, problem: str) -> DataError:
         """An error that names the row and one of its fields."""
@@ -119,6 +120,7 @@ class _Reader:
             messages=read,
             media=tuple(self._media),
             tools=self._row.value.get("tools"),
+            files=self._row.files,
         )
 
     def _error(self, field: str, problem: str) -> DataError:

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo.data.chat.dataset import ChatDataset, TooLong
 from lightning_mimo.data.chat.template import TrainOn
+from lightning_mimo.data.streams.files import expand_braces
+from lightning_mimo.data.streams.sampler import SHARDS_AT_ONCE, ShardSampler
 from lightning_mimo.errors import ConfigError
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
@@ -47,6 +49,7 @@ class ChatData(pl.LightningDataModule):
         inputs: dict[str, str | None] | None = None,
         check_rows: int | None = 100,
         decode_everywhere: bool = False,
+        shards_at_once: int = SHARDS_AT_ONCE,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
@@ -65,6 +68,7 @@ class ChatData(pl.LightningDataModule):
             inputs: as for ChatDataset.
             check_rows: as for ChatDataset; of each of the four.
             decode_everywhere: as for ChatDataset.
+            shards_at_once: tar files, or row groups of parquet files, whose rows are mixed when they are shuffled.
             num_workers: worker processes of each DataLoader on each rank.
             pin_memory: as for DataLoader.
 
@@ -88,7 +92,9 @@ class ChatData(pl.LightningDataModule):
             "inputs": inputs,
             "check_rows": check_rows,
             "decode_everywhere": decode_everywhere,
+            "shards_at_once": shards_at_once,
         }
+        self._shards_at_once = shards_at_once
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._datasets: dict[str, ChatDataset] = {}
@@ -103,7 +109,7 @@ class ChatData(pl.LightningDataModule):
         """
         for name, given in {**self._rows, "processor": self._processor}.items():
             for each in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(each, str | Path) and "*" not in str(each) and not Path(each).exists():
+                if isinstance(each, str | Path) and not _is_pattern(str(each)) and not Path(each).exists():
                     raise ConfigError(
                         f"ChatData({name}={str(each)!r}): there is no such file or folder. Paths are relative to where "
                         f"the command runs."
@@ -140,10 +146,13 @@ class ChatData(pl.LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, name: str) -> DataLoader:
+        dataset, is_shuffled = self._datasets[name], name == "train"
+        has_shards = is_shuffled and dataset.shard_lengths is not None
         # batch_size is left at 1: MimoStrategy makes global batches of the size that it has.
         return DataLoader(
-            self._datasets[name],
-            shuffle=name == "train",
+            dataset,
+            shuffle=is_shuffled and not has_shards,
+            sampler=ShardSampler(dataset, shards_at_once=self._shards_at_once) if has_shards else None,
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
         )
@@ -165,3 +174,7 @@ class ChatData(pl.LightningDataModule):
             extra_keys=getattr(module, "extra_keys", ()),
             **self._options,
         )
+
+
+def _is_pattern(path: str) -> bool:
+    return "*" in path or expand_braces(path) != [path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,8 +16,9 @@ from torch.utils.data import Dataset
 from lightning_mimo.data.chat.conversation import Conversation, read_conversation
 from lightning_mimo.data.chat.placeholders import GRID
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens, load_processor
-from lightning_mimo.data.chat.rows import Row, open_rows
+from lightning_mimo.data.chat.rows import Row, open_rows, shard_lengths_of
 from lightning_mimo.data.chat.template import ChatTemplate, Rendered, TrainOn
+from lightning_mimo.data.streams.sampler import SHARDS_AT_ONCE
 from lightning_mimo.data.tensors import IGNORED
 from lightning_mimo.errors import ConfigError, DataError
 
@@ -74,11 +76,13 @@ class ChatDataset(Dataset[dict[str, Any]]):
         extra_keys: Sequence[str] = (),
         check_rows: int | None = 100,
         decode_everywhere: bool = False,
+        shards_at_once: int = SHARDS_AT_ONCE,
     ) -> None:
         """
         Args:
-            rows: path of a ``.jsonl``, ``.json`` or ``.parquet`` file or of a folder of ``datasets``' ``save_to_disk``,
-                a pattern with ``*``, or a list of these; a ``datasets.Dataset``; or any sequence of dicts.
+            rows: path of a ``.jsonl``, ``.json``, ``.parquet`` or ``.tar`` file or of a folder of ``datasets``'
+                ``save_to_disk``, a pattern with ``*`` or ``{000..127}``, or a list of these; a ``datasets.Dataset``; or
+                any sequence of dicts.
             processor: of transformers, or the folder of a model that has one; a tokenizer for text alone.
             train_on: the ``"assistant"``'s turns, the ``"last"`` of them, or ``"all"`` tokens but placeholders.
             for_generation: leave out the last answer and all labels, and end with the prompt for an answer.
@@ -93,6 +97,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
             extra_keys: fields of a row that go into the sample, as for MimoModule. Other fields are not looked at.
             check_rows: how many rows are read beforehand, the headers of their images included; ``None`` for all.
             decode_everywhere: decode images on all ranks, in place of counting placeholders by their sizes.
+            shards_at_once: row groups of parquet files that a process keeps in memory, as for ShardSampler.
 
         Raises:
             ConfigError: for a missing file or package, or an argument that cannot be used.
@@ -109,7 +114,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
                 "too_long='skip' needs max_length, the longest sample in tokens, and labels: every row gets an answer "
                 "where answers are generated."
             )
-        self._rows = open_rows(rows)
+        self._rows = open_rows(rows, shards_at_once=shards_at_once)
         if isinstance(processor, str | Path):
             processor = load_processor(processor)
         self._template = ChatTemplate(processor, chat_template)
@@ -128,6 +133,11 @@ class ChatDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def shard_lengths(self) -> Sequence[int] | None:
+        """Rows of each tar file or row group of parquet, for a ShardSampler; ``None`` for rows of other kinds."""
+        return shard_lengths_of(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """A sample with the inputs of all modules."""
@@ -178,7 +188,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
     def _read(self, index: int) -> tuple[Row, Conversation]:
         row = self._rows.read(index)
         if self._media_folder is not None:
-            row = Row(value=row.value, where=row.where, folder=self._media_folder)
+            row = replace(row, folder=self._media_folder)
         return row, read_conversation(row, is_used=self._template.is_used)
 
     def _render(self, conversation: Conversation) -> Rendered:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_mimo.data.chat.conversation import Conversation, Media
-from lightning_mimo.data.chat.packages import require
+from lightning_mimo.data.packages import require
 from lightning_mimo.errors import DataError, MimoError
 
 _ORIENTATION = 0x0112  # of EXIF
@@ -119,7 +119,7 @@ def _opened(conversation: Conversation, media: Media, source: Any) -> Iterator[A
         yield image
 
 
-def _file_of(conversation: Conversation, media: Media, source: Any) -> Path | io.BytesIO:
+def _file_of(conversation: Conversation, media: Media, source: Any) -> Path | io.BytesIO | io.BufferedReader:
     """What a path, bytes, or a dict of the two as ``datasets`` has it, stand for."""
     if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
         source = source.get("bytes") or source.get("path")
@@ -131,6 +131,8 @@ def _file_of(conversation: Conversation, media: Media, source: Any) -> Path | io
         raise conversation.error(
             media.field, f"is a {type(source).__name__}, but must be a path, bytes, or what Pillow has opened."
         )
+    if conversation.files is not None and (field := conversation.files.field_of(source)) is not None:
+        return conversation.files.open(field)
     if source.startswith("data:"):
         return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
     if source.startswith(("http://", "https://", "s3://", "gs://", "hf://")):

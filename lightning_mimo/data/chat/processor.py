@@ -12,9 +12,9 @@ import torch
 
 from lightning_mimo.data.chat.conversation import KINDS, Conversation
 from lightning_mimo.data.chat.media import image_size, load_image, load_sound, load_video
-from lightning_mimo.data.chat.packages import require
 from lightning_mimo.data.chat.placeholders import ImagePlaceholders, token_of
 from lightning_mimo.data.chat.template import Rendered, Span
+from lightning_mimo.data.packages import require
 from lightning_mimo.errors import ConfigError, MimoError
 
 _OFFSETS = "text_replacement_offsets"

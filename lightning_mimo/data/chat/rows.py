@@ -1,4 +1,4 @@
-"""Rows of conversations: JSON lines, a JSON list, parquet, a dataset of Hugging Face, or any sequence of dicts."""
+"""Rows of conversations: JSON, parquet, tar shards, a dataset of Hugging Face, or any sequence of dicts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_mimo.data.chat.packages import require
+from lightning_mimo.data.packages import require
+from lightning_mimo.data.streams.files import expand_braces, matching_files
+from lightning_mimo.data.streams.parquet import ParquetRecords
+from lightning_mimo.data.streams.sampler import SHARDS_AT_ONCE
+from lightning_mimo.data.streams.tar import TarRecord, TarRecords
 from lightning_mimo.errors import ConfigError, DataError
 
 
@@ -23,11 +27,13 @@ class Row:
         value: its fields.
         where: file and row, for messages.
         folder: to which paths of images and the like are relative.
+        files: of a row in a tar shard, the files beside it, which are looked for before those on disk.
     """
 
     value: Mapping[str, Any]
     where: str
     folder: Path
+    files: TarRecord | None = None
 
 
 class Rows(Protocol):
@@ -39,22 +45,23 @@ class Rows(Protocol):
         """One row; raises DataError if it cannot be read."""
 
 
-def open_rows(source: object) -> Rows:
+def open_rows(source: object, *, shards_at_once: int = SHARDS_AT_ONCE) -> Rows:
     """Open rows for reading.
 
     Args:
-        source: path of a ``.jsonl``, ``.json`` (a list) or ``.parquet`` file, or of a folder of
-            ``datasets.Dataset.save_to_disk``; a pattern with ``*``; a list of these, which are read one after another;
-            a ``datasets.Dataset``; or any sequence of dicts.
+        source: path of a ``.jsonl``, ``.json`` (a list), ``.parquet`` or ``.tar`` file, or of a folder of
+            ``datasets.Dataset.save_to_disk``; a pattern with ``*`` or ``{000..127}``; a list of these, which are read
+            one after another; a ``datasets.Dataset``; or any sequence of dicts.
+        shards_at_once: row groups of parquet files that a process keeps in memory.
 
     Raises:
         ConfigError: if there is no such file, it is of another kind, or a package is missing.
         DataError: if the file cannot be read.
     """
     if isinstance(source, str | Path):
-        return _together([_open_path(path) for path in _matching(str(source))])
+        source = [source]
     if isinstance(source, list | tuple) and source and all(isinstance(each, str | Path) for each in source):
-        return _together([open_rows(each) for each in source])
+        return _open_paths([path for each in source for path in _matching(str(each))], shards_at_once)
     if _is_of_datasets(source):
         return HuggingFaceRows(source)
     if isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
@@ -108,22 +115,49 @@ class JsonLines:
 
 
 class ParquetRows:
-    """A parquet file, which is held in memory."""
+    """Parquet files, of which a few row groups are in memory."""
 
-    def __init__(self, file: Path) -> None:
-        parquet = require("pyarrow.parquet", what=f"{file}", install="pyarrow")
-        try:
-            self._table = parquet.read_table(file)
-        except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
-            raise DataError(f"{file} cannot be read as parquet: {error}") from error
-        self._file = file
+    def __init__(self, files: Sequence[Path], *, groups_in_memory: int) -> None:
+        self._records = ParquetRecords(files, groups_in_memory=groups_in_memory)
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._records)
+
+    @property
+    def shard_lengths(self) -> Sequence[int]:
+        return self._records.shard_lengths
 
     def read(self, index: int) -> Row:
-        (value,) = self._table.slice(index, 1).to_pylist()
-        return Row(value=value, where=f"{self._file}, row {index}", folder=self._file.parent)
+        record = self._records.record(index)
+        return Row(value=record, where=record.where, folder=record.file.parent)
+
+
+class TarRows:
+    """Tar shards in webdataset's form: a row is a file that ends in ``.json``, and images are the files beside it.
+
+    A row names them by their endings, or by their names; one that names none has all, in the order of the shard.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._records = TarRecords(files)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @property
+    def shard_lengths(self) -> Sequence[int]:
+        return self._records.shard_lengths
+
+    def read(self, index: int) -> Row:
+        record = self._records.record(index)
+        if "json" not in record:
+            raise DataError(f"{record.where}, has no .json file with the conversation, but the endings {list(record)}.")
+        value = dict(_as_row(_parse(record["json"], f"{record.where}, json"), record.where))
+        for kind, endings in _MEDIA.items():
+            beside = [name for name in record if name.rpartition(".")[2] in endings]
+            if beside and not _names_media(value, kind):
+                value[f"{kind}s"] = beside
+        return Row(value=value, where=record.where, folder=record.file.parent, files=record)
 
 
 class HuggingFaceRows:
@@ -157,6 +191,14 @@ class RowsTogether:
         self._parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 
+    @property
+    def shard_lengths(self) -> Sequence[int] | None:
+        """Of parts that are read fast in any order, the whole is one shard; ``None`` if all parts are."""
+        found = [shard_lengths_of(part) for part in self._parts]
+        if all(lengths is None for lengths in found):
+            return None
+        return [length for part, lengths in zip(self._parts, found, strict=True) for length in lengths or [len(part)]]
+
     def __len__(self) -> int:
         return self._ends[-1]
 
@@ -165,19 +207,29 @@ class RowsTogether:
         return self._parts[part].read(index - (self._ends[part - 1] if part else 0))
 
 
-def _together(parts: Sequence[Rows]) -> Rows:
-    return parts[0] if len(parts) == 1 else RowsTogether(parts)
+def shard_lengths_of(rows: Rows) -> Sequence[int] | None:
+    """Rows of each shard, where rows are to be read shard by shard; ``None`` where any order is as good."""
+    return getattr(rows, "shard_lengths", None)
 
 
 def _matching(path: str) -> list[Path]:
-    if "*" not in path:
-        return [Path(path)]
-    parts = Path(path).parts
-    first = next(number for number, part in enumerate(parts) if "*" in part)
-    found = sorted(Path(*parts[:first]).glob("/".join(parts[first:])))
+    found = [file for name in expand_braces(path) for file in matching_files(name)]
     if not found:
         raise ConfigError(f"There is no file that matches {path!r}.")
     return found
+
+
+def _open_paths(paths: Sequence[Path], shards_at_once: int) -> Rows:
+    """Files one after another; neighbours of one kind of shards together."""
+    parts: list[Rows] = []
+    for suffix, files in groupby(paths, key=lambda path: path.suffix if path.is_file() else None):
+        if suffix == ".parquet":
+            parts.append(ParquetRows(list(files), groups_in_memory=shards_at_once))
+        elif suffix == ".tar":
+            parts.append(TarRows(list(files)))
+        else:
+            parts.extend(_open_path(path) for path in files)
+    return parts[0] if len(parts) == 1 else RowsTogether(parts)
 
 
 def _open_path(path: Path) -> Rows:
@@ -192,7 +244,8 @@ def _open_path(path: Path) -> Rows:
         datasets = require("datasets", what=f"The folder {path}", install="datasets")
         return HuggingFaceRows(datasets.load_from_disk(str(path)), f"{path}, ", path)
     if path.suffix not in _OPENERS:
-        raise ConfigError(f"{str(path)!r} ends in {path.suffix!r}; conversations are in {', '.join(_OPENERS)}.")
+        known = ", ".join((*_OPENERS, ".parquet", ".tar"))
+        raise ConfigError(f"{str(path)!r} ends in {path.suffix!r}; conversations are in {known}.")
     return _OPENERS[path.suffix](path)
 
 
@@ -208,8 +261,13 @@ def _json_list(file: Path) -> Rows:
 _OPENERS: dict[str, Callable[[Path], Rows]] = {
     ".jsonl": JsonLines,
     ".json": _json_list,
-    ".parquet": ParquetRows,
 }
+
+_MEDIA = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "audio": ("wav", "flac", "mp3", "ogg"),
+}
+"""Kind -> endings of its files in a tar shard."""
 
 
 def _parse(text: bytes, where: str) -> Any:
@@ -223,6 +281,17 @@ def _as_row(value: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise DataError(f"{where} is a {type(value).__name__}, but must be a dict with 'messages' or 'conversations'.")
     return value
+
+
+def _names_media(row: Mapping[str, Any], kind: str) -> bool:
+    """Whether a row says itself which images it has, in a field or in a message."""
+    if any(row.get(key) is not None for key in (kind, f"{kind}s")):
+        return True
+    messages = row.get("messages") or row.get("conversations") or ()
+    contents = [message.get("content", message.get("value")) for message in messages if isinstance(message, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, Mapping)]
+    of_kind = [part for part in parts if str(part.get("type")).removesuffix("_url") == kind]
+    return bool(of_kind) and all(set(part) - {"type"} for part in of_kind)
 
 
 def _is_of_datasets(source: object) -> bool:

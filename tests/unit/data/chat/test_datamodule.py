@@ -16,13 +16,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import RandomSampler, SequentialSampler
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
-from lightning_mimo.data import ChatData
+from lightning_mimo.data import ChatData, ShardSampler
 from lightning_mimo.errors import ConfigError, DataError
 
 pytest.importorskip("transformers")
 pytest.importorskip("torchvision", reason="transformers' processors of videos need it")
 
 from tests.support import processors
+from tests.support.shards import write_tar
 
 ROW = {"messages": [{"role": "user", "content": "Yes?"}, {"role": "assistant", "content": "A cat."}], "weight": 2.0}
 
@@ -53,6 +54,17 @@ def test_loaders(folder: Path) -> None:
     assert train.num_workers == 1
     found = [name for name in ("train", "val", "test", "predict") if is_overridden(f"{name}_dataloader", data)]
     assert found == ["train", "val"], "Lightning does not look for data that there is not"
+
+
+def test_shards_are_shuffled_a_few_at_a_time(folder: Path) -> None:
+    for shard in range(2):
+        write_tar(folder / f"{shard}.tar", [(f"{shard}", {"json": json.dumps(ROW).encode()})])
+    pattern = f"{folder}/{{0..1}}.tar"
+    data = ChatData(train=pattern, val=pattern, processor=str(folder), shards_at_once=1)
+    data.check_paths()
+    data.setup("fit")
+    assert isinstance(data.train_dataloader().sampler, ShardSampler)
+    assert isinstance(data.val_dataloader().sampler, SequentialSampler)
 
 
 def test_what_the_module_says_is_not_said_again(folder: Path) -> None:

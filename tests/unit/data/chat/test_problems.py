@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lightning_mimo.data import ChatDataset
-from lightning_mimo.data.chat.packages import require
+from lightning_mimo.data.packages import require
 from lightning_mimo.errors import ConfigError, DataError
 
 pytest.importorskip("transformers")

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from lightning_mimo.data.chat.conversation import read_conversation
-from lightning_mimo.data.chat.rows import Row, open_rows
+from lightning_mimo.data.chat.rows import Row, open_rows, shard_lengths_of
 from lightning_mimo.errors import ConfigError, DataError
+from tests.support.shards import write_tar
 
 QUESTION = {"role": "user", "content": "Yes?"}
 ANSWER = {"role": "assistant", "content": "A cat."}
@@ -45,6 +46,13 @@ def as_files(folder: Path) -> Any:
     return [write_lines(folder / "z.jsonl", ROWS[:3]), write_lines(folder / "a.jsonl", ROWS[3:])]
 
 
+def as_tar(folder: Path) -> Any:
+    for shard, rows in enumerate((ROWS[:2], ROWS[2:])):
+        samples = [(f"{shard}-{row['number']}", {"json": json.dumps(row).encode()}) for row in rows]
+        write_tar(folder / f"rows-{shard}.tar", samples)
+    return f"{folder}/rows-{{0..1}}.tar"
+
+
 def as_dataset(folder: Path) -> Any:
     return pytest.importorskip("datasets").Dataset.from_list(ROWS)
 
@@ -63,15 +71,49 @@ def as_saved_dataset(folder: Path) -> Any:
         as_parquet,
         as_pattern,
         as_files,
+        as_tar,
         as_dataset,
         as_saved_dataset,
     ],
-    ids=["sequence", "jsonl", "json", "parquet", "pattern", "files", "dataset", "saved dataset"],
+    ids=["sequence", "jsonl", "json", "parquet", "pattern", "files", "tar", "dataset", "saved dataset"],
 )
 def test_rows_of_every_kind(make: Any, tmp_path: Path) -> None:
     rows = open_rows(make(tmp_path))
     assert len(rows) == 5
     assert [rows.read(index).value for index in (3, 0, 4, 1, 2)] == [ROWS[index] for index in (3, 0, 4, 1, 2)]
+
+
+def test_images_in_tar_shards_are_found_beside_their_row(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    from lightning_mimo.data.chat.media import image_size
+
+    files = {}
+    for number in range(2):
+        file = io.BytesIO()
+        image.new("RGB", (4 + number, 3)).save(file, "png")
+        files[f"{number}.png"] = file.getvalue()
+    texts = [{"from": "human", "value": "<image><image>Which?"}, {"from": "gpt", "value": "Both."}]
+    rows = [
+        {"conversations": texts},  # all that there are
+        {"conversations": texts, "image": ["1.png", "0.png"]},  # by their endings
+        {"conversations": texts, "image": ["x2.1.png", "images/x2.0.png"]},  # by their names
+    ]
+    samples = [(f"x{number}", {"json": json.dumps(row).encode(), **files}) for number, row in enumerate(rows)]
+    opened = open_rows(write_tar(tmp_path / "a.tar", samples))
+    widths = []
+    for number in range(3):
+        conversation = read_conversation(opened.read(number), is_used=lambda key: False)
+        widths.append([image_size(conversation, media).width for media in conversation.media])
+    assert widths == [[4, 5], [5, 4], [5, 4]]
+    assert shard_lengths_of(opened) == (3,)
+    write_tar(tmp_path / "b.tar", [("x", {"txt": b"1"})])
+    with pytest.raises(DataError, match=r"b.tar, sample 'x', has no .json file .* \['txt'\]"):
+        open_rows(tmp_path / "b.tar").read(0)
+
+
+def test_rows_have_shards_only_where_order_matters(tmp_path: Path) -> None:
+    assert shard_lengths_of(open_rows(as_pattern(tmp_path))) is None
+    assert shard_lengths_of(open_rows([as_tar(tmp_path), tmp_path / "a.jsonl", as_parquet(tmp_path)])) == [2, 3, 2, 5]
 
 
 def test_rows_say_where_they_are(tmp_path: Path) -> None:
@@ -104,7 +146,7 @@ def test_images_of_datasets_are_not_decoded(tmp_path: Path) -> None:
         ("{}/none.jsonl", ConfigError, r"There is no file '.*none.jsonl'"),
         ("{}/*.jsonl", ConfigError, r"There is no file that matches '.*\*.jsonl'"),
         ("{}", ConfigError, r"is a folder, but none of datasets.Dataset.save_to_disk"),
-        ("{}/rows.csv", ConfigError, r"ends in '.csv'; conversations are in .jsonl, .json, .parquet"),
+        ("{}/rows.csv", ConfigError, r"ends in '.csv'; conversations are in .jsonl, .json, .parquet, .tar"),
         ("{}/rows.json", DataError, r"rows.json holds a dict, but must hold a list of rows"),
         ({"messages": []}, ConfigError, r"are a dict, but must be a path"),
         (7, ConfigError, r"are a int, but must be a path"),
