@@ -55,7 +55,7 @@ class Microbatch(TypedDict, total=False):
         lengths: int64 ``[b]``, tokens of each sample before padding.
         placeholders: encoder module -> number of placeholder tokens of each sample, ``b`` integers.
         sample_indices: index in the dataset of each sample.
-        global_positions: position in the global batch of each sample.
+        global_positions: position in the global batch of each sample, as the sampler ordered it.
         is_padding: whether each sample only pads an incomplete last batch and does not count.
         modality_inputs: module -> ``{encoder: {argument: [items, ...]}}`` of the samples that this rank encodes;
             ``None`` where no sample has any.

@@ -38,7 +38,9 @@ class SampleRequest:
 
     Attributes:
         index: index in the user's dataset.
-        position: position in the global batch.
+        position: position in the global batch, from which follow its microbatch and its replicas.
+        drawn: its number in the global batch as the sampler ordered it, from 0: the position, unless batches are
+            balanced.
         modules: modules of this rank that use it.
         epoch: counted from 0; part of the augmentation seed.
         is_padding: whether it only fills up a short last batch: it then counts for nothing.
@@ -46,6 +48,7 @@ class SampleRequest:
 
     index: int
     position: int
+    drawn: int
     modules: frozenset[str]
     epoch: int
     is_padding: bool
@@ -108,7 +111,7 @@ class MicrobatchCollator:
     def _microbatch(self, loaded: Mapping[int, LoadedSample], microbatch: int) -> Microbatch:
         positions = self._plan.text_samples(microbatch)
         batch = self._text([loaded[position] for position in positions])
-        batch["global_positions"] = tuple(positions)
+        batch["global_positions"] = tuple(loaded[position].request.drawn for position in positions)
         batch["modality_inputs"] = {}
         batch["modality_counts"] = {}
         for module, runs in self._plan.shards.items():

@@ -3,7 +3,8 @@
 The global batch is the unit: every step, every rank draws the same list of samples, keeps its own runs of it
 (:class:`lightning_mimo.layout.batch_plan.RankBatchPlan`) and collates one dictionary per microbatch. The order of
 samples, and what random augmentation does to one of them, depend on the seed, the epoch and the sample only, never on
-the layout.
+the layout. Which replica and microbatch takes a sample of the global batch, the layout and the costs of the samples
+decide.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from itertools import islice
 from typing import cast
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
@@ -26,9 +28,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.order import SamplerStates, SeededSampler, seed_generators
 from lightning_mimo.data.prefetch import LoadsAhead
+from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.errors import DataError
@@ -44,13 +48,23 @@ class RankBatchSampler(BatchSampler):
     A short last batch is filled up with repeats that count for nothing, unless it is dropped.
     """
 
-    def __init__(self, order: SeededSampler, plan: RankBatchPlan, *, drop_last: bool) -> None:
+    def __init__(
+        self, order: SeededSampler, plan: RankBatchPlan, *, drop_last: bool, costs: SampleCosts | None = None
+    ) -> None:
+        """
+        Args:
+            order: indices of an epoch.
+            plan: this rank's share of a global batch.
+            drop_last: whether a short last batch is left out.
+            costs: of the samples, by which batches are balanced; ``None`` to leave them in order.
+        """
         self.sampler = order  # the name under which Lightning looks for set_epoch
         self.order = order
         self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
         self.batch_size = plan.global_batch_size
         self.drop_last = drop_last
         self._plan = plan
+        self._costs = costs
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.order), self.batch_size)
@@ -68,17 +82,25 @@ class RankBatchSampler(BatchSampler):
             yield self._requests(batch)
 
     def _requests(self, batch: list[int]) -> list[SampleRequest]:
+        filled = batch + batch[:1] * (self.batch_size - len(batch))
+        order = range(self.batch_size) if self._costs is None else self._balanced(self._costs.of(filled))
         return [
             SampleRequest(
-                index=batch[position] if position < len(batch) else batch[0],
+                index=filled[order[position]],
                 position=position,
+                drawn=order[position],
                 modules=self._plan.needed_by(position, microbatch),
                 epoch=self.order.epoch,
-                is_padding=position >= len(batch),
+                is_padding=order[position] >= len(batch),
             )
             for microbatch in range(self._plan.num_microbatches)
             for position in self._plan.samples_on_rank(microbatch)
         ]
+
+    def _balanced(self, costs: Mapping[str, np.ndarray]) -> list[int]:
+        """Which sample of a global batch is at each position."""
+        plan = self._plan
+        return balanced_order(costs, dp_sizes=plan.dp_sizes, num_microbatches=plan.num_microbatches).tolist()
 
 
 class ModalityDataset(Dataset):
@@ -163,6 +185,7 @@ def shard_dataloader(
     first_epoch: int = 0,
     resumed: bool = False,
     sampler_states: SamplerStates = (),
+    balance: bool = True,
 ) -> ResumableLoader:
     """Rebuild a DataLoader that was written for one process for one rank.
 
@@ -175,6 +198,7 @@ def shard_dataloader(
         first_epoch: epoch for which the loader is made.
         resumed: as for SeededSampler.
         sampler_states: as for SeededSampler.
+        balance: balance batches if the dataset tells the cost of a sample, see :class:`SampleCosts`.
 
     Returns:
         A loader that yields, per global batch, the list of this rank's microbatches.
@@ -188,9 +212,10 @@ def shard_dataloader(
     order = SeededSampler(
         cast(Sampler[int], sampler.sampler), seed=seed, first_epoch=first_epoch, resumed=resumed, saved=sampler_states
     )
+    costs = SampleCosts.of_dataset(loader.dataset, modules=tuple(plan.dp_sizes)) if balance else None
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
-        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last),
+        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last, costs=costs),
         collate_fn=MicrobatchCollator(plan, sample_format),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,

@@ -20,12 +20,14 @@ from lightning_mimo.microbatch import Microbatch
 class RunData:
     """The data of one ``fit``, ``validate``, ``test`` or ``predict``."""
 
-    def __init__(self, plan: RankBatchPlan) -> None:
+    def __init__(self, plan: RankBatchPlan, *, balance: bool) -> None:
         """
         Args:
             plan: this rank's share of every global batch.
+            balance: as for MimoStrategy.
         """
         self._plan = plan
+        self._balance = balance
         self._training_samples: int | None = None
         self._training: ResumableLoader | None = None
         self._saved: DataState | None = None
@@ -76,6 +78,7 @@ class RunData:
             first_epoch=first_epoch,
             resumed=training and self.resumes,
             sampler_states=(self._sampler_states if training else None) or (),
+            balance=self._balance,
         )
         samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))

@@ -174,8 +174,9 @@ def _describe(position: int, names: Sequence[str], held: torch.Tensor) -> str:
         holders = _by_rank(ranks, lambda entry: f"sample {entry[_INDEX]}")
         return (
             f"Position {position} of the global batch holds different samples on different ranks: {holders}. The "
-            f"sampler must yield the same indices in the same order everywhere: it must not depend on the rank, nor "
-            f"draw from a generator that is seeded differently on each."
+            f"sampler must yield the same indices in the same order everywhere, and the dataset's cost(index), if it "
+            f"has one, the same number: neither may depend on the rank, nor draw from a generator that is seeded "
+            f"differently on each."
         )
     where = f"Sample {entries[0][_INDEX]} (position {position} of the global batch)"
     if len({entry[_TEXT] for entry in entries}) > 1:

@@ -91,12 +91,14 @@ class RankBatchPlan:
         shards: module name -> one range of positions in the global batch per microbatch. Only modules of this rank.
         loads: the modules of this rank whose inputs it loads. Encoder inputs are loaded by the first pipeline stage
             only.
+        dp_sizes: module name -> number of data-parallel replicas, of all modules of the layout.
     """
 
     rank: int
     global_batch_size: int
     shards: Mapping[str, tuple[range, ...]]
     loads: frozenset[str]
+    dp_sizes: Mapping[str, int]
 
     @classmethod
     def build(cls, layout: MimoLayout, rank: int, *, global_batch_size: int, num_microbatches: int) -> RankBatchPlan:
@@ -122,7 +124,8 @@ class RankBatchPlan:
         loads = frozenset(
             name for name in shards if name == LANGUAGE or layout.modules[name].coordinates(rank)["pp"] == 0
         )
-        return cls(rank=rank, global_batch_size=global_batch_size, shards=shards, loads=loads)
+        dp_sizes = {name: sizes.dp for name, sizes in layout.modules.items()}
+        return cls(rank=rank, global_batch_size=global_batch_size, shards=shards, loads=loads, dp_sizes=dp_sizes)
 
     @property
     def num_microbatches(self) -> int:

@@ -22,7 +22,8 @@ _TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeli
 """Kind of work -> figure that includes it."""
 _TIME_FIGURES = tuple(dict.fromkeys(_TIMES.values()))
 _COUNTS = ("samples", "tokens")
-_FIGURES = (*_TIME_FIGURES, "memory", *_COUNTS, "seconds", "steps")
+_LAST_COMPUTE = "last_compute_s"
+_FIGURES = (*_TIME_FIGURES, _LAST_COMPUTE, "memory", *_COUNTS, "seconds", "steps")
 _MIB = 2**20
 
 
@@ -36,6 +37,8 @@ class Telemetry:
     - ``bridge_s``, ``pipeline_s``, ``reduce_s``: seconds per step in transfers to other modules, in transfers between
       pipeline stages, and in the gradient reduction that remains after backward; mean over the ranks that have any.
       They include waiting, because neither gloo nor NCCL reports when the other side is ready.
+    - ``imbalance``: measured compute time of the slowest data-parallel replica over the mean of all replicas, in the
+      last step whose times have been read; of modules with several replicas.
     - ``samples_per_sec``: samples that have input for this module.
     - ``tokens_per_sec``: for the language module, input positions including padding; for an encoder, output embeddings.
     - ``peak_memory_mib``: maximum over the module's ranks since the start; memory allocated by torch on a GPU, resident
@@ -59,6 +62,7 @@ class Telemetry:
             if not place["tp"] and not place["pp"]:
                 self._counted.append(name)
         self._places = [(rank, name) for rank in range(layout.world_size) for name in layout.modules_on(rank)]
+        self._replicas = [layout.modules[name].coordinates(rank)["dp"] for rank, name in self._places]
         self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in modules}
         self._in_step = {name: dict.fromkeys(_COUNTS, 0) for name in modules}
         self._unread: list[Span] = []
@@ -111,9 +115,15 @@ class Telemetry:
         return numbers.flatten()
 
     def _read(self) -> None:
+        if not self._unread:
+            return
+        for sums in self._sums.values():
+            sums[_LAST_COMPUTE] = 0.0
         for (kind, name), seconds in self._spans.own_seconds(self._unread).items():
             if name and kind in _TIMES:
                 self._sums[name][_TIMES[kind]] += seconds
+                if kind in COMPUTING:
+                    self._sums[name][_LAST_COMPUTE] += seconds
         self._unread = []
 
     def describe(self, numbers: Sequence[float]) -> dict[str, float]:
@@ -123,14 +133,22 @@ class Telemetry:
             numbers: sum of :meth:`figures` over all ranks.
         """
         rows: dict[str, list[dict[str, float]]] = {}
+        replicas: dict[str, dict[int, float]] = {}  # module -> replica -> seconds of compute in the last step
         for place, (_, name) in enumerate(self._places):
             of_rank = numbers[place * len(_FIGURES) : (place + 1) * len(_FIGURES)]
-            rows.setdefault(name, []).append(dict(zip(_FIGURES, of_rank, strict=True)))
+            row = dict(zip(_FIGURES, of_rank, strict=True))
+            rows.setdefault(name, []).append(row)
+            of_module, replica = replicas.setdefault(name, {}), self._replicas[place]
+            of_module[replica] = of_module.get(replica, 0.0) + row[_LAST_COMPUTE]
         described = {}
         for name, ranks in rows.items():
             steps, seconds = ranks[0]["steps"], max(row["seconds"] for row in ranks)
             if steps:
-                for figure, value in _of_module(ranks, steps, seconds).items():
+                values = _of_module(ranks, steps, seconds)
+                computed = replicas[name].values()
+                if len(computed) > 1 and any(computed):
+                    values["imbalance"] = max(computed) * len(computed) / sum(computed)
+                for figure, value in values.items():
                     described[f"telemetry/{name}/{figure}"] = value
         return described
 

@@ -109,15 +109,20 @@ def refuse_moved[**P](init: Callable[P, None]) -> Callable[P, None]:
     return checked
 
 
-def check_run_ahead(microbatches: Any) -> None:
-    """Check that the run-ahead of encoders is a number of microbatches.
+def check_batch_options(*, encoder_run_ahead: Any, balance: Any) -> None:
+    """Check the options of MimoStrategy that say how batches are run.
 
     Raises:
-        ConfigError: if it is not an integer of 0 or more.
+        ConfigError: if ``encoder_run_ahead`` is not an integer of 0 or more, or ``balance`` is not a bool.
     """
-    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 0:
+    if not isinstance(encoder_run_ahead, int) or isinstance(encoder_run_ahead, bool) or encoder_run_ahead < 0:
         raise ConfigError(
-            f"MimoStrategy(encoder_run_ahead={microbatches!r}) must be a whole number of microbatches, 0 or more."
+            f"MimoStrategy(encoder_run_ahead={encoder_run_ahead!r}) must be a whole number of microbatches, 0 or more."
+        )
+    if not isinstance(balance, bool):
+        raise ConfigError(
+            f"MimoStrategy(balance={balance!r}) must be True or False: whether replicas are given even work by the "
+            f"costs that the dataset declares."
         )
 
 

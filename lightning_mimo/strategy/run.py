@@ -68,6 +68,7 @@ class Run:
         plan: RankBatchPlan,
         *,
         encoder_run_ahead: int,
+        balance: bool,
         checks: Checks,
         saving: Saving,
         monitoring: Monitoring,
@@ -82,6 +83,7 @@ class Run:
             infra: grids and process groups.
             plan: this rank's share of every global batch.
             encoder_run_ahead: microbatches that an encoder computes before 1F1B requests them.
+            balance: whether to balance batches whose dataset declares costs.
             checks: settings of the checks.
             saving: settings of saving checkpoints.
             monitoring: telemetry and timeout.
@@ -89,7 +91,7 @@ class Run:
             device: device of this rank.
             previous: the stage before this one, if any.
         """
-        trainer, data = module.trainer, RunData(plan)
+        trainer, data = module.trainer, RunData(plan, balance=balance)
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         trained = data if is_fitting else None if previous is None else previous.trained
         batches = BatchRunner(

@@ -31,7 +31,7 @@ from lightning_mimo.strategy.batch_runner import Batch, StepListener
 from lightning_mimo.strategy.local_paths import local_path
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.module_check import as_mimo_module
-from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_run_ahead, refuse_moved
+from lightning_mimo.strategy.options import Checks, Monitoring, Saving, check_batch_options, refuse_moved
 from lightning_mimo.strategy.own_state import load_own_state, own_state_to_save, set_up_own_state
 from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.run import Run, set_up_optimizer, the_only
@@ -70,6 +70,7 @@ class MimoStrategy(ParallelStrategy):
         *,
         colocate: bool = False,
         encoder_run_ahead: int = 1,
+        balance: bool = True,
         ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
         checks: Checks = Checks(),
         saving: Saving = Saving(),
@@ -89,6 +90,7 @@ class MimoStrategy(ParallelStrategy):
             encoder_run_ahead: microbatches that an encoder on separate ranks computes before 1F1B requests them, so
                 that the language module does not wait for a microbatch that takes longer than others. On an encoder
                 rank, each needs memory for the activations of one more microbatch.
+            balance: give replicas even work if the dataset has a method ``cost(index)``; gradients stay the same.
             ddp: settings of Megatron's DistributedDataParallel: one config for all modules, or one per module name.
                 Gradients are always summed and then divided by the number of tokens of the global batch;
                 ``grad_reduce_in_fp32`` is determined by the precision.
@@ -100,12 +102,13 @@ class MimoStrategy(ParallelStrategy):
             precision_plugin: Lightning's precision plugin; set by the Trainer.
         """
         super().__init__(cluster_environment=cluster_environment, precision_plugin=precision_plugin)
-        check_run_ahead(encoder_run_ahead)
+        check_batch_options(encoder_run_ahead=encoder_run_ahead, balance=balance)
         self.modules = dict(modules)
         self.global_batch_size = global_batch_size
         self.num_microbatches = num_microbatches
         self.colocate = colocate
         self.encoder_run_ahead = encoder_run_ahead
+        self.balance = balance
         self.ddp = ddp
         self.checks = checks
         self.saving = saving
@@ -225,6 +228,7 @@ class MimoStrategy(ParallelStrategy):
             infra,
             plan,
             encoder_run_ahead=self.encoder_run_ahead,
+            balance=self.balance,
             checks=self.checks,
             saving=self.saving,
             monitoring=self.monitoring,

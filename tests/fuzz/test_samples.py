@@ -36,7 +36,7 @@ def collate(samples: list[Any]) -> Any:
     )
     modules = frozenset({"images", "language"})
     requests = [
-        SampleRequest(index=_FIRST + i, position=i, modules=modules, epoch=0, is_padding=False)
+        SampleRequest(index=_FIRST + i, position=i, drawn=i, modules=modules, epoch=0, is_padding=False)
         for i in range(len(samples))
     ]
     (batch,) = MicrobatchCollator(plan, expected)(list(zip(requests, samples, strict=True)))

@@ -34,6 +34,8 @@ DENSE_CLIPS = replace(CLIPS, dense=True)
 RAGGED_CLIPS = replace(CLIPS, sizes="ragged")
 GRIDS = replace(CLIPS, sizes="grid")
 RARE_GRIDS = replace(GRIDS, clips=(2, *[0] * 6), bare=True)
+COSTLY = Samples(costly=True)
+COSTLY_GRIDS = replace(GRIDS, costly=True)
 IN_SPACE = Samples(in_space=True)
 WEIGHTED = Samples(weighted=True)
 # One sample in twelve has images, so most microbatches and most replicas see none.
@@ -267,6 +269,31 @@ CASES = {
     "ragged_grid-audio_pp2dp2-rare": Case(
         task=task(audio=True, clip_encoder=PipelinedGridEncoder, samples=RARE_GRIDS),
         layout=apart(ModuleParallelism(), ModuleParallelism(), ModuleParallelism(pp=2, dp=2)),
+    ),
+    # ---- samples divided by their costs
+    "even_work-apart": Case(
+        task=task(samples=COSTLY), layout=apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2), num_microbatches=3)
+    ),
+    "even_work-fan_in-language_tp2pp2": Case(
+        task=task(samples=COSTLY),
+        layout=apart(ModuleParallelism(dp=4), ModuleParallelism(tp=2, pp=2), num_microbatches=3),
+    ),
+    "even_work-fan_out-images_pp2": Case(
+        task=task(samples=COSTLY), layout=apart(ModuleParallelism(pp=2), ModuleParallelism(dp=4), num_microbatches=3)
+    ),
+    "even_work-colocated": Case(
+        task=task(samples=COSTLY),
+        layout=together(ModuleParallelism(dp=4), ModuleParallelism(tp=2, dp=2), num_microbatches=3),
+    ),
+    "even_work-ragged_grid-accumulate_3_of_4": Case(
+        task=task(
+            audio=True, clip_encoder=GridEncoder, samples=replace(COSTLY_GRIDS, number=48), accumulate=3, steps=3
+        ),
+        layout=apart(ModuleParallelism(), ModuleParallelism(dp=2, pp=2), ModuleParallelism(dp=2)),
+    ),
+    "even_work-short_last_batch": Case(
+        task=task(samples=replace(COSTLY, number=31), steps=3),
+        layout=apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2), num_microbatches=3),
     ),
     # ---- positions of three dimensions
     "positions_in_space-language_tp2pp2": Case(

@@ -24,7 +24,7 @@ from lightning_mimo.mimo.initialization import cut_shard, global_named_parameter
 from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.models.sizes import Recompute
 from lightning_mimo.parallel.random import seed_megatron
-from tests.parity.model import ParityModule, PicturesSoundsAndText
+from tests.parity.model import CostlyPictures, ParityModule, PicturesSoundsAndText
 from tests.parity.oracle import SEED, Task, Tensors, Truth
 
 # What is smaller than this part of the global norm counts as this large: some gradients are zero but for rounding.
@@ -199,7 +199,8 @@ def train(
         recompute=layout.recompute,
         attention=layout.attention,
     )
-    loader = DataLoader(dataset or PicturesSoundsAndText(task.samples), batch_size=task.batch)
+    kind = CostlyPictures if task.samples.costly else PicturesSoundsAndText
+    loader = DataLoader(dataset or kind(task.samples), batch_size=task.batch)
     held_out = None if validation is None else DataLoader(validation, batch_size=task.batch)
     trainer.fit(module, loader, held_out, ckpt_path=ckpt_path)
     return recorder, module, strategy

@@ -48,6 +48,7 @@ class Samples:
         in_space: give positions of three dimensions.
         weighted: give every sample a weight, a number for each token and a name.
         masked: which samples have no loss token, over and over.
+        costly: declare what samples cost, so that batches are balanced.
         bare: leave modality_inputs out where a sample has none, in place of empty tensors.
     """
 
@@ -59,6 +60,7 @@ class Samples:
     in_space: bool = False
     weighted: bool = False
     masked: Sequence[bool] = (False, False, False, True, False)
+    costly: bool = False
     bare: bool = False
 
 
@@ -104,6 +106,20 @@ class PicturesSoundsAndText(Dataset):
             numbers = torch.rand(length, generator=generator, dtype=torch.float64)
             sample |= {"weight": 0.5 + index, "numbers": numbers, "source": {"name": str(index)}}
         return {**sample, "modality_inputs": inputs} if inputs else sample
+
+
+class CostlyPictures(PicturesSoundsAndText):
+    """The same samples, with the work that they are for each module."""
+
+    def cost(self, index: int) -> dict[str, float]:
+        sample = self[index]
+        inputs = sample.get("modality_inputs", {})
+        costs = {"language": float(len(sample["input_ids"]))}
+        if "images" in inputs:
+            costs["images"] = float(len(inputs["images"]["vit"]["pixel_values"]))
+        if "audio" in inputs:
+            costs["audio"] = float((sample["input_ids"] == CLIP).sum())
+        return costs
 
 
 def _clips(kinds: Samples, frames: torch.Tensor, grids: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:

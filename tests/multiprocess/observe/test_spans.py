@@ -114,6 +114,8 @@ def check_telemetry(found: list[dict[str, float]], folder: Path) -> None:
         assert 10 < last[f"telemetry/{name}/peak_memory_mib"] < 20_000
     assert last["telemetry/language/pipeline_s"] > 0
     assert "telemetry/images/pipeline_s" not in last
+    assert 1 <= last["telemetry/images/imbalance"] <= 2, "of two replicas"
+    assert "telemetry/language/imbalance" not in last
     # What is logged with step 3 is of steps 1 and 2: all 24 samples once.
     samples = [Samples().images[index % len(Samples().images)] for index in range(24)]
     ratio = last["telemetry/images/samples_per_sec"] / last["telemetry/language/samples_per_sec"]

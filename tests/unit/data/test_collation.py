@@ -44,7 +44,9 @@ def collate(*samples: Any, microbatches: int = 1, sizes: ItemSizes | None = None
         "encoders": {"images": {"vit": sizes}},
     }
     requests = [
-        SampleRequest(index=10 + i, position=i, modules=frozenset({"images", "language"}), epoch=0, is_padding=False)
+        SampleRequest(
+            index=10 + i, position=i, drawn=i, modules=frozenset({"images", "language"}), epoch=0, is_padding=False
+        )
         for i in range(len(samples))
     ]
     collator = MicrobatchCollator(plan(len(samples), microbatches=microbatches), SampleFormat(**{**wanted, **fields}))

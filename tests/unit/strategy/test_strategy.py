@@ -91,6 +91,11 @@ def test_encoders_run_ahead_by_whole_microbatches(ahead: object) -> None:
         trainer(strategy(encoder_run_ahead=ahead)).strategy.validate()
 
 
+def test_balance_is_a_choice_of_two() -> None:
+    with pytest.raises(ValueError, match=r"balance='off'\) must be True or False"):
+        strategy(balance="off")
+
+
 def test_wrong_number_of_devices_names_the_right_one() -> None:
     with pytest.raises(LayoutError, match=r"devices=2"):
         trainer(strategy(), devices=1).strategy.validate()
