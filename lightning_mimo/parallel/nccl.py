@@ -6,7 +6,6 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import default_pg_nccl_timeout
 
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.communicators import Use
@@ -50,9 +49,6 @@ class NcclGroupOptions:
     def to_torch(self) -> dist.ProcessGroupNCCL.Options:
         """New options of torch for one group; torch writes the group's name and ranks into them."""
         options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=self.high_priority_stream)
-        # torch warns if this differs from the argument of new_group. The groups get their timeout later.
-        if default_pg_nccl_timeout is not None:
-            options._timeout = default_pg_nccl_timeout
         for name in ("min_ctas", "max_ctas", "cga_cluster_size", "net_name"):
             if (value := getattr(self, name)) is not None:
                 setattr(options.config, name, value)

@@ -24,11 +24,6 @@ ATTRIBUTES = (
     Attribute("torch.autograd.variable.Variable", "_execution_engine", "calls back when a backward pass ends"),
     Attribute("torch.distributed.distributed_c10d", "_set_pg_timeout", "the name of set_timeout before it was public"),
     Attribute(
-        "torch.distributed.ProcessGroupNCCL.Options",
-        "_timeout",
-        "torch warns where it is not that of the group, and has no public name for it",
-    ),
-    Attribute(
         "torch.testing._internal.distributed.fake_pg",
         "FakeStore",
         "a rank without others, for a dry run; importing it registers the backend, so it is imported there only",

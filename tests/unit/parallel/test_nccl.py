@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import default_pg_nccl_timeout
 
 from lightning_mimo import ConfigError, ModuleParallelism, NcclGroupOptions, NcclOptions
 from lightning_mimo.layout.communicators import Use
@@ -24,6 +25,7 @@ def test_options_reach_torch() -> None:
     assert (config.min_ctas, config.max_ctas, config.cga_cluster_size, config.net_name) == (2, 8, 4, "Socket")
     again = NcclOptions(gradients=chosen).for_use("gradients")
     assert again is not options, "torch writes the name of a group into its options"
+    assert options._timeout == default_pg_nccl_timeout, "torch warns of another one"
 
 
 @needs_nccl
