@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.layout.pass_order import stages_behind
 from lightning_mimo.layout.routes import routes_between
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -109,12 +110,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         difference and keep that many more microbatches in memory. The number of warm-up forward passes in the schedule
         is the number of later stages, so a larger distance from the end lets encoders run ahead.
         """
-        modules = self._infra.layout.modules
         name, place = next(iter(self.rank_module_map.items()))
-        behind = place.pp_size - 1 - place.pp_rank
-        if name != LANGUAGE:
-            behind += modules[LANGUAGE].pp + self._run_ahead
-        return self.total_stages - 1 - behind
+        modules = self._infra.layout.modules
+        return self.total_stages - 1 - stages_behind(modules, name, place.pp_rank, encoder_run_ahead=self._run_ahead)
 
     def begin(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> None:
         """Prepare a pass. Call it before every pass.

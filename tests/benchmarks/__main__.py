@@ -13,6 +13,7 @@ from tests.support.rank_pool import RankPool
 BENCHMARKS = {
     "overhead": "a step under Trainer and MimoStrategy against a bare loop around megatron-core",
     "schedule": "how near the ranks come to a schedule in which communication is free",
+    "plan": "the planner: predicted against measured step times, and the layout that it picks",
     "loading": "what each rank decodes, and whether that hides behind the step",
     "startup": "from the launch to the first step, and what needs no torch",
     "process_groups": "how many there are, how long they take, and how both grow",

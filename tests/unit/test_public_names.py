@@ -29,8 +29,6 @@ PUBLIC_NAMES = [
     "MimoStrategy",
     "ModuleParallelism",
     "Monitoring",
-    "NcclGroupOptions",
-    "NcclOptions",
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",

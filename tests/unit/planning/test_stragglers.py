@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import ModuleParallelism
+from lightning_mimo.planning.candidate import Candidate, Variant
+from lightning_mimo.planning.hardware import load_hardware
+from lightning_mimo.planning.pricing import price_stages
+from lightning_mimo.planning.step import simulate_step
+from lightning_mimo.planning.stragglers import SampleSpread, balanced, draw_factors, lognormal_costs, seconds_with
+from tests.unit.planning.formula import Transformer, formula_model
+
+MODEL = formula_model(
+    {
+        "images": Transformer(layers=24, hidden=1024, tokens=576, output=4096),
+        "language": Transformer(layers=32, hidden=2048, tokens=1024, output=2048),
+    },
+    global_batch_size=64,
+)
+H100 = load_hardware("h100")
+
+
+def _candidate(colocate: bool, **dp: int) -> Candidate:
+    modules = {name: ModuleParallelism(dp=each) for name, each in dp.items()}
+    ranks = max(dp.values()) if colocate else sum(dp.values())
+    return Candidate(
+        layout=MimoLayout.resolve(modules, world_size=ranks, colocate=colocate),
+        num_microbatches=4,
+        encoder_run_ahead=1,
+        distributed_optimizer=True,
+        overlap=True,
+        variant=Variant(recompute=False, sequence_parallel=False),
+    )
+
+
+LAYOUTS = [
+    _candidate(True, images=8, language=8),
+    _candidate(False, images=4, language=2),
+    _candidate(False, images=2, language=4),
+]
+
+
+@pytest.mark.parametrize("candidate", LAYOUTS, ids=str)
+def test_equal_samples_change_nothing(candidate: Candidate) -> None:
+    """All replicas simulated one by one give the step of one that stands for all."""
+    prices = price_stages(candidate, MODEL, H100)
+    same = SampleSpread(costs={"images": [3.0, 3.0], "language": [1.0, 1.0]}, order=None)
+    expected = simulate_step(candidate, prices, MODEL, H100).seconds
+    assert seconds_with(same, candidate, prices, MODEL, H100) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("candidate", LAYOUTS[:2], ids=str)
+def test_differing_samples_cost_time_and_balance_saves_most_of_it(candidate: Candidate) -> None:
+    prices = price_stages(candidate, MODEL, H100)
+    spread = SampleSpread(costs=lognormal_costs({"images": 0.8, "language": 0.0}), order=None)
+    equal = simulate_step(candidate, prices, MODEL, H100).seconds
+    plain, even = (
+        seconds_with(replace(spread, order=order), candidate, prices, MODEL, H100) for order in (None, balanced)
+    )
+    assert plain > equal and even < plain
+    assert even - equal < 0.6 * (plain - equal)
+
+
+def test_factors_are_means_of_the_samples_of_a_replica() -> None:
+    candidate = LAYOUTS[1]
+    spread = SampleSpread(costs={"images": [float(i) for i in range(100)]}, order=None)
+    factors = draw_factors(spread, candidate, MODEL, random.Random(0))
+    drawn = random.Random(0)
+    batch = [drawn.randrange(100) for _ in range(64)]
+    assert factors["images"][1][2] == pytest.approx(statistics.fmean(batch[32 + 4 : 32 + 8]) / statistics.fmean(batch))
+    assert factors["language"] == [[1.0] * 4] * 2
+    assert [len(factors[name]) for name in ("images", "language")] == [4, 2]
+
+
+def test_lognormal_costs() -> None:
+    costs = lognormal_costs({"images": 0.8, "language": 0.0})
+    assert statistics.fmean(costs["images"]) == pytest.approx(1) and set(costs["language"]) == {1.0}
+    assert statistics.pstdev(costs["images"]) == pytest.approx((2.718281828 ** (0.8**2) - 1) ** 0.5, rel=0.15)
