@@ -186,6 +186,19 @@ def _reduce_scatter_of_any_sizes(function: Callable[..., Any]) -> Callable[..., 
     return call
 
 
+def _own_object_if_fake(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``all_gather_object`` so that in a fake world every rank gives what this one gives."""
+
+    @functools.wraps(function)
+    def call(object_list: list[Any], obj: Any, group: Any = None) -> None:
+        if torch.distributed.get_backend(group) != "fake":
+            function(object_list, obj, group=group)
+        else:
+            object_list[:] = [obj] * len(object_list)
+
+    return call
+
+
 def _with_one_device(process_group: Any) -> type:
     """Subclass ``ProcessGroupGloo`` so that all groups share the gloo device of the first one."""
 
@@ -295,6 +308,12 @@ REPLACEMENTS = (
         name="reduce_scatter",
         make=_reduce_scatter_of_any_sizes,
         reason="in the backward pass, ranks that share experts receive different numbers of tokens",
+    ),
+    Replacement(
+        module="torch.distributed",
+        name="all_gather_object",
+        make=_own_object_if_fake,
+        reason="the optimizer compares parameter groups over the world, and fake tensors cannot hold a pickled object",
     ),
     Replacement(
         module="torch.distributed",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.models.mimo import MimoModelConfig
+from megatron.core.parallel_state import destroy_global_memory_buffer
 from torch.overrides import TorchFunctionMode
 
 from lightning_mimo.cpu import megatron_on_cpu
@@ -58,11 +59,13 @@ def as_rank(layout: MimoLayout, rank: int, *, spans: Spans | None = None) -> Ite
     try:
         with megatron_on_cpu(), warnings.catch_warnings():
             hush_known_warnings()
+            destroy_global_memory_buffer()  # scratch space of tensor-parallel layers, which this rank is to make itself
             seed_megatron(layout, rank, seed=0)
             infra = MimoModelInfra.build(layout, spans=spans)
             yield infra
             infra.destroy()
     finally:
+        destroy_global_memory_buffer()
         dist.destroy_process_group()
 
 

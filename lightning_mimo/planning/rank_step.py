@@ -1,0 +1,322 @@
+"""Runs training steps of one rank on fake tensors: with our schedule, Megatron's DDP and the optimizer of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.moe.router import Router
+from megatron.core.transformer.transformer_block import TransformerBlock
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
+from lightning_mimo.data.sample_format import Sample, SampleFormat
+from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.mimo.freezing import freeze
+from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
+from lightning_mimo.observe.spans import Spans
+from lightning_mimo.optim.ddp import wrap_with_ddp
+from lightning_mimo.optim.optimizer import MimoTorchOptimizer
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
+from lightning_mimo.planning.step_recorder import Exchange, Phase, Segment, StepRecorder
+from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSchedule, LossFunction
+from lightning_mimo.upstream.torch import tree_map
+
+_AXES = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "pp", "embd", "mp", "tp_ep_pp", "tp_dp_cp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingProgram:
+    """What a training step runs of the user's code.
+
+    Attributes:
+        configure: describes the model, as ``MimoModule.configure_mimo``.
+        attach: is given the model of a rank before anything below is called on it.
+        sample_format: what samples must hold for the attached model.
+        forward: runs the attached model on a microbatch.
+        loss: as for :class:`lightning_mimo.schedule.forward_backward.GlobalBatchSchedule`.
+        optimizer: builds the optimizer of the attached model, which is wrapped in DDP.
+        frozen: names of frozen modules or prefixes of parameter names, as for ``MimoModule``.
+    """
+
+    configure: Configure
+    attach: Callable[[RaggedMimoModel, MimoModelInfra], None]
+    sample_format: Callable[[], SampleFormat]
+    forward: ForwardStep
+    loss: LossFunction
+    optimizer: Callable[[], MimoTorchOptimizer]
+    frozen: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """Settings of a run that decide what a step does.
+
+    Attributes:
+        layout: resolved layout.
+        dtype_policy: dtypes of the run.
+        ddp: module name -> options of its DDP wrapper.
+        samples: samples of a microbatch over all ranks: global batch size / microbatches.
+        num_microbatches: microbatches of a step.
+        encoder_run_ahead: as for MimoStrategy.
+    """
+
+    layout: MimoLayout
+    dtype_policy: DtypePolicy
+    ddp: Mapping[str, DistributedDataParallelConfig]
+    samples: int
+    num_microbatches: int
+    encoder_run_ahead: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecording:
+    """What one rank did in a step.
+
+    Attributes:
+        peaks: phase -> bytes by purpose at the peak of that phase.
+        recorder: operations and messages of ``microbatches`` microbatches.
+        microbatches: microbatches that were run; fewer than in a real step where memory no longer grows.
+    """
+
+    peaks: Mapping[Hashable, Mapping[str, int]]
+    recorder: StepRecorder
+    microbatches: int
+
+
+class _LoneSchedule(GlobalBatchSchedule):
+    """The schedule of a rank that cannot ask others for the names of metrics."""
+
+    def _names_of_metrics(self, results: list[Any], *, training: bool) -> list[str]:
+        return sorted(results[0][2]) if self.computes_loss else []
+
+
+def collect_flags(settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange) -> None:
+    """Set up one rank without running anything, so that other ranks know what it trains."""
+    exchange.collecting = True
+    with _set_up(settings, program, rank, exchange):
+        pass
+    exchange.collecting = False
+
+
+def run_rank(
+    settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange, *, sample: Sample
+) -> RankRecording:
+    """Run two steps of one rank, of which the second is recorded.
+
+    torch.distributed must not be initialized in this process. :func:`collect_flags` must have been called for a rank of
+    every stage, and earlier stages of an encoder must have been run.
+
+    Args:
+        settings: of the run.
+        program: the user's code.
+        rank: global rank.
+        exchange: shared by all ranks.
+        sample: of which every microbatch is made.
+    """
+    stages = max((s.pp for name, s in settings.layout.modules.items() if name != LANGUAGE), default=0)
+    in_flight = settings.layout.modules[LANGUAGE].pp + stages + settings.encoder_run_ahead
+    number = min(settings.num_microbatches, 2 if settings.layout.colocated else in_flight + 2)
+    with _set_up(settings, program, rank, exchange) as (recorder, model, schedule, optimizer):
+        model.train()
+        for microbatches in (1, number):
+            batch = _batch(settings, program, rank, sample, number=microbatches)
+            recorder.ledger.assign(_tensors_of(batch), "batch")
+            if microbatches == number:
+                recorder.counting = True
+                recorder.ledger.begin()
+            schedule.zero_grad()
+            optimizer.outcome = None
+            optimizer.reduction = schedule.train(
+                batch, partial(_forward, recorder, program.forward), program.loss, optimizer=optimizer.mimo
+            )
+            optimizer.step()
+            if not recorder.counting:
+                _assign_state(recorder, model, optimizer)
+        peaks = dict(recorder.ledger.peaks)
+    return RankRecording(peaks=peaks, recorder=recorder, microbatches=number)
+
+
+@contextmanager
+def _set_up(
+    settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange
+) -> Iterator[tuple[StepRecorder, RaggedMimoModel, GlobalBatchSchedule, MimoTorchOptimizer]]:
+    spans = Spans()
+    with as_rank(settings.layout, rank, spans=spans) as infra:
+        model = build_on_meta(program.configure, infra, settings.dtype_policy)
+        recorder = StepRecorder(spans, exchange, _axes_of(infra))
+        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+            _make_fake(model)
+            freeze(model, infra, program.frozen)
+            program.attach(model, infra)
+            wrap_with_ddp(model, infra, settings.ddp, settings.dtype_policy)
+            schedule = _LoneSchedule(model, infra, encoder_run_ahead=settings.encoder_run_ahead)
+            _follow_segments(model, infra, recorder)
+            _balance_experts(model)
+            optimizer = program.optimizer()
+            yield recorder, model, schedule, optimizer
+
+
+def _forward(recorder: StepRecorder, forward: ForwardStep, microbatch: Microbatch) -> Any:
+    recorder.segment = "before"
+    output = forward(microbatch)
+    recorder.segment = "after"  # until the backward pass reaches the layers
+    return output
+
+
+def _batch(
+    settings: StepSettings, program: TrainingProgram, rank: int, sample: Sample, *, number: int
+) -> list[Microbatch]:
+    plan = RankBatchPlan.build(
+        settings.layout, rank, global_batch_size=settings.samples * number, num_microbatches=number
+    )
+    requests = [
+        SampleRequest(
+            index=0, position=position, modules=plan.needed_by(position, microbatch), epoch=0, is_padding=False
+        )
+        for microbatch in range(number)
+        for position in plan.samples_on_rank(microbatch)
+    ]
+    collate = MicrobatchCollator(plan, program.sample_format())
+    with torch.utils._python_dispatch._disable_current_modes():
+        batch = collate([(request, sample) for request in requests])
+    dtype = settings.dtype_policy.dtype
+
+    def fake(value: Any, to: torch.dtype | None = None) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return torch.empty(value.shape, dtype=to or value.dtype)
+
+    made = []
+    for microbatch in batch:
+        each: Any = {key: tree_map(fake, value) for key, value in microbatch.items()}
+        each["modality_inputs"] = tree_map(partial(fake, to=dtype), microbatch["modality_inputs"])
+        made.append(each)
+    return made
+
+
+def _tensors_of(batch: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    tree_map(lambda value: found.append(value) if isinstance(value, torch.Tensor) else None, batch)
+    return found
+
+
+def _make_fake(model: torch.nn.Module) -> None:
+    """Replace tensors on the meta device by fake ones on the CPU."""
+    made: dict[int, Any] = {}
+
+    def fake(tensor: torch.Tensor) -> Any:
+        if id(tensor) not in made:
+            is_whole = not tensor.is_floating_point()
+            new = (
+                torch.zeros(tensor.shape, dtype=tensor.dtype)
+                if is_whole
+                else torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            )
+            if isinstance(tensor, torch.nn.Parameter):
+                new = torch.nn.Parameter(new, requires_grad=tensor.requires_grad)
+                new.__dict__.update(tensor.__dict__)
+            made[id(tensor)] = tensor, new  # the old one is kept, so that its id is not used again
+        return made[id(tensor)][1]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers, module.__dict__):
+            for name, value in held.items():
+                if isinstance(value, torch.Tensor) and value.device.type == "meta":
+                    held[name] = fake(value)
+
+
+def _assign_state(recorder: StepRecorder, model: RaggedMimoModel, optimizer: MimoTorchOptimizer) -> None:
+    """Tell the ledger what tensors are kept from step to step."""
+    ledger = recorder.ledger
+    for _, inner in optimizer.mimo._inner():
+        for group in inner.optimizer.param_groups:
+            ledger.assign(group["params"], "optimizer")
+        for state in inner.optimizer.state.values():
+            ledger.assign((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            for buffer in (*module.buffers, *module.expert_parallel_buffers):
+                ledger.assign([buffer.grad_data], "gradients")
+                if buffer.param_data is not None:
+                    ledger.assign([buffer.param_data], "weights")
+    ledger.assign(model.parameters(), "weights")
+    ledger.assign(model.buffers(), "weights")
+
+
+def _axes_of(infra: MimoModelInfra) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of every process group of this rank -> its axis, and its ranks."""
+    axes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    world = dist.group.WORLD
+    assert world is not None
+    for module, groups in infra.pg_collections.items():
+        for axis in _AXES:
+            group = getattr(groups, axis, None)
+            if group is not None:
+                ranks = tuple(dist.get_process_group_ranks(group))
+                axes.setdefault(group.group_name, (f"{axis} of {module}", ranks))
+    axes[world.group_name] = "world", tuple(range(infra.layout.world_size))
+    return axes
+
+
+def _follow_segments(model: RaggedMimoModel, infra: MimoModelInfra, recorder: StepRecorder) -> None:
+    """Set the recorder's segment as passes go through the modules and their layers."""
+
+    def to(segment: Segment, *unused: Any) -> None:
+        recorder.segment = segment
+
+    def when_reached(segment: Segment, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            tensor.register_hook(partial(to, segment))
+
+    def before_layers(block: Any, args: Any, kwargs: Any) -> None:
+        when_reached("before", args[0] if args else kwargs.get("hidden_states"))
+        to("layers")
+
+    def after_layers(block: Any, args: Any, output: Any) -> None:
+        when_reached("layers", output)
+        to("after")
+
+    def after_module(module: Any, args: Any, output: Any) -> None:
+        when_reached("after", output[0] if isinstance(output, tuple) else output)
+        to("before")
+
+    for module in model.modules():
+        if isinstance(module, TransformerBlock):
+            module.register_forward_pre_hook(before_layers, with_kwargs=True)
+            module.register_forward_hook(after_layers)
+    for name in infra.participating_modules:
+        if name != LANGUAGE and infra.colocated:
+            module_and_name(model, name)[0].module.register_forward_hook(after_module)
+
+
+def _balance_experts(model: RaggedMimoModel) -> None:
+    """Let routers send every expert equally many tokens, because fake tensors do not say which."""
+
+    def balanced(router: Any, args: Any, output: Any) -> Any:
+        probabilities, chosen = output
+        tokens, experts = chosen.shape
+        first = torch.arange(tokens).unsqueeze(1) * router.topk
+        picked = (first + torch.arange(router.topk)) % experts
+        return probabilities, torch.zeros(tokens, experts, dtype=torch.bool).scatter_(1, picked, True)
+
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(balanced)
+
+
+def phase_of(key: Hashable) -> Phase:
+    """A key of ``RankRecording.peaks`` as what it is."""
+    assert isinstance(key, Phase)
+    return key
