@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_block import TransformerBlock
-from torch._subclasses.fake_tensor import FakeTensorMode
+from megatron.core.utils import unwrap_model
 
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.sample_format import Sample, SampleFormat
@@ -29,9 +29,9 @@ from lightning_mimo.optim.ddp import wrap_with_ddp
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
-from lightning_mimo.planning.step_recorder import Exchange, Phase, Segment, StepRecorder
+from lightning_mimo.planning.step_recorder import Exchange, Segment, StepRecorder
 from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSchedule, LossFunction
-from lightning_mimo.upstream.torch import tree_map
+from lightning_mimo.upstream.torch import FakeTensorMode, _disable_current_modes, tree_map
 
 _AXES = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "pp", "embd", "mp", "tp_ep_pp", "tp_dp_cp")
 
@@ -183,13 +183,18 @@ def _batch(
     )
     requests = [
         SampleRequest(
-            index=0, position=position, modules=plan.needed_by(position, microbatch), epoch=0, is_padding=False
+            index=0,
+            position=position,
+            drawn=position,
+            modules=plan.needed_by(position, microbatch),
+            epoch=0,
+            is_padding=False,
         )
         for microbatch in range(number)
         for position in plan.samples_on_rank(microbatch)
     ]
     collate = MicrobatchCollator(plan, program.sample_format())
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         batch = collate([(request, sample) for request in requests])
     dtype = settings.dtype_policy.dtype
 
@@ -298,7 +303,7 @@ def _follow_segments(model: RaggedMimoModel, infra: MimoModelInfra, recorder: St
             module.register_forward_hook(after_layers)
     for name in infra.participating_modules:
         if name != LANGUAGE and infra.colocated:
-            module_and_name(model, name)[0].module.register_forward_hook(after_module)
+            unwrap_model(module_and_name(model, name)[0]).register_forward_hook(after_module)
 
 
 def _balance_experts(model: RaggedMimoModel) -> None:
@@ -314,9 +319,3 @@ def _balance_experts(model: RaggedMimoModel) -> None:
     for module in model.modules():
         if isinstance(module, Router):
             module.register_forward_hook(balanced)
-
-
-def phase_of(key: Hashable) -> Phase:
-    """A key of ``RankRecording.peaks`` as what it is."""
-    assert isinstance(key, Phase)
-    return key

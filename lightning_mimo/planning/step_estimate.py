@@ -115,9 +115,9 @@ class _Runs:
         base = self._run("", kind, few)
         more = {name: self._run(name, kind, {**few, name: depth.more}) for name, depth in depths.items()}
         factors = {name: depth.factor for name, depth in depths.items()}
-        phase, memory = _peak(base, more, factors)
-        scale = self._settings.num_microbatches / base.microbatches
-        memory = {purpose: max(0, round(memory.get(purpose, 0))) for purpose in _PURPOSES}
+        phase, peak = _peak(base, more, factors)
+        memory = {purpose: max(0, round(size)) for purpose, size in peak.items()}
+        memory["batch"] = memory["batch"] * self._settings.num_microbatches // base.microbatches
         work = {
             name: ModuleWork(
                 **{
@@ -130,7 +130,7 @@ class _Runs:
         return RankEstimate(
             stages=kind.stages,
             ranks=kind.ranks,
-            memory=StepMemory(**{**memory, "batch": round(memory["batch"] * scale)}),
+            memory=StepMemory(**memory),
             peak_at=str(phase),
             work=work,
             step=_total(base, more, factors, "", STEP),

@@ -11,14 +11,13 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lightning_mimo.observe.spans import BACKWARD, FORWARD, Spans
 from lightning_mimo.planning.costs import Message, OperationKind, Operations, Work
 from lightning_mimo.planning.memory_ledger import MemoryLedger
+from lightning_mimo.upstream.torch import FakeTensor, TorchDispatchMode, unset_fake_temporarily
 
 Segment = Literal["before", "layers", "after"]
 """Part of a module's pass: before, in or after its transformer layers."""
