@@ -27,6 +27,7 @@ from .errors import (
 from .layout.layout import MimoLayout as MimoLayout
 from .layout.module_parallelism import ModuleParallelism as ModuleParallelism
 from .microbatch import Ragged as Ragged
+from .microbatch import sum_by_sample as sum_by_sample
 from .mimo.initialization import fan_in_normal_ as fan_in_normal_
 from .mimo_parallel_utils import (
     build_pg_collection_for_schedule as build_pg_collection_for_schedule,

@@ -42,26 +42,34 @@ class Ragged(NamedTuple):
 class Microbatch(TypedDict, total=False):
     """One rank's share of one microbatch: ``b`` samples of the rank's language replica, padded to ``s`` tokens.
 
+    With ``MimoStrategy(pack_to=...)`` the microbatch is packed: all its samples follow each other in one row, without
+    padding. Tensors ``[b, s]`` then are ``[1, s]``, ``s`` being the sum of the samples' lengths, and everything that
+    there is of each sample has ``n`` entries, the number of samples; without packing, ``n`` is ``b``.
+
     Ranks of encoders hold the text, too, because both sides of a bridge compute the number of embeddings from it.
 
     Attributes:
         input_ids: int64 ``[b, s]``.
         position_ids: int64 ``[b, s]``; ``[3, b, s]`` for a language module with multimodal rotary positions.
-        custom_positions: whether ``position_ids`` differ from 0, 1, 2, …; ranks of the language module only.
+        custom_positions: whether ``position_ids`` differ from 0, 1, 2, …, as they do where packed samples follow each
+            other; ranks of the language module only.
         labels: int64 ``[b, s]``, the token to predict at each position, -100 for none; ranks of the language module
             only.
         loss_mask: float ``[b, s]``, 0 at positions that do not count in the loss; ranks of the language module only.
         token_order: positions of text tokens and embeddings; ranks of the language module only.
-        lengths: int64 ``[b]``, tokens of each sample before padding.
-        placeholders: encoder module -> number of placeholder tokens of each sample, ``b`` integers.
+        lengths: int64 ``[n]``, tokens of each sample before padding.
+        sample_lengths: the same as integers, on the host.
+        is_packed: whether the samples follow each other in one row.
+        placeholders: encoder module -> number of placeholder tokens at each position of the global batch, which is one
+            sample or, packed, one row of samples.
         sample_indices: index in the dataset of each sample.
         global_positions: position in the global batch of each sample, as the sampler ordered it.
         is_padding: whether each sample only pads an incomplete last batch and does not count.
         modality_inputs: module -> ``{encoder: {argument: [items, ...]}}`` of the samples that this rank encodes;
             ``None`` where no sample has any.
         modality_counts: module -> embeddings of each sample that the bridge of this rank sees.
-        sample_fingerprints: module -> int64 ``[n, 4]`` of numpy, which stays on the host: position, index, checksum of
-            the text, and checksum of what else the module takes of each sample.
+        sample_fingerprints: module -> int64 ``[n, 5]`` of numpy, which stays on the host: position, place in the row,
+            index, checksum of the text, and checksum of what else the module takes of each sample.
         prompt_lengths: int64 ``[b]``, tokens of each sample before its answer; while one is generated only.
 
     On ranks of the language module, the ``extra_keys`` of :class:`MimoModule` are added to these.
@@ -74,6 +82,8 @@ class Microbatch(TypedDict, total=False):
     loss_mask: torch.Tensor
     token_order: TokenOrder
     lengths: torch.Tensor
+    sample_lengths: tuple[int, ...]
+    is_packed: bool
     placeholders: Mapping[str, tuple[int, ...]]
     sample_indices: tuple[int, ...]
     global_positions: tuple[int, ...]
@@ -91,6 +101,8 @@ class ModalityCounts:
     Attributes:
         sample_indices: index in the dataset of every sample that the bridge of this rank handles.
         placeholders: number of placeholder tokens in each of these samples, equal to the embeddings it must get.
+        samples_per_position: how many of these samples are at each position of the global batch; more than one only
+            where rows are packed.
         own: which of these samples this rank's encoder replica encodes.
         items: number of images, clips, … in each of the encoder's own samples. Later pipeline stages of an encoder load
             no items and receive these numbers with the first activations.
@@ -103,11 +115,18 @@ class ModalityCounts:
 
     sample_indices: tuple[int, ...]
     placeholders: tuple[int, ...]
+    samples_per_position: tuple[int, ...]
     own: range
     items: tuple[int, ...]
     embeddings: tuple[int, ...] | None = None
     rows: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     per_item: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+
+    @property
+    def placeholders_per_position(self) -> tuple[int, ...]:
+        """Placeholder tokens at each position of the global batch. A bridge divides between positions."""
+        each = iter(self.placeholders)
+        return tuple(sum(islice(each, samples)) for samples in self.samples_per_position)
 
     @property
     def own_placeholders(self) -> tuple[int, ...]:
@@ -197,6 +216,30 @@ class TokenOrder(NamedTuple):
 
     text: torch.Tensor
     rows: torch.Tensor
+
+
+def sum_by_sample(values: torch.Tensor, microbatch: Microbatch) -> torch.Tensor:
+    """Sum values of tokens over each sample, in a packed microbatch or not. The host does not wait for the device.
+
+    Example, in ``loss()``, for a mean over the tokens of each sample::
+
+        losses = sum_by_sample(token_losses * batch["loss_mask"], batch)  # [n]
+
+    Args:
+        values: numbers ``[b, s]``, one for each token; bools are counted.
+        microbatch: with ``is_packed`` and ``lengths``.
+
+    Returns:
+        ``[n]``, in the order of ``sample_indices``.
+    """
+    if values.dtype == torch.bool:
+        values = values.long()
+    if not microbatch["is_packed"]:
+        return values.sum(dim=1)
+    lengths = microbatch["lengths"]
+    samples = torch.arange(len(lengths), device=lengths.device)
+    samples = samples.repeat_interleave(lengths, output_size=values.size(1))
+    return values.new_zeros(len(lengths)).index_add(0, samples, values[0])
 
 
 def token_order(input_ids: torch.Tensor, placeholders: Mapping[str, int]) -> TokenOrder:

@@ -44,21 +44,22 @@ class RaggedColocatedBridge(ColocatedBridgeCommunicator):
             for direction in (FORWARD, BACKWARD)
         }
 
-    def communicate(self, tensor: torch.Tensor, rows_per_sample: Sequence[int] | None = None) -> torch.Tensor:
+    def communicate(self, tensor: torch.Tensor, rows_per_position: Sequence[int] | None = None) -> torch.Tensor:
         """Transfer an encoder's rows to the ranks whose language replica has their samples.
 
         Args:
             tensor: ``[rows, hidden]``, the encoder replica's output, the same on all its tensor-parallel ranks.
-            rows_per_sample: number of rows of each sample in the larger of this rank's two data-parallel shards.
+            rows_per_position: number of rows at each position of the global batch in the larger of this rank's two
+                data-parallel shards.
 
         Returns:
             ``[rows, hidden]`` for the samples of this rank's language replica.
         """
         if self.direction is BridgeDirection.EQUAL:
             return tensor
-        assert rows_per_sample is not None, "the rows of each sample must be known where dp sizes differ"
-        samples = len(rows_per_sample) // self.scale
-        sizes = [sum(rows_per_sample[i * samples : (i + 1) * samples]) for i in range(self.scale)]
+        assert rows_per_position is not None, "the rows of each position must be known where dp sizes differ"
+        positions = len(rows_per_position) // self.scale
+        sizes = [sum(rows_per_position[i * positions : (i + 1) * positions]) for i in range(self.scale)]
         mapping = self.rank_to_src_pos if self.is_fan_in() else self.rank_to_dest_pos
         slot = mapping[self.current_rank][0] % self.scale
         function = _GatherRows if self.is_fan_in() else _TakeRows

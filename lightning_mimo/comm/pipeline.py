@@ -173,8 +173,8 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
         def shapes_of(microbatch: Microbatch) -> Shapes:
             rows = microbatch["placeholders"][encoder]
-            samples = len(rows) // parts
-            return [(sum(rows[part * samples : (part + 1) * samples]), width) for part in range(parts)]
+            positions = len(rows) // parts
+            return [(sum(rows[part * positions : (part + 1) * positions]), width) for part in range(parts)]
 
         gradients = self._needs_gradient(encoder, modules[encoder].pp - 1)
         return self._keep(kind(link, source=encoder, gradients=gradients), shapes_of)

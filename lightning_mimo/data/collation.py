@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from lightning_mimo.data.encoder_inputs import (
     names_for_every_stage,
     read_inputs,
 )
+from lightning_mimo.data.packing import Packing
 from lightning_mimo.data.sample_check import NOT_LOADED
 from lightning_mimo.data.sample_format import Sample, SampleFormat, Text, check_keys, read_ids, read_text
 from lightning_mimo.data.shared_memory import SharedMemoryBatch
@@ -39,8 +40,9 @@ class SampleRequest:
     Attributes:
         index: index in the user's dataset.
         position: position in the global batch, from which follow its microbatch and its replicas.
-        drawn: its number in the global batch as the sampler ordered it, from 0: the position, unless batches are
-            balanced.
+        drawn: the number of its row in the global batch as the sampler ordered it, from 0: the position, unless
+            batches are balanced. Without packing, each sample is a row.
+        place: place in the row; 0 without packing.
         modules: modules of this rank that use it.
         epoch: counted from 0; part of the augmentation seed.
         is_padding: whether it only fills up a short last batch: it then counts for nothing.
@@ -49,6 +51,7 @@ class SampleRequest:
     index: int
     position: int
     drawn: int
+    place: int = 0
     modules: frozenset[str]
     epoch: int
     is_padding: bool
@@ -73,24 +76,33 @@ class LoadedSample:
     inputs: Mapping[str, EncoderInputs]
 
 
+Rows = Mapping[int, Sequence[LoadedSample]]
+"""Position in the global batch -> the samples there: one, or several that are packed in a row."""
+
+
 class MicrobatchCollator:
     """Turns this rank's samples of one global batch into a list of microbatches."""
 
-    def __init__(self, plan: RankBatchPlan, expected: SampleFormat) -> None:
+    def __init__(self, plan: RankBatchPlan, expected: SampleFormat, *, packing: Packing | None = None) -> None:
         """
         Args:
             plan: which samples belong to which microbatch and module.
             expected: what samples hold.
+            packing: how the samples became rows; ``None`` for one sample a row.
         """
         self._plan = plan
         self._expected = expected
+        self._packing = packing
 
     def __call__(self, loaded: Sequence[tuple[SampleRequest, Sample]]) -> list[Microbatch]:
-        by_position = {request.position: self._read(request, sample) for request, sample in loaded}
+        samples = [self._read(request, sample) for request, sample in loaded]
         for module in self._plan.loads - {LANGUAGE}:
-            read = (sample.inputs.get(module) for sample in by_position.values())
+            read = (sample.inputs.get(module) for sample in samples)
             check_same_arguments(module, [inputs for inputs in read if inputs is not None])
-        batch = SharedMemoryBatch(self._microbatch(by_position, each) for each in range(self._plan.num_microbatches))
+        rows: dict[int, list[LoadedSample]] = {}
+        for sample in samples:
+            rows.setdefault(sample.request.position, []).append(sample)
+        batch = SharedMemoryBatch(self._microbatch(rows, each) for each in range(self._plan.num_microbatches))
         return batch if get_worker_info() is None else batch.packed()
 
     def _read(self, request: SampleRequest, sample: Sample) -> LoadedSample:
@@ -106,42 +118,48 @@ class MicrobatchCollator:
         inputs = {name: read_inputs(index, sample, name, expected) for name in request.modules - {LANGUAGE}}
         for name, each in inputs.items():
             _check_placeholders(name, each, placeholders.get(name, 0))
+        if self._packing is not None:
+            _check_length(index, len(ids), int(self._packing.lengths[index]))
         return LoadedSample(request=request, input_ids=ids, placeholders=placeholders, text=text, inputs=inputs)
 
-    def _microbatch(self, loaded: Mapping[int, LoadedSample], microbatch: int) -> Microbatch:
+    def _microbatch(self, rows: Rows, microbatch: int) -> Microbatch:
         positions = self._plan.text_samples(microbatch)
-        batch = self._text([loaded[position] for position in positions])
-        batch["global_positions"] = tuple(loaded[position].request.drawn for position in positions)
+        batch = self._text(_samples_at(positions, rows))
+        batch["placeholders"] = {
+            module: tuple(sum(sample.placeholders[module] for sample in rows[position]) for position in positions)
+            for module in self._expected.special_token_ids
+        }
         batch["modality_inputs"] = {}
         batch["modality_counts"] = {}
         for module, runs in self._plan.shards.items():
             if module == LANGUAGE:
                 continue
             own = runs[microbatch]
-            inputs = [loaded[position].inputs[module] for position in own] if module in self._plan.loads else []
+            is_loaded = module in self._plan.loads
+            inputs = [sample.inputs[module] for sample in _samples_at(own, rows)] if is_loaded else []
             batch["modality_inputs"][module] = concatenate(module, inputs, self._expected)
             batch["modality_counts"][module] = self._counts(
-                module, loaded, self._plan.bridge_samples(module, microbatch), own
+                module, rows, self._plan.bridge_samples(module, microbatch), own
             )
         batch["sample_fingerprints"] = {
-            module: np.array([_fingerprint_of(module, loaded[position]) for position in runs[microbatch]])
+            module: np.array([_fingerprint_of(module, sample) for sample in _samples_at(runs[microbatch], rows)])
             for module, runs in self._plan.shards.items()
         }
         return batch
 
     def _text(self, samples: Sequence[LoadedSample]) -> Microbatch:
-        input_ids = _pad([sample.input_ids for sample in samples], self._expected.pad_token_id)
+        input_ids = self._lay_out([sample.input_ids for sample in samples], self._expected.pad_token_id)
+        lengths = tuple(len(sample.input_ids) for sample in samples)
         batch: Microbatch = {
             "input_ids": input_ids,
             "position_ids": torch.arange(input_ids.size(1)).expand_as(input_ids),
+            "global_positions": tuple(sample.request.drawn for sample in samples),
             "sample_indices": tuple(sample.request.index for sample in samples),
             "is_padding": tuple(sample.request.is_padding for sample in samples),
-            "lengths": torch.tensor([len(sample.input_ids) for sample in samples]),
-            # Plain numbers: both sides of a bridge know from them what comes, without asking the device.
-            "placeholders": {
-                module: tuple(sample.placeholders[module] for sample in samples)
-                for module in self._expected.special_token_ids
-            },
+            "lengths": torch.tensor(lengths),
+            # Plain numbers, as those of placeholders: what comes is known without asking the device.
+            "sample_lengths": lengths,
+            "is_packed": self._packing is not None,
         }
         if LANGUAGE in self._plan.shards:
             texts = [sample.text for sample in samples if sample.text is not None]
@@ -160,14 +178,15 @@ class MicrobatchCollator:
         masks = [text.loss_mask * count for text, count in zip(texts, counts, strict=True)]
         widest = torch.float64 if any(mask.dtype == torch.float64 for mask in masks) else torch.float32
         batch: dict[str, Any] = {
-            "labels": _pad(labels, IGNORED),
-            "loss_mask": _pad([mask.to(widest) for mask in masks], 0),
-            "custom_positions": any(text.position_ids is not None for text in texts),
+            "labels": self._lay_out(labels, IGNORED),
+            "loss_mask": self._lay_out([mask.to(widest) for mask in masks], 0),
+            # Where samples follow each other, each begins at 0 again.
+            "custom_positions": self._packing is not None or any(text.position_ids is not None for text in texts),
         }
         if self._expected.position_type == "mrope" or batch["custom_positions"]:
-            batch["position_ids"] = _positions(texts, in_space=self._expected.position_type == "mrope")
+            batch["position_ids"] = self._positions(texts)
         for key in self._expected.extra_keys:
-            batch[key] = _extra(
+            batch[key] = self._extra(
                 key,
                 [text.extras[key] for text in texts],
                 per_token=all(_length(text.extras[key]) == len(text.input_ids) for text in texts),
@@ -175,15 +194,54 @@ class MicrobatchCollator:
             )
         return batch
 
-    def _counts(self, module: str, loaded: Mapping[int, LoadedSample], seen: range, own: range) -> ModalityCounts:
+    def _lay_out(self, sequences: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+        """``[S, ...]`` of each sample -> ``[b, s, ...]`` padded with a value, or ``[1, s, ...]`` packed."""
+        if self._packing is not None:
+            return torch.cat(list(sequences)).unsqueeze(0)
+        return pad_sequence(list(sequences), batch_first=True, padding_value=value)
+
+    def _positions(self, texts: Sequence[Text]) -> torch.Tensor:
+        """int64 ``[b, s]``, or ``[3, b, s]`` for positions in space or where a sample has it so."""
+        plain = [
+            torch.arange(len(text.input_ids)) if text.position_ids is None else text.position_ids for text in texts
+        ]
+        if self._expected.position_type != "mrope" and all(positions.ndim == 1 for positions in plain):
+            return self._lay_out(plain, 0)
+        # The dimension that differs must be the first.
+        columns = [positions.expand(3, -1).T for positions in plain]
+        return self._lay_out(columns, 0).permute(2, 0, 1).contiguous()
+
+    def _extra(self, key: str, values: list[Any], *, per_token: bool, indices: Sequence[int]) -> Any:
+        """Numbers as ``[n]``; tensors as ``[n, ...]``, or ``[b, s, ...]`` if they have an entry for each token; else a
+        tuple."""
+        if all(isinstance(value, bool | int | float | np.number) for value in values):
+            return torch.as_tensor(np.array(values))
+        if not all(isinstance(value, torch.Tensor) for value in values):
+            return tuple(values)
+        dtypes = {value.dtype for value in values}
+        if len(dtypes) == 1 and (per_token or len({value.shape for value in values}) == 1):
+            return self._lay_out(values, 0) if per_token else torch.stack(values)
+        found = {
+            index: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}"
+            for index, v in zip(indices, values, strict=True)
+        }
+        raise DataError(
+            f"The samples of a microbatch have {key!r} of different kinds, so they cannot be stacked, by sample: "
+            f"{found}. Give all the same dtype, and the same shape or one entry for each token."
+        )
+
+    def _counts(self, module: str, rows: Rows, seen: range, own: range) -> ModalityCounts:
         given = module in self._plan.loads
-        inputs = [loaded[position].inputs[module] if given else EncoderInputs(index=-1) for position in own]
+        samples, own_samples = _samples_at(seen, rows), _samples_at(own, rows)
+        before = len(_samples_at(range(seen.start, own.start), rows))
+        inputs = [sample.inputs[module] if given else EncoderInputs(index=-1) for sample in own_samples]
         embeddings = [each.embeddings for each in inputs]
         names = next((each.rows for each in inputs if each.rows), {})
         return ModalityCounts(
-            sample_indices=tuple(loaded[position].request.index for position in seen),
-            placeholders=tuple(loaded[position].placeholders[module] for position in seen),
-            own=range(own.start - seen.start, own.stop - seen.start),
+            sample_indices=tuple(sample.request.index for sample in samples),
+            placeholders=tuple(sample.placeholders[module] for sample in samples),
+            samples_per_position=tuple(len(rows[position]) for position in seen),
+            own=range(before, before + len(own_samples)),
             items=tuple(each.items for each in inputs),
             embeddings=None if None in embeddings else tuple(each for each in embeddings if each is not None),
             rows={name: tuple(each.rows.get(name, 0) for each in inputs) for name in names},
@@ -191,6 +249,20 @@ class MicrobatchCollator:
                 name: tuple(row for each in inputs for row in each.per_item.get(name, ()))
                 for name in names_for_every_stage(self._expected, module)
             },
+        )
+
+
+def _samples_at(positions: Iterable[int], rows: Rows) -> list[LoadedSample]:
+    return [sample for position in positions for sample in rows[position]]
+
+
+def _check_length(index: int, found: int, told: int) -> None:
+    """Compare the length of a loaded sample with what rows were made from."""
+    if found != told:
+        raise DataError(
+            f"Sample {index} has {found} tokens in input_ids (padding by attention_mask not counted), but its length "
+            f"was given as {told} by length({index}) or lengths[{index}] of the dataset, from which rows are packed. "
+            f"Both must agree in every epoch."
         )
 
 
@@ -204,41 +276,12 @@ def _check_placeholders(module: str, inputs: EncoderInputs, placeholders: int) -
         )
 
 
-def _positions(texts: Sequence[Text], *, in_space: bool) -> torch.Tensor:
-    """int64 ``[b, s]``, or ``[3, b, s]`` in space or where a sample has it so."""
-    plain = [torch.arange(len(text.input_ids)) if text.position_ids is None else text.position_ids for text in texts]
-    if not in_space and all(positions.ndim == 1 for positions in plain):
-        return _pad(plain, 0)
-    # pad_sequence pads the first dimension.
-    columns = [positions.expand(3, -1).T for positions in plain]
-    return _pad(columns, 0).permute(2, 0, 1).contiguous()
-
-
-def _extra(key: str, values: list[Any], *, per_token: bool, indices: Sequence[int]) -> Any:
-    """Numbers as ``[b]``, tensors as ``[b, ...]`` and padded if they have an entry for each token, else a tuple."""
-    if all(isinstance(value, bool | int | float | np.number) for value in values):
-        return torch.as_tensor(np.array(values))
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return tuple(values)
-    dtypes = {value.dtype for value in values}
-    if len(dtypes) == 1 and (per_token or len({value.shape for value in values}) == 1):
-        return _pad(values, 0) if per_token else torch.stack(values)
-    found = {
-        index: f"{str(v.dtype).removeprefix('torch.')} {list(v.shape)}"
-        for index, v in zip(indices, values, strict=True)
-    }
-    raise DataError(
-        f"The samples of a microbatch have {key!r} of different kinds, so they cannot be stacked, by sample: {found}. "
-        f"Give all the same dtype, and the same shape or one entry for each token."
-    )
-
-
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, torch.Tensor) and value.ndim else -1
 
 
-def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, int]:
-    """Position, index, checksum of the text, and of all else that the module takes of the sample.
+def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, int, int]:
+    """Position, place in the row, index, checksum of the text, and of all else that the module takes of the sample.
 
     ``sample_check`` compares the former over all ranks, the latter over those of the module.
     """
@@ -251,7 +294,7 @@ def _fingerprint_of(module: str, sample: LoadedSample) -> tuple[int, int, int, i
         own = _checksum([value for encoder in sorted(inputs) for _, value in sorted(inputs[encoder].items())])
     else:
         own = NOT_LOADED
-    return sample.request.position, sample.request.index, text, own
+    return sample.request.position, sample.request.place, sample.request.index, text, own
 
 
 def _checksum(values: Sequence[torch.Tensor | Ragged | None]) -> int:
@@ -266,7 +309,3 @@ def _checksum(values: Sequence[torch.Tensor | Ragged | None]) -> int:
             checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
             checksum = zlib.crc32(np.ascontiguousarray(content[::step]), checksum)
     return checksum
-
-
-def _pad(sequences: list[torch.Tensor], value: int) -> torch.Tensor:
-    return pad_sequence(sequences, batch_first=True, padding_value=value)

@@ -16,12 +16,16 @@ class DataState:
         global_batch_size: samples per global batch.
         samples: number of samples in the training dataset.
         batches: number of completed batches of the current epoch.
+        pack_to: most tokens of a row into which samples are packed; 0 without packing.
+        lengths: checksum of the lengths of all samples, from which rows are packed; 0 without packing.
     """
 
     seed: int
     global_batch_size: int
     samples: int
     batches: int
+    pack_to: int = 0
+    lengths: int = 0
 
 
 def rewind_to_last_step(

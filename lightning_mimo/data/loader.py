@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
 from typing import cast
 
 import numpy as np
@@ -31,6 +30,7 @@ from torch.utils.data import (
 from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.order import SamplerStates, SeededSampler, seed_generators
+from lightning_mimo.data.packing import Packing, Row, RowOrder
 from lightning_mimo.data.prefetch import LoadsAhead
 from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import Sample, SampleFormat
@@ -45,11 +45,18 @@ from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 class RankBatchSampler(BatchSampler):
     """Cuts the global order into global batches and keeps this rank's samples of each.
 
-    A short last batch is filled up with repeats that count for nothing, unless it is dropped.
+    At each position of a global batch is a row: one sample, or several that are packed. A short last batch is filled up
+    with repeats that count for nothing, unless it is dropped.
     """
 
     def __init__(
-        self, order: SeededSampler, plan: RankBatchPlan, *, drop_last: bool, costs: SampleCosts | None = None
+        self,
+        order: SeededSampler,
+        plan: RankBatchPlan,
+        *,
+        drop_last: bool,
+        costs: SampleCosts | None = None,
+        packing: Packing | None = None,
     ) -> None:
         """
         Args:
@@ -57,9 +64,11 @@ class RankBatchSampler(BatchSampler):
             plan: this rank's share of a global batch.
             drop_last: whether a short last batch is left out.
             costs: of the samples, by which batches are balanced; ``None`` to leave them in order.
+            packing: how samples become rows; ``None`` for one sample a row.
         """
         self.sampler = order  # the name under which Lightning looks for set_epoch
         self.order = order
+        self._rows = RowOrder(order, packing)
         self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
         self.batch_size = plan.global_batch_size
         self.drop_last = drop_last
@@ -67,38 +76,40 @@ class RankBatchSampler(BatchSampler):
         self._costs = costs
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.order), self.batch_size)
+        full, rest = divmod(len(self._rows), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
     def __iter__(self) -> Iterator[list[SampleRequest]]:  # type: ignore[override]  # requests in place of indices
-        batch: list[int] = []
+        batch: list[Row] = []
         done, self.skip = self.skip * self.batch_size, 0
-        for index in islice(self.order, done, None):
-            batch.append(_as_index(index))
+        for row in self._rows.rows(done):
+            batch.append(tuple(map(_as_index, row)))
             if len(batch) == self.batch_size:
                 yield self._requests(batch)
                 batch = []
         if batch and not self.drop_last:
             yield self._requests(batch)
 
-    def _requests(self, batch: list[int]) -> list[SampleRequest]:
-        filled = batch + batch[:1] * (self.batch_size - len(batch))
-        order = range(self.batch_size) if self._costs is None else self._balanced(self._costs.of(filled))
+    def _requests(self, batch: list[Row]) -> list[SampleRequest]:
+        filled = batch + [self._rows.filler(batch[0])] * (self.batch_size - len(batch))
+        order = range(self.batch_size) if self._costs is None else self._balanced(self._costs.of_rows(filled))
         return [
             SampleRequest(
-                index=filled[order[position]],
+                index=index,
                 position=position,
                 drawn=order[position],
+                place=place,
                 modules=self._plan.needed_by(position, microbatch),
                 epoch=self.order.epoch,
                 is_padding=order[position] >= len(batch),
             )
             for microbatch in range(self._plan.num_microbatches)
             for position in self._plan.samples_on_rank(microbatch)
+            for place, index in enumerate(filled[order[position]])
         ]
 
     def _balanced(self, costs: Mapping[str, np.ndarray]) -> list[int]:
-        """Which sample of a global batch is at each position."""
+        """Which row of a global batch is at each position."""
         plan = self._plan
         return balanced_order(costs, dp_sizes=plan.dp_sizes, num_microbatches=plan.num_microbatches).tolist()
 
@@ -186,6 +197,7 @@ def shard_dataloader(
     resumed: bool = False,
     sampler_states: SamplerStates = (),
     balance: bool = True,
+    packing: Packing | None = None,
 ) -> ResumableLoader:
     """Rebuild a DataLoader that was written for one process for one rank.
 
@@ -199,6 +211,7 @@ def shard_dataloader(
         resumed: as for SeededSampler.
         sampler_states: as for SeededSampler.
         balance: balance batches if the dataset tells the cost of a sample, see :class:`SampleCosts`.
+        packing: how samples become rows; ``None`` for one sample a row.
 
     Returns:
         A loader that yields, per global batch, the list of this rank's microbatches.
@@ -207,7 +220,7 @@ def shard_dataloader(
         DataError: for an IterableDataset, a DistributedSampler, a custom batch sampler, a sampler without a length, a
             ``collate_fn``, a subclass that iterates in its own way, or another batch size.
     """
-    _check_loader(loader, plan.global_batch_size)
+    check_loader(loader, plan.global_batch_size)
     sampler = cast(BatchSampler, _batch_sampler_of(loader))
     order = SeededSampler(
         cast(Sampler[int], sampler.sampler), seed=seed, first_epoch=first_epoch, resumed=resumed, saved=sampler_states
@@ -215,8 +228,8 @@ def shard_dataloader(
     costs = SampleCosts.of_dataset(loader.dataset, modules=tuple(plan.dp_sizes)) if balance else None
     return ResumableLoader(
         ModalityDataset(loader.dataset, seed=seed),
-        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last, costs=costs),
-        collate_fn=MicrobatchCollator(plan, sample_format),
+        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last, costs=costs, packing=packing),
+        collate_fn=MicrobatchCollator(plan, sample_format, packing=packing),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory,
         timeout=loader.timeout,
@@ -227,6 +240,11 @@ def shard_dataloader(
         # Not the default generator, from which dropout draws on a CPU: a run that goes on iterates once more.
         generator=torch.Generator().manual_seed(seed_for(seed, "loader")),
     )
+
+
+def sampler_of(loader: DataLoader) -> object:
+    """The sampler of a user's DataLoader that :func:`shard_dataloader` takes."""
+    return cast(BatchSampler, _batch_sampler_of(loader)).sampler
 
 
 def sampler_length(loader: DataLoader) -> int:
@@ -246,7 +264,8 @@ def sampler_length(loader: DataLoader) -> int:
         ) from None
 
 
-def _check_loader(loader: DataLoader, global_batch_size: int) -> None:
+def check_loader(loader: DataLoader, global_batch_size: int) -> None:
+    """Refuse a DataLoader that cannot be rebuilt; errors as of :func:`shard_dataloader`."""
     if isinstance(loader.dataset, IterableDataset):
         raise DataError(
             f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for a given sample, so "

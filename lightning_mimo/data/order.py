@@ -66,6 +66,12 @@ class SeededSampler(Sampler[int]):
         return [(epoch, state) for epoch, state in self._states.items() if state is not None]
 
     @property
+    def is_known(self) -> bool:
+        """Whether the order of this epoch can be given without advancing the state of the user's sampler."""
+        is_drawn = self._last is not None and self._last[0] == self.epoch
+        return is_drawn or isinstance(self._sampler, SequentialSampler) or _depends_on_epoch_only(self._sampler)
+
+    @property
     def name_and_state(self) -> tuple[str, Any]:
         """Class of the user's sampler, and its state now; ``None`` if it has none that could be saved."""
         return type(self._sampler).__name__, _state_of(self._sampler)

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from lightning_mimo.data.data_state import DataState
-from lightning_mimo.data.loader import ResumableLoader, sampler_length, shard_dataloader
+from lightning_mimo.data.loader import ResumableLoader, check_loader, sampler_length, sampler_of, shard_dataloader
 from lightning_mimo.data.order import SamplerStates
+from lightning_mimo.data.packing import Packing, check_evaluation_order, gather_lengths
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
@@ -29,6 +30,7 @@ class RunData:
         self._plan = plan
         self._balance = balance
         self._training_samples: int | None = None
+        self._packing: Packing | None = None  # of the training data
         self._training: ResumableLoader | None = None
         self._saved: DataState | None = None
         self._sampler_states: SamplerStates | None = None  # of the checkpoint, until the training sampler is there
@@ -51,6 +53,7 @@ class RunData:
         seed: int,
         training: bool,
         first_epoch: int = 0,
+        pack_to: int | None = None,
     ) -> ResumableLoader:
         """Rebuild a user's DataLoader for this rank. Collective over the world.
 
@@ -60,16 +63,23 @@ class RunData:
             seed: seed of the order of samples and of their augmentation, the same on all ranks.
             training: whether the run trains on this DataLoader.
             first_epoch: epoch in which a run that was never interrupted would have asked for it.
+            pack_to: most tokens of a row into which samples are packed; ``None`` for one sample a row.
 
         Raises:
-            DataError: if the DataLoader cannot be divided, its length differs between ranks, or its dataset differs in
-                length from the one in whose epoch the checkpoint was saved.
+            DataError: if the DataLoader cannot be divided, its length differs between ranks, its dataset differs in
+                length from the one in whose epoch the checkpoint was saved, or its samples cannot be packed.
         """
         if not isinstance(loader, DataLoader):
             raise DataError(
                 f"MimoStrategy divides a torch DataLoader over the ranks, but got a {type(loader).__name__}. "
                 f"Return a DataLoader over a map-style dataset."
             )
+        packing = None
+        if pack_to is not None:
+            check_loader(loader, self._plan.global_batch_size)
+            if not training:
+                check_evaluation_order(sampler_of(loader), pack_to)
+            packing = Packing(budget=pack_to, lengths=gather_lengths(loader.dataset))
         sharded = shard_dataloader(
             loader,
             self._plan,
@@ -79,11 +89,13 @@ class RunData:
             resumed=training and self.resumes,
             sampler_states=(self._sampler_states if training else None) or (),
             balance=self._balance,
+            packing=packing,
         )
         samples = len(cast(Sized, loader.dataset))
         _check_same_lengths(samples, sampler_length(loader))
         if training:
             self._training_samples, self._training, self._sampler_states = samples, sharded, None
+            self._packing = packing
             self._check_saved(samples)
         return sharded
 
@@ -104,15 +116,31 @@ class RunData:
             global_batch_size=self._plan.global_batch_size,
             samples=self._training_samples,
             batches=batches,
+            pack_to=0 if self._packing is None else self._packing.budget,
+            lengths=0 if self._packing is None else self._packing.checksum,
         )
 
     def _check_saved(self, samples: int) -> None:
         saved = self._saved
-        if saved is not None and saved.batches and saved.samples != samples:
+        if saved is None or not saved.batches:
+            return
+        where = "The checkpoint was saved in the middle of an epoch"
+        if saved.samples != samples:
             raise DataError(
-                f"The checkpoint was saved in the middle of an epoch of {saved.samples} samples, but the training "
-                f"dataset has {samples} now, so the next sample is unknown. Resume with the same dataset, or from a "
-                f"checkpoint of the end of an epoch."
+                f"{where} of {saved.samples} samples, but the training dataset has {samples} now, so the next sample "
+                f"is unknown. Resume with the same dataset, or from a checkpoint of the end of an epoch."
+            )
+        pack_to = 0 if self._packing is None else self._packing.budget
+        if saved.pack_to != pack_to:
+            then, now = (f"pack_to={each or None}" for each in (saved.pack_to, pack_to))
+            raise DataError(
+                f"{where} with MimoStrategy({then}), but {now} is set now, so the next row is unknown. Set {then}, or "
+                f"resume from a checkpoint of the end of an epoch."
+            )
+        if self._packing is not None and saved.lengths != self._packing.checksum:
+            raise DataError(
+                f"{where} whose samples had other lengths, so they are packed into other rows now. Resume with the "
+                f"same dataset, tokenizer and chat template, or from a checkpoint of the end of an epoch."
             )
 
 

@@ -24,6 +24,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 
 _ABSENT = torch.iinfo(torch.int64).min // 2
+_EMPTY = -2  # in place of all three, where a packed row has no more samples
 _INDEX, _TEXT, _OWN = 0, 1, 2
 NOT_LOADED = -1
 """Stands for the checksum of what a rank does not load of a sample."""
@@ -64,7 +65,12 @@ class SampleChecksums:
     def add(self, microbatches: Sequence[Microbatch]) -> None:
         """Another batch of this rank; nothing where it is not known."""
         if self._enabled and microbatches:
-            self._batches.append([{"sample_fingerprints": each["sample_fingerprints"]} for each in microbatches])
+            self._batches.append(
+                [
+                    {"sample_fingerprints": each["sample_fingerprints"], "is_packed": each.get("is_packed", False)}
+                    for each in microbatches
+                ]
+            )
 
     def figures(self) -> torch.Tensor:
         """float64 ``[3 * blocks * modules * 2]``, to be added up over all ranks."""
@@ -79,9 +85,9 @@ class SampleChecksums:
                     each["sample_fingerprints"][name] for each in microbatches if name in each["sample_fingerprints"]
                 ]
                 if own:
-                    position, index, text, contents = np.concatenate(own).T
+                    position, in_row, index, text, contents = np.concatenate(own).T
                     block = position % size // (size // self._shape[0])
-                    place = position + number * self._global_batch_size
+                    place = position + number * self._global_batch_size + (in_row << 32)
                     checksums = np.stack([_mixed(place, index, text), _mixed(place, contents, contents)], axis=1)
                     np.add.at(sums, (block, module), checksums)
                     is_held[block, module] = np.stack([index >= 0, contents != NOT_LOADED], axis=1)
@@ -131,12 +137,12 @@ def check_samples(
     microbatches: Sequence[Microbatch], layout: MimoLayout, *, global_batch_size: int, device: torch.device
 ) -> None:
     """Compare the samples of a global batch over all ranks. Collective over the world: one all-reduce of
-    ``modules * global_batch_size * 6`` integers.
+    ``modules * global_batch_size * 6`` integers; packed, times the most samples of a row, after one of this number.
 
     Args:
         microbatches: this rank's share; ``sample_fingerprints`` holds for each of its modules int64
-            ``[n, 4]`` of position, index in the dataset, checksum of the text, and checksum of what else the module
-            takes of the sample (``NOT_LOADED`` where this rank takes nothing).
+            ``[n, 5]`` of position, place in the row, index in the dataset, checksum of the text, and checksum of what
+            else the module takes of the sample (``NOT_LOADED`` where this rank takes nothing).
         layout: which modules there are.
         global_batch_size: samples over all ranks.
         device: where collectives of small tensors take place.
@@ -145,10 +151,16 @@ def check_samples(
         DataError: on every rank, naming the first position that differs, and which rank holds what there.
     """
     names = list(layout.modules)
-    held = torch.full((len(names), global_batch_size, 3), _ABSENT, device=device)
+    places = _places_in_a_row(microbatches, device)
+    held = torch.full((len(names), global_batch_size, places, 3), _ABSENT, device=device)
     for microbatch in microbatches:
         for name, fingerprints in microbatch["sample_fingerprints"].items():
-            held[names.index(name), fingerprints[:, 0]] = torch.from_numpy(fingerprints[:, 1:]).to(device)
+            # A place that is empty here must be empty everywhere.
+            held[names.index(name), fingerprints[:, 0]] = _EMPTY
+            held[names.index(name), fingerprints[:, 0], fingerprints[:, 1]] = torch.from_numpy(fingerprints[:, 2:]).to(
+                device
+            )
+    held = held.flatten(1, 2)
     held[..., _OWN].masked_fill_(held[..., _OWN] == NOT_LOADED, _ABSENT)
     # The largest of a number and of its negative: where nobody disagrees they cancel.
     extremes = torch.stack([held, torch.where(held == _ABSENT, _ABSENT, -held)])
@@ -159,23 +171,35 @@ def check_samples(
     own = (largest[..., _OWN] != smallest[..., _OWN]).any(dim=0)
     different = (common.any(dim=1) | own).nonzero().flatten().tolist()
     if different:
-        raise DataError(_describe(different[0], names, held))
+        raise DataError(_describe(different[0], places, names, held))
 
 
-def _describe(position: int, names: Sequence[str], held: torch.Tensor) -> str:
-    """Ask all ranks what they hold at a position. Collective over the world."""
-    mine = {
-        name: tuple(held[i, position].tolist()) for i, name in enumerate(names) if held[i, position, _INDEX] != _ABSENT
-    }
+def _places_in_a_row(microbatches: Sequence[Microbatch], device: torch.device) -> int:
+    """Most samples that any rank has in a row. Collective over the world if rows are packed."""
+    if not microbatches or not microbatches[0].get("is_packed", False):
+        return 1
+    own = [int(each[:, 1].max()) for microbatch in microbatches for each in microbatch["sample_fingerprints"].values()]
+    most = torch.tensor(1 + max(own), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
+def _describe(number: int, places: int, names: Sequence[str], held: torch.Tensor) -> str:
+    """Ask all ranks what they hold at a place of a position. Collective over the world."""
+    position, in_row = divmod(number, places)
+    mine = {name: tuple(held[i, number].tolist()) for i, name in enumerate(names) if held[i, number, _INDEX] != _ABSENT}
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, mine)
     entries = [entry for here in ranks for entry in here.values()]
     if len({entry[_INDEX] for entry in entries}) > 1:
-        holders = _by_rank(ranks, lambda entry: f"sample {entry[_INDEX]}")
+        holders = _by_rank(
+            ranks, lambda entry: "no more samples" if entry[_INDEX] == _EMPTY else f"sample {entry[_INDEX]}"
+        )
+        packed = f", place {in_row} of its row," if places > 1 else ""
         return (
-            f"Position {position} of the global batch holds different samples on different ranks: {holders}. The "
-            f"sampler must yield the same indices in the same order everywhere, and the dataset's cost(index), if it "
-            f"has one, the same number: neither may depend on the rank, nor draw from a generator that is seeded "
+            f"Position {position} of the global batch{packed} holds different samples on different ranks: {holders}. "
+            f"The sampler must yield the same indices in the same order everywhere, and the dataset's cost(index), if "
+            f"it has one, the same number: neither may depend on the rank, nor draw from a generator that is seeded "
             f"differently on each."
         )
     where = f"Sample {entries[0][_INDEX]} (position {position} of the global batch)"

@@ -44,6 +44,20 @@ def check_attention(kind: AttentionKind) -> None:
         )
 
 
+def check_packed_attention(kind: AttentionKind) -> None:
+    """Check that an attention implementation keeps the samples of a packed row apart.
+
+    Raises:
+        ConfigError: if it does not, or has not been shown to.
+    """
+    if kind != "sdpa":
+        why = "takes no packed sequences" if kind == "megatron" else "is not supported with packed rows here"
+        raise ConfigError(
+            f"MimoStrategy(pack_to=...) needs attention='sdpa' in the language module; attention={kind!r} {why}. "
+            f"Choose 'sdpa', or leave pack_to out."
+        )
+
+
 class SdpaAttention(DotProductAttention):
     """megatron-core's core attention, computed with torch's ``scaled_dot_product_attention``.
 
@@ -203,8 +217,12 @@ class SdpaAttention(DotProductAttention):
         causal: bool,
     ) -> torch.Tensor:
         """Compute all sequences in one kernel, without copying their lengths to the host."""
-        # Tokens outside all sequences would have undefined values. The host cannot check this without waiting.
-        torch._assert_async(ends[-1] == query.size(0))
+        # Tokens outside all sequences would have undefined values.
+        if ends.is_cuda:  # the host cannot check this without waiting
+            torch._assert_async(ends[-1] == query.size(0))
+        else:
+            _checked_lengths(packed, ends.tolist(), query.size(0))
+            ends = ends.to(query.device, non_blocking=True)
         groups: dict[str, Any] = {"enable_gqa": True} if query.size(1) != key.size(1) else {}
         if groups and not _VARLEN_TAKES_GROUPS:
             key, value, groups = _expand(key, query, dim=1), _expand(value, query, dim=1), {}

@@ -48,17 +48,19 @@ class SequenceBalancedRouter(TopKRouter):
         """Route tokens as upstream does, and attach the balancing loss to the probabilities.
 
         Args:
-            logits: ``[s, b, experts]``; with sequence parallelism this rank's part of the sequence.
+            logits: ``[s, b, experts]``; with sequence parallelism this rank's part of the sequence. Packed ``[s, 1,
+                experts]``, for weights of several sequences.
             padding_mask: as upstream.
         """
         probabilities, chosen = super().routing(logits, padding_mask)
         if self.token_weights is None or not self.training or not torch.is_grad_enabled():
             return probabilities, chosen
         weights = self._own_part(self.token_weights, logits.size(0)).to(logits.dtype)
-        shares = torch.einsum("sb,sbe->be", weights[..., 0], chosen.view_as(logits).to(logits.dtype))
+        shape = -1, weights.size(1), -1  # the sequences of a packed row see the same tokens, with weights of their own
+        shares = torch.einsum("sb,sbe->be", weights[..., 0], chosen.view_as(logits).to(logits.dtype).expand(*shape))
         if self.config.sequence_parallel:
             dist.all_reduce(shares, group=self.tp_group)
-        means = torch.einsum("sb,sbe->be", weights[..., 1], torch.softmax(logits, dim=-1))
+        means = torch.einsum("sb,sbe->be", weights[..., 1], torch.softmax(logits, dim=-1).expand(*shape))
         loss = self._coefficient * self.config.num_moe_experts / self.topk * (shares.detach() * means).sum()
         return MoEAuxLossAutoScaler.apply(probabilities, loss), chosen
 
@@ -83,6 +85,23 @@ def token_weights(lengths: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tenso
     places = torch.arange(loss_mask.size(1), device=loss_mask.device)
     shares = (places < lengths.unsqueeze(1)).double() / lengths.unsqueeze(1)
     return torch.stack([shares, shares * (loss_mask > 0).sum(dim=1, keepdim=True)], dim=-1)
+
+
+def packed_token_weights(lengths: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """:func:`token_weights` of sequences that follow each other in one row.
+
+    Args:
+        lengths: int64 ``[n]``, tokens of each sequence.
+        loss_mask: ``[1, s]``, 0 where a token does not count in the loss; may go on after the last sequence.
+
+    Returns:
+        float64 ``[n, s, 2]``: as there, and 0 for the tokens of other sequences.
+    """
+    places = torch.arange(loss_mask.size(1), device=loss_mask.device)
+    ends = lengths.cumsum(dim=0).unsqueeze(1)
+    is_own = (places < ends) & (places >= ends - lengths.unsqueeze(1))
+    shares = is_own.double() / lengths.unsqueeze(1)
+    return torch.stack([shares, shares * (is_own & (loss_mask > 0)).sum(dim=1, keepdim=True)], dim=-1)
 
 
 class BalancingLoss:

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from lightning_mimo.comm.bridges import RaggedColocatedBridge
 from lightning_mimo.errors import DataError
-from lightning_mimo.layers.balancing_loss import balance_experts, check_experts, token_weights
+from lightning_mimo.layers.balancing_loss import balance_experts, check_experts, packed_token_weights, token_weights
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import ModalityCounts, TokenOrder, combine
 from lightning_mimo.mimo.dtypes import FLOAT32, DtypePolicy, transformer_configs
@@ -30,6 +30,7 @@ from lightning_mimo.mimo.model_check import (
     check_one_encoder,
     check_stages,
 )
+from lightning_mimo.mimo.packing import check_packing, packing_arguments
 from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.mimo.recompute import let_recomputed_layers_train
 from lightning_mimo.parallel.infra import MimoModelInfra
@@ -100,6 +101,7 @@ class RaggedMimoModel(MimoModel):
         custom_positions: bool = False,
         lengths: torch.Tensor | None = None,
         counted: torch.Tensor | None = None,
+        packed_lengths: Sequence[int] | None = None,
     ) -> tuple[Any, torch.Tensor | None]:
         """Run the forward pass as :meth:`MimoModel.forward`, given the number of embeddings of each sample.
 
@@ -117,9 +119,11 @@ class RaggedMimoModel(MimoModel):
             modality_counts: encoder name -> counts, for the encoders of this rank.
             token_order: order of ``input_ids``, for the language module; ``None`` to compute it on the device.
             custom_positions: whether ``position_ids`` differ from 0, 1, 2, …; otherwise rotary positions count from 0.
-            lengths: int64 ``[b]``, tokens of each sample before padding.
+            lengths: int64 ``[n]``, tokens of each sample before padding.
             counted: ``[b, s]``, 0 where a token does not count in the loss; with ``lengths`` for the balancing loss of
                 experts. ``None`` adds none.
+            packed_lengths: tokens of each sample, if these follow each other in one row, ``[1, s]``; requires
+                ``custom_positions``. Attention then is that of each sample.
         """
         self._modality_counts = modality_counts or {}
         self._token_order = token_order
@@ -135,7 +139,10 @@ class RaggedMimoModel(MimoModel):
             padded = fill(counted)
             self._balance.token_weights = None
             if lengths is not None and padded is not None:
-                self._balance.token_weights = token_weights(lengths, padded)
+                weights_of = token_weights if packed_lengths is None else packed_token_weights
+                self._balance.token_weights = weights_of(lengths, padded)
+        if packed_lengths is not None:
+            packing_kwargs = packing_arguments(packed_lengths, missing)
         output, mask = super().forward(
             # With a token order, padding is added after text and embeddings are combined.
             input_ids if token_order is not None else fill(input_ids, self._text_token),
@@ -150,6 +157,21 @@ class RaggedMimoModel(MimoModel):
         if missing and isinstance(output, torch.Tensor):
             output = output[:, :length]
         return output, mask if mask is None else mask[:, :length]
+
+    def check_packing(self) -> None:
+        """Check that the language module of this rank, if there is one, keeps the samples of a packed row apart.
+
+        Raises:
+            ConfigError: naming the part that does not.
+        """
+        if self.language_model is not None:
+            params = self.mimo_config.language_model_spec.params
+            check_packing(self.language_model, params.get("position_embedding_type"))
+
+    def positions_computed(self, input_ids: torch.Tensor) -> int:
+        """Positions that the language module computes for ``input_ids`` ``[b, s]``, padding included."""
+        rows, length = input_ids.shape
+        return rows * (length + -length % self._sequence_divisor)
 
     def get_text_embeddings(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, special_token_ids: dict[str, int]
@@ -273,7 +295,7 @@ class RaggedMimoModel(MimoModel):
                 # This rank has no items, but other ranks of the bridge's group may have some.
                 modality_embeddings[name] = self._empty_encoder_output(name)
             rows = self._own_rows(name, modality_embeddings[name])
-            modality_embeddings[name] = bridge.communicate(rows, self._modality_counts[name].placeholders)
+            modality_embeddings[name] = bridge.communicate(rows, self._modality_counts[name].placeholders_per_position)
         return modality_embeddings
 
 

@@ -73,7 +73,7 @@ class Telemetry:
             sums = self._in_step[name]
             for microbatch in microbatches:
                 if name == LANGUAGE:
-                    sums["samples"] += microbatch["input_ids"].size(0)
+                    sums["samples"] += len(microbatch["sample_indices"])
                     sums["tokens"] += microbatch["input_ids"].numel()
                 else:
                     counts = microbatch["modality_counts"][name]

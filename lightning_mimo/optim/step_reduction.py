@@ -37,6 +37,8 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
         loss: scalar, sum of the token losses of the batch.
         tokens: scalar, loss tokens of the batch.
         metrics: metric name -> ``[2]``, its sum and its count over the batch.
+        positions: ``[2]``, positions that the language module has computed in the batch, padding included; and how many
+            of these are tokens of samples that count. Empty in an evaluation.
         accumulated_loss: scalar, ``loss`` of all batches since the last optimizer step.
         accumulated_tokens: scalar, ``tokens`` of the same batches.
         stops: scalar, number of ranks that request the end of the run.
@@ -50,6 +52,7 @@ class StepReduction[Scalar: (torch.Tensor, float), Vector: (torch.Tensor, list[f
     loss: Scalar = field(default_factory=_zero)
     tokens: Scalar = field(default_factory=_zero)
     metrics: Mapping[str, Vector] = field(default_factory=dict)
+    positions: Vector = field(default_factory=_nothing)
     accumulated_loss: Scalar = field(default_factory=_zero)
     accumulated_tokens: Scalar = field(default_factory=_zero)
     stops: Scalar = field(default_factory=_zero)

@@ -40,6 +40,9 @@ class BatchMetrics:
             in_bar["train/tokens_per_sec"] = totals.tokens / seconds
         in_bar |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
         of_step = {"train/skipped_steps": float(skipped_steps)}
+        computed, used = totals.positions
+        if used:
+            of_step["train/padding"] = computed / used
         if outcome.updated:
             of_step["train/grad_norm"] = outcome.grad_norm
             of_step |= {f"train/grad_norm/{name}": norm for name, norm in outcome.module_norms.items()}

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_mimo.checkpoint.saving import Generators, generators
 from lightning_mimo.data.sample_check import SampleChecksums, check_samples
-from lightning_mimo.errors import DataError, NonFiniteError
+from lightning_mimo.errors import ConfigError, DataError, NonFiniteError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
@@ -232,7 +232,7 @@ class BatchRunner:
 
     def _figures_of_this_rank(self, batch: Batch) -> DeviceReduction:
         """Figures of this rank that are reduced over all ranks together with the step."""
-        figures = self._stops()
+        figures = replace(self._stops(), positions=self._positions(batch))
         self._samples.add(batch)
         if not self._is_accumulating:
             self._load_next()
@@ -248,6 +248,16 @@ class BatchRunner:
         if self._is_accumulating or not every or steps % every:
             return figures
         return replace(figures, telemetry=self._telemetry.figures().to(self._device))
+
+    def _positions(self, batch: Batch) -> torch.Tensor:
+        """``[2]``: positions that this rank's language replica computes, and those that samples use; counted once."""
+        counts = [0, 0]
+        if self._schedule.counts_loss:
+            for each in batch:
+                counts[0] += self._module.mimo_model.positions_computed(each["input_ids"])
+                lengths = zip(each["sample_lengths"], each["is_padding"], strict=True)
+                counts[1] += sum(length for length, is_padding in lengths if not is_padding)
+        return torch.tensor(counts, dtype=torch.float64, device=self._device)
 
     def _stops(self) -> DeviceReduction:
         """A reduction in which ``stops`` is 1 if this rank received a signal to stop."""
@@ -328,6 +338,11 @@ class BatchRunner:
     def generate(self, batch: Batch, *, max_new_tokens: int, indices_of_step: tuple[int, ...] = (0,)) -> torch.Tensor:
         """Generate tokens for every sample: int64 ``[global_batch_size, max_new_tokens]``, by position in the batch."""
         module = self._module
+        if any(microbatch["is_packed"] for microbatch in batch):
+            raise ConfigError(
+                "generate() was given a packed batch (MimoStrategy(pack_to=...)), but tokens are generated sample by "
+                "sample. Give it a batch of a predict DataLoader, which is never packed, or use Trainer.predict."
+            )
         step = checked_step(module.predict_step, type(module).__name__)
         groups = self._infra.pg_collections.get(LANGUAGE)
         with module.microbatches():

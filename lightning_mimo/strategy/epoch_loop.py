@@ -6,16 +6,34 @@ from typing import override
 
 import lightning.pytorch as pl
 
+from lightning_mimo.data.loader import ResumableLoader
 from lightning_mimo.upstream.lightning import _DataFetcher, _TrainingEpochLoop
 
 
 class TrainingEpochLoop(_TrainingEpochLoop):
     """Lightning's loop without one collective over all ranks, and with one decision where a clock decides.
 
+    Epochs may differ in their number of batches, as they do where samples are packed into rows. Lightning asks once.
+
     Before every batch, Lightning broadcasts from rank 0 whether it has received SIGTERM, and every rank reads the
     result from its device. Here a signal to any rank is part of the all-reduce that every step performs anyway, see
     :mod:`lightning_mimo.launch.preemption`.
     """
+
+    @override
+    def on_run_start(self, data_fetcher: _DataFetcher) -> None:
+        """Set the number of batches of this epoch, whose order is known by now."""
+        loader = data_fetcher.combined_loader
+        limits = [_limited(len(each), self.trainer.limit_train_batches) for each in loader.flattened]
+        is_another = loader.limits != limits and all(isinstance(each, ResumableLoader) for each in loader.flattened)
+        if is_another:
+            loader.limits = [*limits]
+        super().on_run_start(data_fetcher)
+        if is_another:
+            (batches,) = limits
+            data_fetcher.length = self.trainer.fit_loop.max_batches = batches
+            if isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None:
+                self.trainer.val_check_batch = max(1, int(batches * self.trainer.val_check_interval))
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -27,6 +45,11 @@ class TrainingEpochLoop(_TrainingEpochLoop):
     @override
     def _broadcast_sigterm_tensor(self) -> None:
         """Do nothing: the all-reduce of the step carries the signal."""
+
+
+def _limited(batches: int, limit: int | float) -> int:
+    """Batches of an epoch under ``Trainer(limit_train_batches=...)``."""
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def replace_epoch_loop(trainer: pl.Trainer) -> None:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import OptimizerConfig
 from lightning_mimo.checkpoint.initial import check_origins, find_origins
 from lightning_mimo.checkpoint.sources import PretrainedSource, WeightSource
 from lightning_mimo.data.sample_format import SampleFormat
-from lightning_mimo.layers.attention import AttentionKind
+from lightning_mimo.layers.attention import AttentionKind, check_packed_attention
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.mimo.parameter_names import lies_under
@@ -145,6 +145,14 @@ class HuggingFaceModule(MimoModule):
         held = {name: rule.shape for name, rule in table.rules.items()}
         origins = find_origins(held, self.weight_sources(layout), self.init_missing)
         check_origins(origins, self.init_missing)
+
+    @override
+    def check_packing(self) -> None:
+        """
+        Raises:
+            ConfigError: for an attention that does not keep the samples of a row apart.
+        """
+        check_packed_attention(self._options.attention)
 
     @override
     def missing_files(self) -> str | None:

@@ -21,7 +21,7 @@ from lightning_mimo.errors import ConfigError
 from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.microbatch import Microbatch, sum_by_sample
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import RaggedMimoModel, build_mimo_model
@@ -65,6 +65,11 @@ class MimoModule(pl.LightningModule):
         built_for: layout and dtypes that it was built for; ``None`` before.
     """
 
+    takes_packed: bool | None = None
+    """Whether the class's own steps, ``forward()`` and ``loss()`` are right for packed microbatches, which hold several
+    samples in one row (``MimoStrategy(pack_to=...)``); ``None`` if it has none of its own. A ``loss()`` that only
+    weights tokens is right; one that sums over samples uses :func:`lightning_mimo.sum_by_sample`."""
+
     _draws_weights = True  # False where all weights come from files, but for those under init_missing
 
     def __init__(
@@ -87,9 +92,9 @@ class MimoModule(pl.LightningModule):
                 parameters.
             labels_shifted: whether a sample's ``labels[t]`` is the token after ``input_ids[t]``. Set to ``False`` for
                 labels in the format of transformers: equal to ``input_ids`` where they count and -100 elsewhere.
-            extra_keys: additional keys of every sample, for :meth:`loss`. A microbatch holds numbers as ``[b]``,
-                tensors of equal shape as ``[b, ...]``, tensors with one entry per token as ``[b, s]`` padded with 0,
-                and anything else as a tuple of length ``b``.
+            extra_keys: additional keys of every sample, for :meth:`loss`. A microbatch of ``n`` samples holds numbers
+                as ``[n]``, tensors of equal shape as ``[n, ...]``, tensors with one entry per token as ``[b, s]``
+                padded with 0, and anything else as a tuple of length ``n``. Unless it is packed, ``b`` is ``n``.
             init_from: weights that a run starts with at step 0: a checkpoint of this package (of any layout), a
                 safetensors file with global names, or a folder of such files. Optimizer, step and epoch are new. Not
                 read if the run goes on from ``ckpt_path``. Every rank reads the shards that it holds.
@@ -147,6 +152,15 @@ class MimoModule(pl.LightningModule):
             ConfigError: if ``init_from`` or ``init_missing`` cannot be used; a CheckpointError if files are damaged.
         """
         check_init_missing(self.init_missing, layout, has_sources=bool(self.weight_sources(layout)))
+
+    def check_packing(self) -> None:
+        """Refuse a model that does not keep the samples of a packed row apart; does nothing by itself.
+
+        Called before any process starts. The model is checked once more when it has been built.
+
+        Raises:
+            ConfigError: naming what to change.
+        """
 
     def missing_files(self) -> str | None:
         """What a run needs and a dry run does without, in a sentence; ``None`` if nothing is missing."""
@@ -252,7 +266,7 @@ class MimoModule(pl.LightningModule):
         allowed.
 
         Args:
-            output: logits ``[b, s, vocabulary / tp]``.
+            output: logits ``[b, s, vocabulary / tp]``; ``[1, s, vocabulary / tp]`` if the microbatch is packed.
             batch: the microbatch.
 
         Returns:
@@ -266,8 +280,8 @@ class MimoModule(pl.LightningModule):
         if not self.training:
             counted = mask > 0
             wrong = (greedy_tokens(output, group) != labels) & counted
-            asked = counted.any(dim=1)
-            metrics["exact_match"] = ((asked & ~wrong.any(dim=1)).sum(), asked.sum())
+            asked = sum_by_sample(counted, batch) > 0
+            metrics["exact_match"] = ((asked & (sum_by_sample(wrong, batch) == 0)).sum(), asked.sum())
         return (token_losses(output, labels, group) * mask).sum(), (mask > 0).sum(), metrics
 
     def forward(self, batch: Microbatch) -> Any:
@@ -287,6 +301,7 @@ class MimoModule(pl.LightningModule):
             token_order=batch.get("token_order"),
             lengths=batch.get("lengths"),
             counted=batch.get("loss_mask"),
+            packed_lengths=batch["sample_lengths"] if batch.get("is_packed", False) else None,
         )
         return output
 
@@ -363,6 +378,8 @@ class MimoModule(pl.LightningModule):
                 dtype_policy=strategy.precision_plugin.dtype_policy,
                 initialize=None if self._draws_weights and self.init_from is None else self.init_missing,
             )
+            if strategy.pack_to is not None:
+                self.model.check_packing()
             freeze(self.model, self.infra, self.frozen)
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:

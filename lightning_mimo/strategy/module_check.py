@@ -15,6 +15,7 @@ from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.own_state import check_own_parameters
 
+_USE_MICROBATCHES = ("training_step", "validation_step", "test_step", "forward", "loss")
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -93,6 +94,25 @@ def as_mimo_module(module: pl.LightningModule | None) -> MimoModule:
             f"lightning_mimo.MimoModule and override configure_mimo."
         )
     return module
+
+
+def check_takes_packed(module: MimoModule) -> None:
+    """Refuse packed microbatches where a module would misread them. Needs no process group.
+
+    Raises:
+        ConfigError: if the class has steps or a loss of its own and does not say that they take such microbatches, or
+            the model does not keep the samples of a row apart.
+    """
+    kind = type(module)
+    own = [name for name in _USE_MICROBATCHES if getattr(kind, name) is not getattr(MimoModule, name)]
+    if module.takes_packed is False or (own and module.takes_packed is None):
+        what = f"has its own {own[0]}()" if own else "says takes_packed = False"
+        raise ConfigError(
+            f"MimoStrategy(pack_to=...) puts several samples into one row, [1, tokens], and {kind.__name__} {what}. If "
+            f"it is right for such microbatches (batch['lengths'] says where samples end, lightning_mimo.sum_by_sample "
+            f"sums over each), write takes_packed = True in the class; else leave pack_to out."
+        )
+    module.check_packing()
 
 
 def _check_hyperparameters(owner: str, hyperparameters: Mapping[str, Any]) -> None:

@@ -109,11 +109,12 @@ def refuse_moved[**P](init: Callable[P, None]) -> Callable[P, None]:
     return checked
 
 
-def check_batch_options(*, encoder_run_ahead: Any, balance: Any) -> None:
+def check_batch_options(*, encoder_run_ahead: Any, balance: Any, pack_to: Any) -> None:
     """Check the options of MimoStrategy that say how batches are run.
 
     Raises:
-        ConfigError: if ``encoder_run_ahead`` is not an integer of 0 or more, or ``balance`` is not a bool.
+        ConfigError: if ``encoder_run_ahead`` is not an integer of 0 or more, ``balance`` is not a bool, or ``pack_to``
+            is neither an integer of 1 or more nor ``None``.
     """
     if not isinstance(encoder_run_ahead, int) or isinstance(encoder_run_ahead, bool) or encoder_run_ahead < 0:
         raise ConfigError(
@@ -123,6 +124,10 @@ def check_batch_options(*, encoder_run_ahead: Any, balance: Any) -> None:
         raise ConfigError(
             f"MimoStrategy(balance={balance!r}) must be True or False: whether replicas are given even work by the "
             f"costs that the dataset declares."
+        )
+    if pack_to is not None and (not isinstance(pack_to, int) or isinstance(pack_to, bool) or pack_to < 1):
+        raise ConfigError(
+            f"MimoStrategy(pack_to={pack_to!r}) must be a whole number of tokens, 1 or more, or None for no packing."
         )
 
 

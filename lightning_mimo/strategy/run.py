@@ -47,6 +47,7 @@ class Run:
         checkpoints: writes and reads checkpoints.
         trained: data of the training that the optimizer belongs to; ``None`` if there is none, or if weights have been
             loaded since.
+        pack_to: most tokens of a row into which samples are packed; ``None`` for one sample a row.
         is_over: whether the stage has ended.
     """
 
@@ -57,6 +58,7 @@ class Run:
     batches: BatchRunner
     checkpoints: RunCheckpoints
     trained: RunData | None
+    pack_to: int | None = None
     is_over: bool = False
     _resumed: Resumed | None = None
 
@@ -69,6 +71,7 @@ class Run:
         *,
         encoder_run_ahead: int,
         balance: bool,
+        pack_to: int | None,
         checks: Checks,
         saving: Saving,
         monitoring: Monitoring,
@@ -84,6 +87,7 @@ class Run:
             plan: this rank's share of every global batch.
             encoder_run_ahead: microbatches that an encoder computes before 1F1B requests them.
             balance: whether to balance batches whose dataset declares costs.
+            pack_to: most tokens of a row; ``None`` for one sample a row.
             checks: settings of the checks.
             saving: settings of saving checkpoints.
             monitoring: telemetry and timeout.
@@ -118,6 +122,7 @@ class Run:
             batches=batches,
             checkpoints=checkpoints,
             trained=trained,
+            pack_to=pack_to,
         )
 
     def shard(self, loader: object, *, seed: int) -> object:
@@ -139,6 +144,8 @@ class Run:
             seed=seed,
             training=trainer.training,
             first_epoch=self._first_epoch(),
+            # Tokens are generated sample by sample.
+            pack_to=None if trainer.predicting else self.pack_to,
         )
         name, state = sharded.order.name_and_state
         if trainer.training and not is_plain(state):

@@ -71,6 +71,7 @@ class MimoStrategy(ParallelStrategy):
         colocate: bool = False,
         encoder_run_ahead: int = 1,
         balance: bool = True,
+        pack_to: int | None = None,
         ddp: DistributedDataParallelConfig | dict[str, DistributedDataParallelConfig] | None = None,
         checks: Checks = Checks(),
         saving: Saving = Saving(),
@@ -83,14 +84,18 @@ class MimoStrategy(ParallelStrategy):
         Args:
             modules: module name -> its parallel sizes. One module must be called ``language``. Modules occupy
                 consecutive ranges of ranks, in the order in which they are written.
-            global_batch_size: samples per global batch, over all ranks. With ``accumulate_grad_batches=k``, an
-                optimizer step uses k global batches.
+            global_batch_size: samples per global batch, over all ranks; rows of samples with ``pack_to``. With
+                ``accumulate_grad_batches=k``, an optimizer step uses k global batches.
             num_microbatches: number of pipeline microbatches that a global batch is split into.
             colocate: put every module on all ranks instead of on consecutive, separate ranks.
             encoder_run_ahead: microbatches that an encoder on separate ranks computes before 1F1B requests them, so
                 that the language module does not wait for a microbatch that takes longer than others. On an encoder
                 rank, each needs memory for the activations of one more microbatch.
             balance: give replicas even work if the dataset has a method ``cost(index)``; gradients stay the same.
+            pack_to: pack samples into rows of at most so many tokens, in training, validation and test. A row takes
+                the place of a sample in ``global_batch_size``; attention and positions stay those of each sample. The
+                dataset must tell lengths, see :func:`lightning_mimo.data.packing.gather_lengths`. ``None`` pads samples
+                instead.
             ddp: settings of Megatron's DistributedDataParallel: one config for all modules, or one per module name.
                 Gradients are always summed and then divided by the number of tokens of the global batch;
                 ``grad_reduce_in_fp32`` is determined by the precision.
@@ -102,13 +107,14 @@ class MimoStrategy(ParallelStrategy):
             precision_plugin: Lightning's precision plugin; set by the Trainer.
         """
         super().__init__(cluster_environment=cluster_environment, precision_plugin=precision_plugin)
-        check_batch_options(encoder_run_ahead=encoder_run_ahead, balance=balance)
+        check_batch_options(encoder_run_ahead=encoder_run_ahead, balance=balance, pack_to=pack_to)
         self.modules = dict(modules)
         self.global_batch_size = global_batch_size
         self.num_microbatches = num_microbatches
         self.colocate = colocate
         self.encoder_run_ahead = encoder_run_ahead
         self.balance = balance
+        self.pack_to = pack_to
         self.ddp = ddp
         self.checks = checks
         self.saving = saving
@@ -229,6 +235,7 @@ class MimoStrategy(ParallelStrategy):
             plan,
             encoder_run_ahead=self.encoder_run_ahead,
             balance=self.balance,
+            pack_to=self.pack_to,
             checks=self.checks,
             saving=self.saving,
             monitoring=self.monitoring,

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from lightning_mimo.layout.batch_plan import micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.optim.ddp import check_options
-from lightning_mimo.strategy.module_check import as_mimo_module, check_module_for
+from lightning_mimo.strategy.module_check import as_mimo_module, check_module_for, check_takes_packed
 from lightning_mimo.strategy.trainer_check import check_trainer
 from lightning_mimo.strategy.world import check_world_size
 
@@ -28,5 +28,7 @@ def check_strategy(strategy: MimoStrategy, trainer: pl.Trainer | None) -> MimoLa
     micro_batch_sizes(layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches)
     if module is not None:
         check_module_for(module, layout, strategy.precision_plugin.dtype_policy)
+        if strategy.pack_to is not None:
+            check_takes_packed(module)
     check_options(strategy.ddp_by_module, strategy.precision_plugin.dtype_policy)
     return layout

@@ -75,6 +75,7 @@ def task(
     *,
     samples: Samples = USUAL,
     batch: int = 12,
+    pack_to: int | None = None,
     accumulate: int = 1,
     steps: int = 2,
     precision: str = "64-true",
@@ -85,11 +86,65 @@ def task(
         model=Model(**model),
         samples=samples,
         batch=batch,
+        pack_to=pack_to,
         accumulate=accumulate,
         steps=steps,
         precision=precision,
         start=start,
     )
+
+
+def packed(*, number: int = 48, pack_to: int = 24, samples: Samples = USUAL, **options: object) -> Task:
+    """Samples of 3 to 12 tokens in rows of 24, six rows to a batch; the last batch of an epoch is short."""
+    return task(samples=replace(samples, number=number), batch=6, pack_to=pack_to, steps=3, **options)
+
+
+def packed_cases() -> dict[str, Case]:
+    """Packed rows in every kind of layout and model."""
+    one, two = ModuleParallelism(), ModuleParallelism(dp=2)
+    tp2, pp2, tp2dp2 = ModuleParallelism(tp=2), ModuleParallelism(pp=2), ModuleParallelism(tp=2, dp=2)
+    three = {"num_microbatches": 3}
+    with_experts = {"experts": 4, "balancing_loss": 0.3}
+    return {
+        "one_rank": Case(task=packed(), layout=together(one, one)),
+        "apart": Case(task=packed(), layout=apart(two, two, **three)),
+        "colocated": Case(task=packed(), layout=together(two, tp2, **three)),
+        "sequence_parallel": Case(task=packed(), layout=apart(two, tp2, sequence_parallel=True, **three)),
+        "pipelines": Case(task=packed(image_layers=2), layout=apart(pp2, pp2, **three)),
+        "fan_in": Case(task=packed(), layout=apart(two, one, **three)),
+        "fan_out": Case(task=packed(), layout=apart(one, two, **three)),
+        "colocated-fan_in": Case(task=packed(), layout=together(two, tp2, **three)),
+        "colocated-fan_out": Case(task=packed(), layout=together(tp2, two, **three)),
+        "two_encoders": Case(
+            task=packed(audio=True, samples=CLIPS, pack_to=30),
+            layout=apart(two, tp2, one, sequence_parallel=True, **three),
+        ),
+        "grids-pipelined": Case(
+            task=packed(audio=True, clip_encoder=PipelinedGridEncoder, samples=GRIDS, pack_to=30),
+            layout=apart(one, two, pp2, **three),
+        ),
+        "positions_in_space": Case(
+            task=packed(in_space=True, samples=IN_SPACE), layout=apart(one, ModuleParallelism(tp=2, pp=2))
+        ),
+        "positions_in_space-sequence_parallel": Case(
+            task=packed(in_space=True, samples=IN_SPACE), layout=apart(two, tp2dp2, sequence_parallel=True, **three)
+        ),
+        "learned_positions": Case(task=packed(learned_positions=True), layout=apart(one, pp2)),
+        "llama": Case(task=packed(style="llama"), layout=apart(two, tp2dp2, **three)),
+        "experts": Case(
+            task=packed(**with_experts),
+            layout=apart(one, ModuleParallelism(tp=2, dp=2, ep=2), sequence_parallel=True, **three),
+        ),
+        "experts-recompute": Case(
+            task=packed(**with_experts, accumulate=2),
+            layout=apart(two, ModuleParallelism(dp=2, pp=2), recompute=Recompute(), **three),
+        ),
+        "weighted": Case(task=packed(weighted=True, samples=WEIGHTED), layout=apart(two, tp2dp2, **three)),
+        "frozen": Case(task=packed(frozen=PROJECTOR_ONLY), layout=apart(pp2, pp2)),
+        "accumulation": Case(task=packed(accumulate=2), layout=together(two, tp2, **three)),
+        "recompute": Case(task=packed(), layout=apart(two, pp2, recompute=Recompute(), **three)),
+        "rare_images": Case(task=packed(samples=RARE_AND_BARE), layout=apart(two, one, **three)),
+    }
 
 
 LAYOUTS = {
@@ -308,6 +363,8 @@ CASES = {
         task=task(in_space=True, samples=IN_SPACE),
         layout=together(ModuleParallelism(tp=2), ModuleParallelism(dp=2)),
     ),
+    # ---- several samples in a row
+    **{f"packed-{name}": case for name, case in packed_cases().items()},
     # ---- what a loss of one's own looks at
     "weighted_samples-language_tp2dp2": Case(
         task=task(weighted=True, samples=WEIGHTED),

@@ -178,7 +178,7 @@ def train(
         # Not the Trainer's argument, because Lightning takes 16-mixed for bf16-mixed on a CPU.
         precision_plugin=MimoPrecision(task.precision),
         cluster_environment=PoolEnvironment(),
-        **(strategy_options or {}),
+        **{"pack_to": task.pack_to, **(strategy_options or {})},
     )
     recorder = Recorder()
     trainer = pl.Trainer(

@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch.utils.data import Dataset
 
-from lightning_mimo import ItemSizes, MimoModelInfra, MimoModule, OptimizerOverride, Ragged
+from lightning_mimo import ItemSizes, MimoModelInfra, MimoModule, OptimizerOverride, Ragged, sum_by_sample
 from lightning_mimo.layers.attention import AttentionKind
 from lightning_mimo.layers.vocab_parallel import token_losses
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -72,6 +72,9 @@ class PicturesSoundsAndText(Dataset):
 
     def __len__(self) -> int:
         return self._samples.number
+
+    def length(self, index: int) -> int:
+        return len(self[index]["input_ids"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         kinds = self._samples
@@ -241,6 +244,7 @@ class Model:
         audio: with a second encoder.
         clip_encoder: the class of that encoder; None is an AudioEncoder, which wants Samples(dense=True).
         in_space: with multimodal rotary positions.
+        learned_positions: with learned ones.
         weighted: with a loss that weights samples and tokens.
         style: of the language module, with fewer heads of keys and values where it is "llama".
         experts: experts of every language MLP; None is a dense model.
@@ -256,6 +260,7 @@ class Model:
     audio: bool = False
     clip_encoder: type[torch.nn.Module] | None = ClipEncoder
     in_space: bool = False
+    learned_positions: bool = False
     weighted: bool = False
     style: Literal["gpt", "llama"] = "gpt"
     experts: int | None = None
@@ -283,6 +288,8 @@ def optimizer_config(model: Model) -> OptimizerConfig:
 
 class ParityModule(MimoModule):
     """The model of a case; four language layers, and of everything four heads."""
+
+    takes_packed = True
 
     def __init__(
         self,
@@ -350,6 +357,8 @@ class ParityModule(MimoModule):
             gpt = config.language_model_spec.params
             gpt["position_embedding_type"] = "mrope"
             gpt["config"].kv_channels, gpt["config"].mrope_section = 8, [1, 2, 1]
+        if choice.learned_positions:
+            config.language_model_spec.params["position_embedding_type"] = "learned_absolute"
         return config
 
     def loss(self, output: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
@@ -358,8 +367,9 @@ class ParityModule(MimoModule):
             return super().loss(output, batch)
         assert [each["name"] for each in batch["source"]] == [str(index) for index in batch["sample_indices"]]
         group = self.infra.pg_collections[LANGUAGE].tp
-        weights = batch["loss_mask"] * batch["numbers"] * batch["weight"].unsqueeze(1)
-        return (token_losses(output, batch["labels"], group) * weights).sum(), (batch["loss_mask"] > 0).sum(), {}
+        of_tokens = token_losses(output, batch["labels"], group) * batch["loss_mask"] * batch["numbers"]
+        of_samples = sum_by_sample(of_tokens, batch) * batch["weight"]
+        return of_samples.sum(), (batch["loss_mask"] > 0).sum(), {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.build_optimizer(optimizer_config(self._choice), overrides=self._choice.overrides)

@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from megatron.core.transformer.moe.router import TopKRouter
 
 from lightning_mimo import MimoModelInfra, MimoPrecision, ModuleParallelism
 from lightning_mimo.cpu import megatron_on_cpu
+from lightning_mimo.data.packing import Packing, pack_rows
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.mimo.dtypes import DtypePolicy
@@ -32,6 +35,7 @@ from tests.parity.model import (
     IMAGE,
     LOSS_SCALE,
     LR,
+    TEXT,
     WEIGHT_DECAY,
     Model,
     ParityModule,
@@ -51,7 +55,8 @@ class Task:
     Attributes:
         model: the model.
         samples: the samples.
-        batch: samples in a global batch.
+        batch: samples in a global batch; rows of samples, if they are packed.
+        pack_to: tokens of a row, as for MimoStrategy.
         accumulate: batches to an optimizer step.
         steps: optimizer steps.
         precision: as for the Trainer.
@@ -61,6 +66,7 @@ class Task:
     model: Model = field(default_factory=Model)
     samples: Samples = field(default_factory=Samples)
     batch: int = 12
+    pack_to: int | None = None
     accumulate: int = 1
     steps: int = 2
     precision: str = "64-true"
@@ -92,8 +98,12 @@ class Truth:
 
 def windows(task: Task) -> Iterator[list[list[int]]]:
     """Samples of the batches of every optimizer step, epoch after epoch; the last window of an epoch may be short."""
-    indices = range(task.samples.number)
-    batches = [list(indices[i : i + task.batch]) for i in range(0, len(indices), task.batch)]
+    rows = [(index,) for index in range(task.samples.number)]
+    if task.pack_to is not None:
+        dataset = PicturesSoundsAndText(task.samples)
+        lengths = np.array([dataset.length(index) for index in range(len(dataset))])
+        rows = pack_rows(range(len(dataset)), Packing(budget=task.pack_to, lengths=lengths))
+    batches = [list(chain.from_iterable(rows[i : i + task.batch])) for i in range(0, len(rows), task.batch)]
     while True:
         for i in range(0, len(batches), task.accumulate):
             yield batches[i : i + task.accumulate]
@@ -233,7 +243,10 @@ def sample_loss(model: RaggedMimoModel, sample: Mapping[str, Any], dtype: torch.
     """Sum of the token losses of one sample."""
     ids = sample["input_ids"]
     language = model.language_model
-    embedded = language.embedding.word_embeddings(torch.where(ids < 4, 0, ids)[None])[0]
+    embedded = language.embedding.word_embeddings(torch.where(ids < TEXT, 0, ids)[None])[0]
+    if language.embedding.add_position_embedding:
+        is_text = (ids >= TEXT)[:, None]
+        embedded = embedded + language.embedding.position_embeddings(torch.arange(len(ids))) * is_text
     for module, token in (("images", IMAGE), ("audio", CLIP)):
         places = (ids == token).nonzero().flatten()
         if len(places):

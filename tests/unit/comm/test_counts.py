@@ -18,6 +18,7 @@ def counts(
     return ModalityCounts(
         sample_indices=tuple(range(first, first + len(placeholders))),
         placeholders=placeholders,
+        samples_per_position=(1,) * len(placeholders),
         own=range(len(placeholders)) if own is None else own,
         items=items,
         embeddings=embeddings,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_mimo import DataError, ItemSizes, MimoLayout, ModuleParallelism, Ragged
+from lightning_mimo import DataError, ItemSizes, MimoLayout, ModuleParallelism, Ragged, sum_by_sample
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
+from lightning_mimo.data.packing import Packing
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 
@@ -35,21 +36,35 @@ def sample(placeholders: int, arguments: Mapping[str, Any] | None, **keys: Any) 
     return text if arguments is None else {**text, "modality_inputs": {"images": {"vit": arguments}}}
 
 
-def collate(*samples: Any, microbatches: int = 1, sizes: ItemSizes | None = None, **fields: Any) -> list[Any]:
-    """Microbatches of samples 10, 11, 12, …."""
+def collate(
+    *samples: Any,
+    microbatches: int = 1,
+    sizes: ItemSizes | None = None,
+    rows: list[int] | None = None,
+    **fields: Any,
+) -> list[Any]:
+    """Microbatches of samples 10, 11, 12, …, packed if so many samples of each row are given."""
     wanted = {
         "special_token_ids": {"images": IMAGE},
         "pad_token_id": PAD,
         "modules": ("images",),
         "encoders": {"images": {"vit": sizes}},
     }
+    both, in_rows = frozenset({"images", "language"}), rows or [1] * len(samples)
+    places = [(position, place) for position, number in enumerate(in_rows) for place in range(number)]
     requests = [
         SampleRequest(
-            index=10 + i, position=i, drawn=i, modules=frozenset({"images", "language"}), epoch=0, is_padding=False
+            index=10 + i, position=position, drawn=position, place=place, modules=both, epoch=0, is_padding=False
         )
-        for i in range(len(samples))
+        for i, (position, place) in enumerate(places)
     ]
-    collator = MicrobatchCollator(plan(len(samples), microbatches=microbatches), SampleFormat(**{**wanted, **fields}))
+    packing = None
+    if rows is not None:
+        lengths = [0] * 10 + [len(each["input_ids"]) for each in samples]
+        packing = Packing(budget=99, lengths=np.array(lengths))
+    collator = MicrobatchCollator(
+        plan(len(in_rows), microbatches=microbatches), SampleFormat(**{**wanted, **fields}), packing=packing
+    )
     return collator(list(zip(requests, samples, strict=True)))
 
 
@@ -295,4 +310,58 @@ def test_fingerprint_covers_all_that_a_module_takes(change: str) -> None:
     mine, other = ("images", "language") if change in ("pixels", "grid") else ("language", "images")
     assert before == fingerprints(False)
     assert before[other] == after[other]
-    assert before[mine][:3] == after[mine][:3] and before[mine][3] != after[mine][3]
+    assert before[mine][:4] == after[mine][:4] and before[mine][4] != after[mine][4]
+
+
+# Packed rows.
+
+
+def test_samples_of_packed_rows_follow_each_other_without_padding() -> None:
+    one, two = grids((1, 4, 6)), grids((1, 2, 2), (2, 4, 2))
+    samples = (sample(6, one), sample(0, None, position_ids=[5, 6]), sample(5, two))
+    (batch,) = collate(*samples, rows=[1, 2], sizes=GRID, extra_keys=())
+    together = torch.cat([each["input_ids"] for each in samples]).tolist()
+    assert batch["is_packed"] and batch["input_ids"].tolist() == [together]
+    assert batch["labels"].tolist() == [torch.cat([each["labels"] for each in samples]).tolist()]
+    assert batch["custom_positions"] and batch["position_ids"].tolist() == [[*range(8), 5, 6, *range(7)]]
+    assert batch["sample_lengths"] == (8, 2, 7) and batch["lengths"].tolist() == [8, 2, 7]
+    assert batch["sample_indices"] == (10, 11, 12) and batch["global_positions"] == (0, 1, 1)
+    assert batch["sample_fingerprints"]["language"][:, :3].tolist() == [[0, 0, 10], [1, 0, 11], [1, 1, 12]]
+
+
+def test_a_bridge_divides_placeholders_between_rows() -> None:
+    one, two = grids((1, 4, 6)), grids((1, 2, 2), (2, 4, 2))
+    (batch,) = collate(sample(6, one), sample(0, grids()), sample(5, two), rows=[1, 2], sizes=GRID)
+    assert batch["placeholders"] == {"images": (6, 5)}
+    counts = batch["modality_counts"]["images"]
+    assert counts.placeholders == (6, 0, 5) and counts.placeholders_per_position == (6, 5)
+    assert counts.items == (1, 0, 2) and counts.own == range(3)
+
+
+def test_packed_positions_in_space_and_extras_stay_those_of_samples() -> None:
+    space = torch.arange(6).view(3, 2)
+    first = sample(0, None, position_ids=space, weight=0.5, numbers=torch.tensor([1.0, 2.0]), source="a")
+    second = sample(1, grids((1, 2, 2)), position_ids=torch.zeros(3, 3, dtype=torch.int64), weight=2.0)
+    second |= {"numbers": torch.tensor([3.0, 4.0, 5.0]), "source": "b"}
+    (batch,) = collate(
+        first, second, rows=[2], sizes=GRID, position_type="mrope", extra_keys=("weight", "numbers", "source")
+    )
+    assert batch["position_ids"].shape == (3, 1, 5)
+    assert torch.equal(batch["position_ids"][:, 0], torch.cat([space, torch.zeros(3, 3, dtype=torch.int64)], dim=1))
+    assert batch["weight"].tolist() == [0.5, 2.0] and batch["source"] == ("a", "b")
+    assert batch["numbers"].tolist() == [[1.0, 2.0, 3.0, 4.0, 5.0]]
+
+
+def test_sums_over_samples_are_the_same_packed_and_padded() -> None:
+    samples = (sample(6, grids((1, 4, 6))), sample(0, None), sample(5, grids((1, 2, 2), (2, 4, 2))))
+    (packed,), (padded,) = collate(*samples, rows=[1, 2], sizes=GRID), collate(*samples, sizes=GRID)
+    for batch in (packed, padded):
+        assert sum_by_sample(batch["loss_mask"], batch).tolist() == [1.0, 1.0, 1.0]
+        assert sum_by_sample(batch["input_ids"] == IMAGE, batch).tolist() == [6, 0, 5]
+
+
+def test_a_sample_of_another_length_than_was_told_is_refused() -> None:
+    collator = MicrobatchCollator(plan(1), SampleFormat(), packing=Packing(budget=9, lengths=np.array([4])))
+    request = SampleRequest(index=0, position=0, drawn=0, modules=frozenset({"language"}), epoch=0, is_padding=False)
+    with pytest.raises(DataError, match=r"Sample 0 has 2 tokens .* given as 4 by length\(0\)"):
+        collator([(request, {"input_ids": [1, 2], "labels": [2, 3]})])

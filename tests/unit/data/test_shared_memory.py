@@ -17,7 +17,9 @@ from lightning_mimo.data.shared_memory import SharedMemoryBatch
 from lightning_mimo.errors import DataError
 from lightning_mimo.microbatch import ModalityCounts
 
-COUNTS = ModalityCounts(sample_indices=(4, 5), placeholders=(2, 0), own=range(1), items=(1,))
+COUNTS = ModalityCounts(
+    sample_indices=(4, 5), placeholders=(2, 0), samples_per_position=(1, 1), own=range(1), items=(1,)
+)
 
 
 def batch() -> SharedMemoryBatch:

@@ -33,13 +33,14 @@ def reduction() -> DeviceReduction:
         stops=tensor(1.0),
         group_squares=tensor(0.5, 0.25, 0.125),
         telemetry=tensor(7.0, 8.0),
+        positions=tensor(10.0, 9.0),
     )
 
 
 def test_sum_over_ranks_goes_to_every_field_by_its_name() -> None:
     one = reduction()
     packed = one.pack()
-    assert packed.shape == (14,)
+    assert packed.shape == (16,)
     total = one.unpack(packed + packed).read()
     for field in fields(StepReduction):
         here, there = getattr(one.read(), field.name), getattr(total, field.name)
@@ -62,6 +63,7 @@ def test_what_is_left_out_adds_nothing() -> None:
         stops=0.0,
         group_squares=[],
         telemetry=[],
+        positions=[],
         samples=[],
         next_samples=[],
     )
