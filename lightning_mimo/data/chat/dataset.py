@@ -163,13 +163,16 @@ class ChatDataset(Dataset[dict[str, Any]]):
         return self._sample(row, tokens, self._inputs(conversation, tokens))
 
     def length(self, index: int) -> int:
-        """Tokens of a sample, whatever ``max_length`` says.
+        """Tokens of a sample, placeholders included: 1 where ``too_long="skip"`` leaves the row out.
+
+        No image is decoded for it, unless the processor cannot tell placeholders from sizes.
 
         Raises:
-            DataError: naming the row, the field and the remedy.
+            DataError: naming the row, the field and the remedy; also if it is too long and that is an error.
         """
         _, conversation = self._read(index)
-        return len(self._tokens(conversation, self._render(conversation))[0].ids)
+        tokens, _ = self._tokens(conversation, self._render(conversation))
+        return len((tokens if self._fits(conversation, tokens) else self._processor.stand_in(tokens)).ids)
 
     def _check(self, rows: int | None) -> None:
         """Read rows before training."""
@@ -231,7 +234,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
             self._warned.add("skip")
             warnings.warn(
                 f"{conversation.where}: {problem}: it is skipped, as are all such rows, of which this is the first "
-                f"here. ChatDataset.length(index) tells which these are.",
+                f"here. ChatDataset.length(index) is 1 for each of them.",
                 stacklevel=2,
             )
         return False
