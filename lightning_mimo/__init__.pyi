@@ -59,6 +59,8 @@ from .mimo_parallel_utils import (
 from .optim.lr_schedulers import PerModuleLR as PerModuleLR
 from .optim.param_groups import OptimizerOverride as OptimizerOverride
 from .parallel.infra import MimoModelInfra as MimoModelInfra
+from .parallel.nccl import NcclGroupOptions as NcclGroupOptions
+from .parallel.nccl import NcclOptions as NcclOptions
 from .strategy.hugging_face import HuggingFaceModule as HuggingFaceModule
 from .strategy.module import MimoModule as MimoModule
 from .strategy.options import Checks as Checks

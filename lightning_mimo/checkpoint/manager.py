@@ -15,6 +15,7 @@ from lightning_mimo.checkpoint.loading import TrainerCheck, check
 from lightning_mimo.checkpoint.manifest import Manifest
 from lightning_mimo.checkpoint.replacement import discard, recover
 from lightning_mimo.checkpoint.saving import Generators, content_of, generators
+from lightning_mimo.checkpoint.staging import StagingBuffer
 from lightning_mimo.checkpoint.writer import CheckpointWriter, together
 from lightning_mimo.data.data_state import DataState
 from lightning_mimo.errors import CheckpointError, CheckpointWriteError
@@ -52,6 +53,7 @@ class RunCheckpoints:
         self._async = async_save
         self._on_error = on_save_error
         self._writer = CheckpointWriter(timeout=timeout)
+        self._staging = StagingBuffer()
 
     def save(
         self,
@@ -86,6 +88,7 @@ class RunCheckpoints:
                 model,
                 infra,
                 None if optimizer is None else optimizer.mimo,
+                staging=self._staging,
                 states=generators_before or generators(),
                 trainer=trainer,
                 about={

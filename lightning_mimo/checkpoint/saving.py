@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from lightning_mimo import __version__
 from lightning_mimo.checkpoint.reader import GENERATOR
 from lightning_mimo.checkpoint.shards import ShardSpec
+from lightning_mimo.checkpoint.staging import StagingBuffer
 from lightning_mimo.checkpoint.state import TensorShard, shards_of
 from lightning_mimo.checkpoint.writer import Content
 from lightning_mimo.errors import CheckpointError
@@ -46,6 +47,7 @@ def content_of(
     infra: MimoModelInfra,
     optimizer: SingleSyncMimoOptimizer | None,
     *,
+    staging: StagingBuffer,
     states: Generators,
     trainer: Mapping[str, Any],
     about: Mapping[str, Any],
@@ -56,6 +58,7 @@ def content_of(
         model: model whose parameters are gathered (see ``complete_gathering``).
         infra: process groups.
         optimizer: optimizer to save; ``None`` saves weights only.
+        staging: memory of the copies; must not be used again before they are written.
         states: states of the random generators.
         trainer: state of Lightning's trainer, plain types only. Only rank 0's is written.
         about: further entries of the manifest.
@@ -63,16 +66,14 @@ def content_of(
     Raises:
         CheckpointError: if ``trainer`` could not be read back without executing code.
     """
-    rank = dist.get_rank()
+    rank, modules = dist.get_rank(), infra.participating_modules
     # Done on every rank although only rank 0's is written, so that all ranks fail together.
     written = _plain_bytes(trainer)
-    shards = {
-        module: [
-            replace(shard, tensor=shard.tensor.to("cpu", copy=True))
-            for shard in shards_of(model, infra, module, optimizer)
-        ]
-        for module in infra.participating_modules
-    }
+    own_shards = [(name, shard) for name in modules for shard in shards_of(model, infra, name, optimizer)]
+    copies = staging.copy([shard.tensor for _, shard in own_shards])
+    shards: dict[str, list[TensorShard]] = {name: [] for name in modules}
+    for (name, shard), copy in zip(own_shards, copies, strict=True):
+        shards[name].append(replace(shard, tensor=copy))
     if optimizer is not None:
         own = next(iter(shards.values()))
         own.extend(

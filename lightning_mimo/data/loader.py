@@ -193,6 +193,7 @@ def shard_dataloader(
     *,
     sample_format: SampleFormat,
     seed: int,
+    pin_memory: bool = False,
     first_epoch: int = 0,
     resumed: bool = False,
     sampler_states: SamplerStates = (),
@@ -207,6 +208,7 @@ def shard_dataloader(
         plan: this rank's share.
         sample_format: what samples hold.
         seed: the run's seed, the same on all ranks.
+        pin_memory: copy batches to pinned memory, also where the user's loader does not say so.
         first_epoch: epoch for which the loader is made.
         resumed: as for SeededSampler.
         sampler_states: as for SeededSampler.
@@ -231,7 +233,7 @@ def shard_dataloader(
         batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last, costs=costs, packing=packing),
         collate_fn=MicrobatchCollator(plan, sample_format, packing=packing),
         num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
+        pin_memory=loader.pin_memory or pin_memory,
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,

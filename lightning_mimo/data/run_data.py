@@ -21,14 +21,16 @@ from lightning_mimo.microbatch import Microbatch
 class RunData:
     """The data of one ``fit``, ``validate``, ``test`` or ``predict``."""
 
-    def __init__(self, plan: RankBatchPlan, *, balance: bool) -> None:
+    def __init__(self, plan: RankBatchPlan, *, balance: bool, pin_memory: bool = False) -> None:
         """
         Args:
             plan: this rank's share of every global batch.
             balance: as for MimoStrategy.
+            pin_memory: copy every batch to pinned memory, from which a GPU gets it without a wait of the host.
         """
         self._plan = plan
         self._balance = balance
+        self._pin_memory = pin_memory
         self._training_samples: int | None = None
         self._packing: Packing | None = None  # of the training data
         self._training: ResumableLoader | None = None
@@ -85,6 +87,7 @@ class RunData:
             self._plan,
             sample_format=sample_format,
             seed=seed,
+            pin_memory=self._pin_memory,
             first_epoch=first_epoch,
             resumed=training and self.resumes,
             sampler_states=(self._sampler_states if training else None) or (),

@@ -14,10 +14,12 @@ from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.models.mimo.comm.colocated_communicator import ColocatedBridgeCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from lightning_mimo.layout.communicators import SENT, Communicator, Use
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE, ResolvedParallelism
 from lightning_mimo.observe.spans import Spans
-from lightning_mimo.parallel.process_groups import EXPERT_VIEW, GroupPool, PooledGrid, Use
+from lightning_mimo.parallel.nccl import NcclOptions
+from lightning_mimo.parallel.process_groups import EXPERT_VIEW, GroupPool, PooledGrid
 
 # Fields of ProcessGroupCollection and the axes that each spans: first the dense axes, then those of the expert view.
 _DENSE_GROUPS = {
@@ -64,7 +66,14 @@ class MimoModelInfra:
     _communicators: list[ColocatedBridgeCommunicator] = field(default_factory=list, repr=False)
 
     @classmethod
-    def build(cls, layout: MimoLayout, *, backend: str | None = None, spans: Spans | None = None) -> MimoModelInfra:
+    def build(
+        cls,
+        layout: MimoLayout,
+        *,
+        backend: str | None = None,
+        spans: Spans | None = None,
+        nccl: NcclOptions = NcclOptions(),
+    ) -> MimoModelInfra:
         """Create the grids and process groups of a layout.
 
         Collective over the world: every rank must call it with the same layout. torch.distributed must be initialized
@@ -74,9 +83,10 @@ class MimoModelInfra:
             layout: a resolved layout.
             backend: torch.distributed backend of the groups; ``None`` uses that of the default group.
             spans: records what this rank does; ``None`` creates a new one.
+            nccl: options of the groups, if the backend is NCCL.
         """
         assert dist.get_world_size() == layout.world_size, "the layout was resolved for another world size"
-        pool = GroupPool(backend)
+        pool = GroupPool(backend, nccl)
         grids = {name: _build_grid(name, sizes, pool) for name, sizes in layout.modules.items()}
         infra = cls(
             layout=layout,
@@ -106,6 +116,17 @@ class MimoModelInfra:
     def register_communicator(self, communicator: ColocatedBridgeCommunicator) -> None:
         """Take ownership of the groups of a communicator that was built on these grids: ``destroy`` releases them."""
         self._communicators.append(communicator)
+
+    def group_of(self, communicator: Communicator) -> dist.ProcessGroup:
+        """The group in which one of this rank's communicators is made. The bridges must have been built."""
+        if communicator.use == "world":
+            assert dist.group.WORLD is not None
+            return dist.group.WORLD
+        if communicator.use == "bridge":
+            bridges = (each for each in self._communicators if each.src_module_name == communicator.module)
+            return next(each.gather_pg for each in bridges if each.gather_pg is not None)
+        ranks = range(self.layout.world_size) if communicator.use in SENT else communicator.ranks
+        return self._pool.existing(ranks, module=communicator.module, use=communicator.use)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Set the timeout of all groups of this rank, including those of the bridges.

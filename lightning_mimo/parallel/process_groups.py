@@ -8,25 +8,17 @@ Each group costs connections and threads with gloo, and a communicator with its 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, override
+from typing import override
 
 import torch.distributed as dist
 from megatron.core.hyper_comm_grid import HyperCommGrid
 
+from lightning_mimo.layout.communicators import Use
 from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES, ResolvedParallelism
+from lightning_mimo.parallel.nccl import NcclOptions
 
 EXPERT_VIEW = "expert"
 """View name under which megatron-core's MimoOptimizer looks up the expert axes of a grid."""
-
-Use = Literal["model", "gradients", "expert gradients", "activations sent", "gradients sent"]
-"""What a group is used for. Groups with the same use may be shared, because all ranks call them in the same order.
-Different uses need separate groups, because their order differs between ranks:
-
-- Gradient reductions overlap with the collectives of the model. They start at different times on different ranks if
-  some replicas have no images.
-- Gradient reductions of experts overlap with those of dense parameters in the same way.
-- Transfers between pipeline stages have an order of their own in each direction.
-"""
 
 _Ranks = tuple[int, ...]
 
@@ -37,12 +29,14 @@ class GroupPool:
     All ranks must request the same groups in the same order, including groups that they are not a member of.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, nccl: NcclOptions = NcclOptions()) -> None:
         """
         Args:
             backend: torch.distributed backend of the groups; ``None`` uses that of the default group.
+            nccl: options of the groups, if the backend is NCCL.
         """
         self.backend = backend
+        self._nccl = nccl
         self._groups: dict[tuple[str | None, Use | None, _Ranks], dist.ProcessGroup | None] = {}
 
     def group_containing_rank(
@@ -62,12 +56,19 @@ class GroupPool:
             members = tuple(sorted(ranks))
             key = (module, use, members) if len(members) > 1 else (None, None, members)
             if key not in self._groups:
-                made = dist.new_group(list(members), backend=self.backend)
+                options = self._nccl.for_use(use) if len(members) > 1 else None
+                made = dist.new_group(list(members), backend=self.backend, pg_options=options)
                 # On ranks that are not members torch returns a number.
                 self._groups[key] = made if isinstance(made, dist.ProcessGroup) else None
             if self._groups[key] is not None:
                 mine = self._groups[key]
         return mine
+
+    def existing(self, ranks: Iterable[int], *, module: str, use: Use) -> dist.ProcessGroup:
+        """The group of more than one rank that was created for these ranks, module and use, on one of its ranks."""
+        group = self._groups[module, use, tuple(sorted(ranks))]
+        assert group is not None, "this rank is a member"
+        return group
 
     @property
     def mine(self) -> list[dist.ProcessGroup]:

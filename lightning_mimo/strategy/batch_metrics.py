@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 
+import torch
+
 from lightning_mimo.optim.mimo_optimizer import StepOutcome
 from lightning_mimo.optim.step_reduction import DeviceReduction, HostReduction
 from lightning_mimo.strategy.module import MimoModule
@@ -58,19 +60,22 @@ class BatchMetrics:
         values |= {f"train/{name}": mean for name, mean in totals.metric_means.items()}
         self._shown.show_tensors({name: value.float() for name, value in values.items()})
 
-    def log_evaluation(self, stage: str, figures: HostReduction) -> None:
+    def log_evaluation(self, stage: str, totals: DeviceReduction, figures: HostReduction) -> None:
         """Log loss and metrics, weighted by their counts, so that an epoch's mean is the mean over all its tokens.
 
         Args:
             stage: "val" or "test".
-            figures: sums over the global batch.
+            totals: sums over the global batch on the device, whose means are logged: Lightning would copy numbers of
+                the host to the device one after the other, and wait for each.
+            figures: the same on the host, for the weights.
         """
         how = {"prog_bar": True, "on_step": False, "on_epoch": True}
-        self._module.log(f"{stage}/loss", figures.mean_loss, batch_size=_weight(figures.tokens), **how)
-        means = figures.metric_means
+        dtype = torch.get_default_dtype()
+        self._module.log(f"{stage}/loss", totals.mean_loss.to(dtype), batch_size=_weight(figures.tokens), **how)
+        means = totals.metric_means
         for name, (_, count) in figures.metrics.items():
             if count:
-                self._module.log(f"{stage}/{name}", means[name], batch_size=_weight(count), **how)
+                self._module.log(f"{stage}/{name}", means[name].to(dtype), batch_size=_weight(count), **how)
 
     def restart_clock(self) -> None:
         """Measure no time until the next training batch ends: a validation is no part of it."""

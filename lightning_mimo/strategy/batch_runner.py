@@ -318,7 +318,7 @@ class BatchRunner:
         figures = totals.read()
         samples.check(figures.samples)
         self.must_stop = figures.stops > 0
-        self._metrics.log_evaluation(stage, figures)
+        self._metrics.log_evaluation(stage, totals, figures)
         return totals.mean_loss.float()
 
     def predict(self, batch: Batch, batch_idx: int, *dataloader_idx: int) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ class Run:
             device: device of this rank.
             previous: the stage before this one, if any.
         """
-        trainer, data = module.trainer, RunData(plan, balance=balance)
+        trainer, data = module.trainer, RunData(plan, balance=balance, pin_memory=device.type == "cuda")
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         trained = data if is_fitting else None if previous is None else previous.trained
         batches = BatchRunner(

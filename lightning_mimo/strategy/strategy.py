@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from lightning_mimo.cpu import megatron_on
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.known_warnings import hush_known_warnings
+from lightning_mimo.launch.cuda_connections import set_cuda_connections
 from lightning_mimo.launch.fork_launcher import make_launcher
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
@@ -25,6 +26,7 @@ from lightning_mimo.layout.module_parallelism import ModuleParallelism
 from lightning_mimo.observe.spans import Spans, clock_of
 from lightning_mimo.optim.ddp import complete_gathering, options_by_module, wrap_with_ddp
 from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.nccl import NcclOptions
 from lightning_mimo.parallel.random import seed_megatron
 from lightning_mimo.strategy import world
 from lightning_mimo.strategy.batch_runner import Batch, StepListener
@@ -76,6 +78,7 @@ class MimoStrategy(ParallelStrategy):
         checks: Checks = Checks(),
         saving: Saving = Saving(),
         monitoring: Monitoring = Monitoring(),
+        nccl: NcclOptions = NcclOptions(),
         process_group_backend: str | None = None,
         cluster_environment: ClusterEnvironment | None = None,
         precision_plugin: Precision | None = None,
@@ -102,6 +105,7 @@ class MimoStrategy(ParallelStrategy):
             checks: settings of the checks in every run.
             saving: settings of saving checkpoints.
             monitoring: telemetry, and the longest time that a rank may wait for another.
+            nccl: options of NCCL, by what process groups are used for.
             process_group_backend: torch.distributed backend; ``None`` selects nccl on GPUs and gloo on CPUs.
             cluster_environment: Lightning's ClusterEnvironment; set by the Trainer.
             precision_plugin: Lightning's precision plugin; set by the Trainer.
@@ -119,6 +123,7 @@ class MimoStrategy(ParallelStrategy):
         self.checks = checks
         self.saving = saving
         self.monitoring = monitoring
+        self.nccl = nccl
         self.process_group_backend = process_group_backend
         self.spans = Spans()
         self.infra: MimoModelInfra | None = None
@@ -194,6 +199,7 @@ class MimoStrategy(ParallelStrategy):
     def setup_environment(self) -> None:
         """Create process groups and set seeds. The groups persist after ``fit``, so that ``test`` can follow it."""
         layout = self.validate(self._module.trainer)
+        set_cuda_connections(layout, self.root_device, self.process_group_backend)
         super().setup_environment()
         assert self.cluster_environment is not None
         environment, on_node = self.cluster_environment, self.num_processes
@@ -204,7 +210,11 @@ class MimoStrategy(ParallelStrategy):
             self.spans.clock = clock_of(self.root_device)
             world.join_world(environment, self.root_device, self.process_group_backend, self.monitoring.timeout)
             self.infra, self.plan = world.build_infra(
-                layout, self.spans, global_batch_size=self.global_batch_size, num_microbatches=self.num_microbatches
+                layout,
+                self.spans,
+                self.nccl,
+                global_batch_size=self.global_batch_size,
+                num_microbatches=self.num_microbatches,
             )
             self.seed = self.broadcast(torch.initial_seed() % 2**63)
         seed_megatron(layout, self.global_rank, seed=self.seed)
@@ -248,6 +258,7 @@ class MimoStrategy(ParallelStrategy):
             world.start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout).stop
         )
         if is_fitting:
+            world.connect_ranks(module.mimo_model, infra)
             set_up_optimizer(self, trainer)
         self.setup_precision_plugin()
 

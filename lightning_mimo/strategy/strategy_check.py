@@ -11,7 +11,7 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.optim.ddp import check_options
 from lightning_mimo.strategy.module_check import as_mimo_module, check_module_for, check_takes_packed
 from lightning_mimo.strategy.trainer_check import check_trainer
-from lightning_mimo.strategy.world import check_world_size
+from lightning_mimo.strategy.world import backend_for, check_world_size
 
 if TYPE_CHECKING:
     from lightning_mimo.strategy.strategy import MimoStrategy
@@ -31,4 +31,5 @@ def check_strategy(strategy: MimoStrategy, trainer: pl.Trainer | None) -> MimoLa
         if strategy.pack_to is not None:
             check_takes_packed(module)
     check_options(strategy.ddp_by_module, strategy.precision_plugin.dtype_policy)
+    strategy.nccl.check_backend(backend_for(strategy.root_device, strategy.process_group_backend))
     return layout

@@ -20,10 +20,14 @@ from lightning_mimo.errors import ConfigError
 from lightning_mimo.launch.fork_launcher import ForkLauncher
 from lightning_mimo.layout.batch_plan import RankBatchPlan, micro_batch_sizes
 from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.mimo.communicators import communicators_of
+from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.mimo_parallel_utils import validate_data_loader_contract, validate_no_stub_ranks
 from lightning_mimo.observe.spans import SpanInfo, Spans
 from lightning_mimo.observe.watchdog import Watchdog
+from lightning_mimo.parallel.communicators import make_communicators
 from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.parallel.nccl import NcclOptions
 from lightning_mimo.upstream.lightning import _get_default_process_group_backend_for_device, _init_dist_connection
 
 _REDUCE = SpanInfo(kind="world", label="reduce a number over ranks, between steps")
@@ -103,6 +107,16 @@ def tell_rank(environment: ClusterEnvironment, *, rank: int, world_size: int) ->
     reset_seed()
 
 
+def backend_for(device: torch.device, chosen: str | None) -> str:
+    """The torch.distributed backend of a run on a device.
+
+    Args:
+        device: device of a rank.
+        chosen: the user's choice, if any.
+    """
+    return chosen or _get_default_process_group_backend_for_device(device)
+
+
 def join_world(environment: ClusterEnvironment, device: torch.device, backend: str | None, timeout: timedelta) -> None:
     """Create torch.distributed's default process group unless it exists. Collective over the world.
 
@@ -113,7 +127,7 @@ def join_world(environment: ClusterEnvironment, device: torch.device, backend: s
         timeout: longest time that a rank may wait for another. The process group waits longer than this, so that the
             watchdog of :func:`start_watchdog` reports first.
     """
-    backend = backend or _get_default_process_group_backend_for_device(device)
+    backend = backend_for(device, backend)
     patience = Watchdog.patience_after(timeout)
     options: dict[str, Any] = {}
     # torchrun's agent holds a store of its own at the same port.
@@ -147,20 +161,21 @@ def check_world_size(world_size: int) -> None:
 
 
 def build_infra(
-    layout: MimoLayout, spans: Spans, *, global_batch_size: int, num_microbatches: int
+    layout: MimoLayout, spans: Spans, nccl: NcclOptions, *, global_batch_size: int, num_microbatches: int
 ) -> tuple[MimoModelInfra, RankBatchPlan]:
     """Build the process groups of a layout and check them against the batch sizes. Collective over the world.
 
     Args:
         layout: layout of all ranks.
         spans: records what this rank does.
+        nccl: options of NCCL for the process groups.
         global_batch_size: samples per global batch, over all ranks.
         num_microbatches: number of microbatches that a global batch is split into.
 
     Returns:
         Grids and process groups, and this rank's share of every global batch.
     """
-    infra = MimoModelInfra.build(layout, spans=spans)
+    infra = MimoModelInfra.build(layout, spans=spans, nccl=nccl)
     sizes = micro_batch_sizes(layout, global_batch_size=global_batch_size, num_microbatches=num_microbatches)
     validate_no_stub_ranks(infra.module_to_grid_map, layout.world_size)
     validate_data_loader_contract(infra, global_batch_size, sizes, num_microbatches)
@@ -168,6 +183,19 @@ def build_infra(
         layout, dist.get_rank(), global_batch_size=global_batch_size, num_microbatches=num_microbatches
     )
     return infra, plan
+
+
+def connect_ranks(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
+    """Make the communicators that training will use. Collective over the world.
+
+    Does nothing with gloo, whose ranks are connected when a group is created.
+
+    Args:
+        model: the model, wrapped for training.
+        infra: process groups, the bridges included.
+    """
+    if dist.get_backend() != "gloo":
+        make_communicators(infra, communicators_of(model, infra))
 
 
 def start_watchdog(

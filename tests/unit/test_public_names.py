@@ -29,6 +29,8 @@ PUBLIC_NAMES = [
     "MimoStrategy",
     "ModuleParallelism",
     "Monitoring",
+    "NcclGroupOptions",
+    "NcclOptions",
     "NonFiniteError",
     "OptimizerOverride",
     "PerModuleLR",
