@@ -41,6 +41,13 @@ class MimoCLI(LightningCLI):
 
     dry_run = False
 
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """The command in ``sys.argv``: making the parsers of the others takes longer than reading a config."""
+        every = LightningCLI.subcommands()
+        return {name: skipped for name, skipped in every.items() if [name] == sys.argv[1:2]} or every
+
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
