@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+_PROJECT = (
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "mkdocs.yml", "pyproject.toml"),
+    *("configs", "docs", "examples", "lightning_mimo", "tests"),
+)
 
 if TYPE_CHECKING:
     from tests.parity.layouts import Errors
@@ -20,6 +26,16 @@ def seed_stays_in_its_test() -> Iterator[None]:
     yield
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture
+def clean_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working folder with the files of the project, without logs, checkpoints and data that runs have left there."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in _PROJECT:
+        (folder / name).symlink_to(Path(name).resolve())
+    monkeypatch.chdir(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
-def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def command_line(clean_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty one: LightningCLI warns when it is given arguments beside those of the command line."""
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
 

@@ -18,6 +18,11 @@ CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SAVE_DIR = "--trainer.logger.init_args.save_dir"
 
 
+@pytest.fixture(autouse=True)
+def in_clean_folder(clean_folder: Path) -> None:
+    """Loggers count the versions that they find."""
+
+
 def folders(monkeypatch: pytest.MonkeyPatch, config: Path, *overrides: str) -> tuple[Path, Path]:
     """Where the logger and the checkpoints of a config would go."""
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])

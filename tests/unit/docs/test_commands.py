@@ -41,7 +41,7 @@ class ParsesOnly(DryRunCLI):
 
 
 @pytest.fixture(autouse=True)
-def command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def command_line(clean_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     monkeypatch.setattr(sys, "path", [*sys.path])  # the command line adds the current folder
     for name in ("MimoCLI", "DryRunCLI"):
