@@ -16,6 +16,7 @@ import pytest
 from tests.kill.driver import processes_of
 from tests.kill.ends import RANKS, TIMEOUT
 from tests.support.run_host import RunHost
+from tests.support.tiers import exhaustive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ NAMED = {
 }
 """Case -> what is said of the rank, and the exit code of the run."""
 ALWAYS = {
-    0: {"raise_in_teardown", "interrupt_in_training", "kill_in_teardown"},
+    0: {"kill_in_teardown"},
     2: {
         *("raise_in_on_fit_end", "exit_after_fit", "exit_with_0_in_training", "kill_in_teardown"),
         *("kill_while_workers_load", "work_after_fit", "stop_in_setup"),
@@ -83,7 +84,7 @@ ALWAYS = {
 def _cases() -> Iterator[Any]:
     for case in NAMED:
         for rank, always in ALWAYS.items():
-            yield pytest.param(case, rank, marks=[] if case in always else pytest.mark.exhaustive)
+            yield (case, rank) if case in always else exhaustive(case, rank)
 
 
 @pytest.mark.parametrize(("case", "rank"), list(_cases()))
@@ -106,10 +107,10 @@ def test_rank_that_ends_badly_is_named_and_the_exit_code_says_so(
 @pytest.mark.parametrize(
     ("case", "rank"),
     [
-        ("nothing", 0),
-        pytest.param("work_a_little_after_fit", 0, marks=pytest.mark.exhaustive),
+        exhaustive("nothing", 0),
+        exhaustive("work_a_little_after_fit", 0),
         ("work_a_little_after_fit", 2),
-        ("all_exit_with_0_in_training", 0),
+        exhaustive("all_exit_with_0_in_training", 0),
     ],
 )
 def test_run_that_ends_well_has_exit_code_0_and_says_nothing(

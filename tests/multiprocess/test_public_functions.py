@@ -42,6 +42,7 @@ from tests.parity.layouts import Layout, ddp_config, gradients, open_world, trai
 from tests.parity.model import ParityModule, PicturesSoundsAndText, Samples, optimizer_config
 from tests.parity.oracle import SEED, Task, Tensors
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import exhaustive, with_default
 
 STEPS = 3
 # get_mimo_optimizer would let vectors decay, too, which this package's does not.
@@ -56,6 +57,10 @@ LAYOUTS = {
     "colocated-images_dp2-language_tp2": together(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
     "colocated-images_tp2-language_dp2": together(ModuleParallelism(tp=2), ModuleParallelism(dp=2)),
 }
+IN_DEFAULT_RUN = (
+    *("images_dp2-language_tp2", "images_pp2-language_tp2pp2", "overlapped"),
+    "colocated-images_tp2-language_dp2",
+)
 
 
 class ByHand:
@@ -209,8 +214,8 @@ def _unequal(found: Tensors, expected: Tensors) -> list[str]:
     return [name for name in found if not torch.equal(found[name], expected[name])]
 
 
-@pytest.mark.parametrize("precision", ["64-true", "32-true"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("precision", ["64-true", exhaustive("32-true")])
+@pytest.mark.parametrize("name", with_default(LAYOUTS, IN_DEFAULT_RUN))
 def test_gradients_and_steps_are_those_of_the_strategy(rank_pool: RankPool, name: str, precision: str) -> None:
     layout = LAYOUTS[name]
     # Megatron's MimoOptimizer takes its norm in float32, so only what is not clipped can be the same bit for bit.
@@ -221,7 +226,7 @@ def test_gradients_and_steps_are_those_of_the_strategy(rank_pool: RankPool, name
         assert found.norm < 1e-5
 
 
-@pytest.mark.parametrize("name", ["images_dp2-language_tp2", "colocated-images_dp2-language_tp2"])
+@pytest.mark.parametrize("name", ["images_dp2-language_tp2", exhaustive("colocated-images_dp2-language_tp2")])
 def test_clipped_steps_differ_by_the_rounding_of_the_norm(rank_pool: RankPool, name: str) -> None:
     layout = LAYOUTS[name]
     what = task(precision="32-true", steps=1, samples=Samples(number=12), clip_grad=0.05, overrides=NO_DECAY)

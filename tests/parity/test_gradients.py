@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from tests.conftest import ParityTable
-from tests.parity.cases import CASES, Case, every_layout, random_case
+from tests.parity.cases import CASES, IN_DEFAULT_RUN, Case, every_layout, random_case
 from tests.parity.layouts import errors
 from tests.parity.oracle import Task, Truth, truth
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import exhaustive, with_default
 
 # What Lightning logs is float32; all the rest is float64 from end to end.
 LOGGED, EXACT = 1e-7, 1e-10
@@ -47,13 +48,13 @@ def check(rank_pool: RankPool, truths: dict[str, Truth], parity_table: ParityTab
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_default(CASES, IN_DEFAULT_RUN))
 def test_training_is_that_of_one_process(check: Check, name: str) -> None:
     check(name, CASES[name])
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *map(exhaustive, range(1, 5))])
 def test_random_layout_trains_as_one_process(check: Check, seed: int) -> None:
     check(f"random-seed_{seed}", random_case(seed))
 

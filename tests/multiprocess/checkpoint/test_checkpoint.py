@@ -26,6 +26,7 @@ from tests.parity.model import ParityModule, PicturesSoundsAndText, Samples
 from tests.parity.oracle import Task, Tensors, truth
 from tests.support.checkpoint_edits import sign
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 LAYOUTS = {
     "images_dp2-language_tp2": apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
@@ -110,7 +111,7 @@ def check(rank_pool: RankPool, saved: Saved, one: str, two: str) -> None:
 
 
 NAMES = list(LAYOUTS)
-USUAL = [(NAMES[0], NAMES[2]), (NAMES[2], NAMES[5]), (NAMES[4], NAMES[3])]
+USUAL = [(NAMES[2], NAMES[5]), (NAMES[4], NAMES[3])]
 
 
 @pytest.mark.parametrize(("one", "two"), USUAL)
@@ -131,15 +132,12 @@ EXPERTS = task(experts=4, samples=Samples(number=36), steps=5)
 @pytest.mark.parametrize(
     ("run", "one", "two"),
     [
-        pytest.param(
-            *(
-                EXPERTS,
-                apart(ModuleParallelism(), ModuleParallelism(dp=4, ep=2), num_microbatches=3),
-                apart(ModuleParallelism(), ModuleParallelism(dp=2, pp=2, expt_tp=2)),
-            ),
-            marks=pytest.mark.exhaustive,  # six ranks: half a minute
+        exhaustive(
+            EXPERTS,
+            apart(ModuleParallelism(), ModuleParallelism(dp=4, ep=2), num_microbatches=3),
+            apart(ModuleParallelism(), ModuleParallelism(dp=2, pp=2, expt_tp=2)),
         ),
-        (
+        exhaustive(
             task(tied=True, steps=4),
             apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2)),
             together(ModuleParallelism(), ModuleParallelism()),
@@ -189,7 +187,7 @@ MIXED = {"precision": "bf16-mixed", "start": torch.bfloat16}
 @pytest.mark.parametrize(
     ("run", "layout", "after"),
     [
-        (
+        exhaustive(
             task(dropout=0.3, steps=5, **MIXED),
             apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2), ddp=DISTRIBUTED),
             3,

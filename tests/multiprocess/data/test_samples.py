@@ -16,6 +16,7 @@ from lightning_mimo import Checks, MimoStrategy, ModuleParallelism
 from tests.parity.layouts import PoolEnvironment, weights
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 APART = {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)}
 
@@ -156,7 +157,8 @@ class AnotherSampleWhereOneIsBad(PicturesSoundsAndText):
 
 
 @pytest.mark.parametrize(
-    ("rank", "where"), [(0, r"images has text [0-9a-f]{8} on ranks \[0\]"), (3, r"text [0-9a-f]{8} on ranks \[3\]")]
+    ("rank", "where"),
+    [exhaustive(0, r"images has text [0-9a-f]{8} on ranks \[0\]"), (3, r"text [0-9a-f]{8} on ranks \[3\]")],
 )
 def test_another_sample_for_one_that_is_bad_is_found_in_any_batch(rank_pool: RankPool, rank: int, where: str) -> None:
     dataset = AnotherSampleWhereOneIsBad(Samples(images=(1,)), rank=rank)

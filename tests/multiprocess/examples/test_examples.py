@@ -80,6 +80,7 @@ def test_torch_encoder_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> N
     assert "VisionModalitySubmodules" in text and "LanguageModel" in text
 
 
+@pytest.mark.exhaustive
 def test_model_family_is_learned_from(rank_pool: RankPool, tmp_path: Path) -> None:
     text = printed_by("model_family", tmp_path)
     assert number_after("loss:", text) < 0.1

@@ -21,6 +21,7 @@ from tests.parity.model import PicturesSoundsAndText, Samples
 from tests.parity.oracle import Tensors
 from tests.support.evaluation import PicturesAndText, Run, TinyModule, make_trainer
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import exhaustive
 
 RUN = task(dropout=0.3, samples=Samples(number=36), steps=5)
 LAYOUT = apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2))
@@ -79,7 +80,7 @@ def fit(folder: str, interval: int | float, *, told_after: int | None = None, ck
 
 
 @pytest.mark.parametrize(
-    ("interval", "step", "validations_before"), [(2, 2, 0), (1.0, 3, 0)], ids=["in_an_epoch", "at_its_end"]
+    ("interval", "step", "validations_before"), [(2, 2, 0), exhaustive(1.0, 3, 0)], ids=["in_an_epoch", "at_its_end"]
 )
 def test_run_that_is_told_to_end_in_a_validation_does_it_again(
     rank_pool: RankPool, tmp_path: Path, interval: int | float, step: int, validations_before: int

@@ -13,6 +13,7 @@ from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train, weights
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 LAYOUTS = {
     "images_dp2-language_tp2": apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
@@ -63,7 +64,9 @@ def train_weighted(layout: Layout, weight: float, accumulate: int) -> tuple[list
     return logged.found, recorder.norms, tensors
 
 
-@pytest.mark.parametrize(("name", "accumulate"), [*((name, 1) for name in LAYOUTS), ("images_dp2-language_tp2", 2)])
+@pytest.mark.parametrize(
+    ("name", "accumulate"), [*(exhaustive(name, 1) for name in LAYOUTS), ("images_dp2-language_tp2", 2)]
+)
 def test_counts_below_one_are_divided_by(rank_pool: RankPool, name: str, accumulate: int) -> None:
     layout = LAYOUTS[name]
     whole, parts = (

@@ -20,6 +20,7 @@ from tests.parity.layouts import Layout, parameters, train, weights
 from tests.parity.model import LOSS_SCALE, LR, ParityModule, PicturesSoundsAndText, Samples
 from tests.parity.oracle import Task
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 APART = apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2))
 PIPELINE = apart(ModuleParallelism(pp=2), ModuleParallelism(pp=2))
@@ -102,7 +103,9 @@ def diary(task: Task, layout: Layout, poison: Poison, **strategy_options: Any) -
 
 
 @pytest.mark.parametrize(
-    ("layout", "rank"), [(APART, 1), (PIPELINE, 0), (COLOCATED, 1)], ids=["apart", "pipeline", "colocated"]
+    ("layout", "rank"),
+    [(APART, 1), exhaustive(PIPELINE, 0), exhaustive(COLOCATED, 1)],
+    ids=["apart", "pipeline", "colocated"],
 )
 def test_overflow_on_one_rank_skips_the_step_on_all_and_keeps_one_scale(
     rank_pool: RankPool, layout: Layout, rank: int
@@ -192,7 +195,7 @@ BAD_PIXEL = r"the input vit\.pixel_values of module 'images' on rank {rank}, in 
 
 @pytest.mark.parametrize(
     ("layout", "rank", "precision"),
-    [(APART, 1, "32-true"), (PIPELINE, 0, "bf16-mixed"), (COLOCATED, 1, "16-mixed")],
+    [exhaustive(APART, 1, "32-true"), (PIPELINE, 0, "bf16-mixed"), exhaustive(COLOCATED, 1, "16-mixed")],
     ids=["apart", "pipeline", "colocated"],
 )
 def test_input_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout, rank: int, precision: str) -> None:
@@ -201,7 +204,7 @@ def test_input_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout, 
         rank_pool.run(train_on_bad_pixel, run, layout, world_size=layout.ranks)
 
 
-@pytest.mark.parametrize("layout", [APART, COLOCATED], ids=["apart", "colocated"])
+@pytest.mark.parametrize("layout", [exhaustive(APART), COLOCATED], ids=["apart", "colocated"])
 def test_output_that_is_not_finite_is_named(rank_pool: RankPool, layout: Layout) -> None:
     message = (
         r"in step 1 \(batch 1\).*is not finite: the output of module 'images' on ranks 0, 1, in microbatch 0, samples"
@@ -240,7 +243,7 @@ def test_gradient_that_is_not_finite_is_named(rank_pool: RankPool, module: str, 
         rank_pool.run(train_on_bad_gradient, task(precision="32-true"), layout, module, rank, world_size=3)
 
 
-@pytest.mark.parametrize("layout", [APART, COLOCATED], ids=["apart", "colocated"])
+@pytest.mark.parametrize("layout", [exhaustive(APART), COLOCATED], ids=["apart", "colocated"])
 def test_steps_that_are_not_finite_can_be_left_out(rank_pool: RankPool, layout: Layout) -> None:
     run = task(precision="bf16-mixed", steps=4, samples=Samples(number=60))
     poison = Poison("images", 1, batches=(1,))
@@ -321,7 +324,7 @@ def curves(task: Task, layout: Layout, kind: str, folder: str) -> tuple[dict[str
     return monitor.lrs, stepped
 
 
-@pytest.mark.parametrize("layout", [APART, COLOCATED], ids=["apart", "colocated"])
+@pytest.mark.parametrize("layout", [APART, exhaustive(COLOCATED)], ids=["apart", "colocated"])
 def test_schedulers_of_single_modules_drive_their_own_curve(rank_pool: RankPool, layout: Layout, tmp_path) -> None:
     run = task(steps=4, samples=Samples(number=60), overrides=PROJECTOR)
     by_rank = rank_pool.run(curves, run, layout, "per_module", str(tmp_path), world_size=layout.ranks)

@@ -7,6 +7,7 @@ import pytest
 from lightning_mimo import ModuleParallelism
 from tests.support.evaluation import History, Run, train_in_layout, train_plainly
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import with_default
 
 RUN = Run()
 
@@ -28,6 +29,7 @@ LAYOUTS = {
         4,
     ),
 }
+IN_DEFAULT_RUN = ("images_pp2-language_dp2", "colocated-one_rank", "colocated-images_dp4-language_tp2dp2")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def assert_same(found: list[History], expected: History) -> None:
     assert found[0].val_exact_match == pytest.approx(expected.val_exact_match)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", with_default(LAYOUTS, IN_DEFAULT_RUN))
 def test_layout_trains_as_one_process(rank_pool: RankPool, plain: History, name: str) -> None:
     modules, colocate, num_microbatches, ranks = LAYOUTS[name]
     found = rank_pool.run(

@@ -13,6 +13,7 @@ from tests.parity.cases import apart, task
 from tests.parity.layouts import Layout, train
 from tests.parity.model import Samples
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import exhaustive
 
 MICROBATCHES = 6
 LAYOUT = apart(ModuleParallelism(pp=2), ModuleParallelism(pp=2), num_microbatches=MICROBATCHES)
@@ -40,7 +41,7 @@ def train_ahead(layout: Layout, ahead: int) -> tuple[str, list[float], list[floa
     return order.passes, recorder.losses, recorder.norms
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 3, 9])
+@pytest.mark.parametrize("ahead", [0, exhaustive(1), 3, exhaustive(9)])
 def test_bounded_and_without_effect(rank_pool: RankPool, ahead: int) -> None:
     found = rank_pool.run(train_ahead, LAYOUT, ahead, world_size=LAYOUT.ranks)
     first, second, *language = [passes.index("b") for passes, _, _ in found]

@@ -48,10 +48,7 @@ def true(rank_pool: RankPool) -> LookUp:
 
 
 USUAL = [
-    ("bf16-mixed", "images_dp2-language_tp2"),
     ("bf16-mixed", "images_pp2-language_tp2pp2-sequence_parallel"),
-    ("bf16-mixed", "colocated-images_tp2dp2-language_tp4"),
-    ("16-mixed", "images_dp4-language_dp2pp2"),
     ("16-mixed", "colocated-images_tp2dp2-language_tp4"),
     ("bf16-true", "images_dp2-language_tp2"),
     ("32-true", "images_dp2-language_tp2"),

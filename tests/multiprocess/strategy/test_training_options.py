@@ -23,6 +23,7 @@ from tests.parity.layouts import Layout, errors, train, weights
 from tests.parity.model import Model, Samples, SequenceFirst
 from tests.parity.oracle import Task, Tensors, truth
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 FLOAT32 = Task(precision="32-true", start=torch.float32, steps=3)
 # How the norm is added up depends on the buckets.
@@ -53,8 +54,8 @@ def trained_weights(task: Task, layout: Layout) -> tuple[list[float], Tensors]:
     ("colocate", "precision", "names"),
     [
         (False, "32-true", list(DDP_OPTIONS)),
-        (False, "bf16-mixed", ["distributed-both_overlapped"]),
-        (True, "32-true", ["overlapped_reduction", "distributed-both_overlapped"]),
+        exhaustive(False, "bf16-mixed", ["distributed-both_overlapped"]),
+        exhaustive(True, "32-true", ["overlapped_reduction", "distributed-both_overlapped"]),
     ],
     ids=["apart", "apart-bf16", "colocated"],
 )
@@ -135,8 +136,8 @@ DROPOUT = task(dropout=0.3)
 @pytest.mark.parametrize(
     "layout",
     [
-        apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2)),
-        together(ModuleParallelism(tp=2), ModuleParallelism(tp=2)),
+        exhaustive(apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2))),
+        exhaustive(together(ModuleParallelism(tp=2), ModuleParallelism(tp=2))),
         apart(ModuleParallelism(), ModuleParallelism(tp=2), sequence_parallel=True),
     ],
     ids=["apart", "colocated", "sequence_parallel"],
@@ -152,7 +153,7 @@ def test_dropout_is_the_same_in_every_run_of_a_layout(rank_pool: RankPool, layou
 
 
 @pytest.mark.parametrize(
-    "recompute", [Recompute(), Recompute(granularity="selective")], ids=lambda recompute: recompute.granularity
+    "recompute", [Recompute(), exhaustive(Recompute(granularity="selective"))], ids=["full", "selective"]
 )
 def test_recomputed_activations_drop_the_same(rank_pool: RankPool, recompute: Recompute) -> None:
     layout = apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2, pp=2))
