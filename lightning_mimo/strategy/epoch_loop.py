@@ -1,8 +1,8 @@
-"""Lightning's loop over the batches of an epoch, without the broadcast before every batch."""
+"""Lightning's loops of training: without the broadcast before every batch, and with the right epoch after a resume."""
 
 from __future__ import annotations
 
-from typing import override
+from typing import Any, override
 
 import lightning.pytorch as pl
 
@@ -58,3 +58,16 @@ def replace_epoch_loop(trainer: pl.Trainer) -> None:
     if type(theirs) is _TrainingEpochLoop:
         trainer.fit_loop.epoch_loop = ours = TrainingEpochLoop(trainer, theirs.min_steps, theirs.max_steps)
         vars(ours).update(vars(theirs))
+
+
+def begin_next_epoch(trainer: pl.Trainer) -> None:
+    """Let Lightning count the next epoch, if training resumes after the last batch of one.
+
+    Lightning then counts the epoch as processed, but does not count the start of the next one. A checkpoint of the next
+    epoch's end would look like one of its start, and a run that resumes from it would train on that epoch again. Call
+    it in ``on_train_start``.
+    """
+    loop: Any = trainer.fit_loop
+    epochs = loop.epoch_progress.current
+    if loop.restarted_mid_epoch and epochs.processed == epochs.started:
+        loop.reset_restart_stage()

@@ -11,12 +11,13 @@ from torch.utils.data import DataLoader
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.mimo.replica_check import check_buffers, check_replicas, has_buffers
 from lightning_mimo.optim.ddp import complete_gathering
+from lightning_mimo.strategy.epoch_loop import begin_next_epoch
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.own_state import check_same_on_all_ranks, own_state
 
 
 def check_training_start(module: MimoModule, trainer: pl.Trainer) -> FirstStepCheck:
-    """Compare what ranks hold copies of, and check the training data. Collective over the world.
+    """Compare what ranks hold copies of, check the training data, and begin the right epoch. Collective over the world.
 
     Returns:
         The check to call after every step.
@@ -25,6 +26,7 @@ def check_training_start(module: MimoModule, trainer: pl.Trainer) -> FirstStepCh
         ReplicaError: if copies of weights differ.
         ConfigError: if there are several training DataLoaders, or buffers of the module differ.
     """
+    begin_next_epoch(trainer)
     _check_one_loader(trainer.train_dataloader)
     complete_gathering(module.mimo_model)
     check_replicas(module.mimo_model, module.infra)

@@ -74,5 +74,23 @@ def compare(folder: Path) -> None:
                 assert found == whole[after:], (generator, after, workers)
 
 
+def compare_resumed_twice(folder: Path) -> None:
+    whole = train(generator=False)
+    # At the last batches of two epochs; at the last batch of one epoch and in the middle of the next.
+    for first, second in ((3, 6), (3, 4)):
+        train(generator=False, save=folder / f"{second}-a.ckpt", after=first)
+        resumed = train(
+            generator=False, resume=folder / f"{second}-a.ckpt", save=folder / f"{second}-b.ckpt", after=second - first
+        )
+        assert resumed == whole[first:]
+        assert train(generator=False, resume=folder / f"{second}-b.ckpt") == whole[second:], (first, second)
+
+
+def test_batches_after_a_second_resume_are_those_of_a_run_that_never_stopped(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    rank_pool.run(compare_resumed_twice, tmp_path, world_size=1)
+
+
 def test_batches_after_a_resume_are_those_of_a_run_that_never_stopped(rank_pool: RankPool, tmp_path: Path) -> None:
     rank_pool.run(compare, tmp_path, world_size=1)
