@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from lightning_mimo.data.chat.costs import CostsFrom
 from lightning_mimo.data.chat.dataset import ChatDataset, TooLong
 from lightning_mimo.data.chat.template import TrainOn
 from lightning_mimo.data.streams.files import expand_braces
@@ -49,6 +50,7 @@ class ChatData(pl.LightningDataModule):
         inputs: dict[str, str | None] | None = None,
         check_rows: int | None = 100,
         decode_everywhere: bool = False,
+        costs_from: CostsFrom = "auto",
         shards_at_once: int = SHARDS_AT_ONCE,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -68,6 +70,7 @@ class ChatData(pl.LightningDataModule):
             inputs: as for ChatDataset.
             check_rows: as for ChatDataset; of each of the four.
             decode_everywhere: as for ChatDataset.
+            costs_from: as for ChatDataset.
             shards_at_once: tar files, or row groups of parquet files, whose rows are mixed when they are shuffled.
             num_workers: worker processes of each DataLoader on each rank.
             pin_memory: as for DataLoader.
@@ -92,6 +95,7 @@ class ChatData(pl.LightningDataModule):
             "inputs": inputs,
             "check_rows": check_rows,
             "decode_everywhere": decode_everywhere,
+            "costs_from": costs_from,
             "shards_at_once": shards_at_once,
         }
         self._shards_at_once = shards_at_once

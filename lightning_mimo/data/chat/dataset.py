@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import Dataset
 
 from lightning_mimo.data.chat.conversation import Conversation, read_conversation
+from lightning_mimo.data.chat.costs import ConversationCosts, CostsFrom
 from lightning_mimo.data.chat.placeholders import GRID
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens, load_processor
 from lightning_mimo.data.chat.rows import Row, open_rows, shard_lengths_of
@@ -36,6 +37,8 @@ INPUTS: Mapping[str, str | None] = {
     "feature_attention_mask": "audio.encoder.feature_attention_mask",
 }
 """Output of a processor -> module, encoder and argument that it goes to; ``None`` for what is left out."""
+
+_INPUT_OF = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
 
 
 class ChatDataset(Dataset[dict[str, Any]]):
@@ -77,6 +80,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
         check_rows: int | None = 100,
         decode_everywhere: bool = False,
         shards_at_once: int = SHARDS_AT_ONCE,
+        costs_from: CostsFrom = "auto",
     ) -> None:
         """
         Args:
@@ -98,6 +102,9 @@ class ChatDataset(Dataset[dict[str, Any]]):
             check_rows: how many rows are read beforehand, the headers of their images included; ``None`` for all.
             decode_everywhere: decode images on all ranks, in place of counting placeholders by their sizes.
             shards_at_once: row groups of parquet files that a process keeps in memory, as for ShardSampler.
+            costs_from: from what :attr:`cost` estimates the work of images: ``"sizes"``, for which the headers of files
+                are read if sizes matter to the processor, or ``"counts"``; ``"none"`` for no costs. ``"auto"`` is
+                ``"sizes"``, but ``"none"`` for rows in shards, of which every rank would have to read all.
 
         Raises:
             ConfigError: for a missing file or package, or an argument that cannot be used.
@@ -106,6 +113,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
         for name, value, known in (
             ("train_on", train_on, get_args(TrainOn)),
             ("too_long", too_long, get_args(TooLong)),
+            ("costs_from", costs_from, get_args(CostsFrom)),
         ):
             if value not in known:
                 raise ConfigError(f"{name}={value!r}; known are {', '.join(map(repr, known))}.")
@@ -129,6 +137,9 @@ class ChatDataset(Dataset[dict[str, Any]]):
         self._modules = {place[0] for place in self._places.values() if place is not None}
         self._extra_keys = tuple(extra_keys)
         self._warned: set[str] = set()  # of what
+        if costs_from == "auto":
+            costs_from = "none" if self.shard_lengths is not None else "sizes"
+        self._costs = None if costs_from == "none" else self._estimates(by_size=costs_from == "sizes")
         self._check(check_rows)
 
     def __len__(self) -> int:
@@ -174,6 +185,23 @@ class ChatDataset(Dataset[dict[str, Any]]):
         tokens, _ = self._tokens(conversation, self._render(conversation))
         return len((tokens if self._fits(conversation, tokens) else self._processor.stand_in(tokens)).ids)
 
+    @property
+    def cost(self) -> Callable[[int], dict[str, float]] | None:
+        """``cost(index)``, about how much work a sample is for each module: tokens for the language module, embeddings
+        for encoders; ``None`` if ``costs_from`` says so.
+
+        Text is counted in characters, of which the rows that were checked tell how many make a token. It raises a
+        DataError that names the row if that cannot be read.
+        """
+        return None if self._costs is None else self._costs.of
+
+    def _estimates(self, *, by_size: bool) -> ConversationCosts:
+        modules = {kind: place[0] for kind, name in _INPUT_OF.items() if (place := self._places[name]) is not None}
+        return ConversationCosts(self._conversation, self._processor, modules, by_size=by_size)
+
+    def _conversation(self, index: int) -> Conversation:
+        return self._read(index)[1]
+
     def _check(self, rows: int | None) -> None:
         """Read rows before training."""
         if len(self) == 0:
@@ -184,6 +212,8 @@ class ChatDataset(Dataset[dict[str, Any]]):
             self._extras(row)
             if self._processor.knows_sizes(conversation):
                 tokens = self._processor.tokens(conversation, rendered)
+                if self._costs is not None:
+                    self._costs.learn(conversation, tokens)
                 self._fits(conversation, tokens)
             else:
                 self._tell_that_all_decode(conversation)

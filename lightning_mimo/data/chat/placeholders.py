@@ -30,6 +30,7 @@ class ImagePlaceholders:
 
     Attributes:
         is_known: whether sizes tell.
+        fixed: placeholders of an image of any size; ``None`` if they depend on the size, or are not known.
     """
 
     def __init__(self, processor: Any, expand: Expand, text: str) -> None:
@@ -42,6 +43,7 @@ class ImagePlaceholders:
         self._processor = processor
         self._made: dict[Size, int] = {}
         self._count: Callable[[Size], int] | None = None
+        self.fixed: int | None = None
         self._has_grid = False
         self._find(expand, text)
 
@@ -75,6 +77,7 @@ class ImagePlaceholders:
         for count in (self._told, lambda size: fixed):
             if self._agrees(count, expand, tokens, outputs):
                 self._count = count
+                self.fixed = fixed if len({len(made) for made in tokens}) == 1 else None
                 return
 
     def _agrees(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mimo.data.chat.conversation import KINDS, Conversation
+from lightning_mimo.data.chat.conversation import KINDS, Conversation, Media
 from lightning_mimo.data.chat.media import image_size, load_image, load_sound, load_video
 from lightning_mimo.data.chat.placeholders import ImagePlaceholders, token_of
 from lightning_mimo.data.chat.template import Rendered, Span
@@ -123,6 +123,33 @@ class ChatProcessor:
             ids = self._expand(ids, numbers)
         arguments = self._images.arguments(sizes) if self._images is not None else {}
         return Tokens(ids=ids, is_learned=is_learned & ~self._is_placeholder(ids), arguments=arguments)
+
+    def number_of_text_tokens(self, tokens: Tokens) -> int:
+        """Tokens that are no placeholders."""
+        return int(np.count_nonzero(~self._is_placeholder(tokens.ids)))
+
+    def embeddings_of(self, conversation: Conversation, media: Media, *, by_size: bool) -> float:
+        """About how many embeddings an item gives, in any unit where that is not known: the frames of a video, or 1.
+
+        Args:
+            conversation: that has the item.
+            media: the item.
+            by_size: read the header of an image where its size matters.
+
+        Raises:
+            DataError: if the header cannot be read.
+        """
+        if media.kind == "image" and self._images is not None and self._images.is_known:
+            if self._images.fixed is not None:
+                return self._images.fixed
+            if by_size:
+                try:
+                    return self._images.number(image_size(conversation, media))
+                except MimoError:
+                    raise
+                except Exception:  # the processor's, for an image that it does not take: loading it tells the user
+                    return 1.0
+        return float(len(media.source)) if isinstance(media.source, list | tuple) else 1.0
 
     def stand_in(self, tokens: Tokens) -> Tokens:
         """One token, from which nothing is learned, in place of a sample."""

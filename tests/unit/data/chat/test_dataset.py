@@ -408,3 +408,37 @@ def test_a_processor_without_a_template() -> None:
     row = {"messages": conversation([])}
     given = ChatDataset([row], processors.llava(template=None), chat_template=processors.LLAVA_TEMPLATE)
     assert given[0]["input_ids"].tolist() == ChatDataset([row], processors.llava())[0]["input_ids"].tolist()
+
+
+# What samples cost.
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_costs_are_about_the_tokens_and_exactly_the_embeddings(name: str, folder: Path, no_pixels: None) -> None:
+    rows = [
+        {"messages": conversation([f"{height}x{width}.png" for height, width in sizes])} for sizes in SIZES.values()
+    ]
+    dataset = ChatDataset(rows, PROCESSORS[name](), media_folder=folder)
+    cost = dataset.cost
+    assert cost is not None
+    for index, sizes in enumerate(SIZES.values()):
+        ids = dataset.load(index, {"language"})["input_ids"]
+        embeddings = int((ids == dataset._processor.placeholders["image"]).sum())
+        assert cost(index).get("images", 0) == embeddings
+        assert bool(embeddings) == bool(sizes)
+        assert cost(index)["language"] == pytest.approx(len(ids), rel=0.2)
+
+
+def test_costs_by_count_open_no_file_and_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    rows = [{"messages": conversation(["30x20.png", "not_there.png"])}]
+    processor = processors.qwen()
+    counted = ChatDataset(rows, processor, media_folder=folder, check_rows=0, costs_from="counts")
+    assert counted.cost is not None
+    assert counted.cost(0)["images"] == 2
+    by_size = ChatDataset(rows, processor, media_folder=folder, check_rows=0)
+    assert by_size.cost is not None
+    with pytest.raises(DataError, match=r"row 0, messages\[0\]\.content\[2\]\.image: not_there\.png cannot be read"):
+        by_size.cost(0)
+    assert ChatDataset(rows, processor, check_rows=0, costs_from="none").cost is None
+    with pytest.raises(ConfigError, match=r"costs_from='pixels'; known are 'auto', 'sizes', 'counts', 'none'"):
+        ChatDataset(rows, processor, costs_from="pixels")

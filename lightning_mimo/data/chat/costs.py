@@ -1,0 +1,72 @@
+"""Estimates what a conversation costs each module, without tokenizing it and without decoding an image."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from lightning_mimo.data.chat.conversation import Conversation
+from lightning_mimo.data.chat.processor import ChatProcessor, Tokens
+from lightning_mimo.layout.module_parallelism import LANGUAGE
+
+CostsFrom = Literal["auto", "sizes", "counts", "none"]
+
+_CHARACTERS_PER_TOKEN = 4.0  # of English, as long as nothing else is known
+
+
+class ConversationCosts:
+    """Estimates the tokens of conversations for the language module, and for encoders the embeddings of their items."""
+
+    def __init__(
+        self,
+        read: Callable[[int], Conversation],
+        processor: ChatProcessor,
+        modules: Mapping[str, str],
+        *,
+        by_size: bool,
+    ) -> None:
+        """
+        Args:
+            read: the conversation with an index.
+            processor: tells how many embeddings an image of some size gives.
+            modules: kind of media -> the module that encodes it.
+            by_size: read the headers of images where the processor needs to know their sizes.
+        """
+        self._read = read
+        self._processor = processor
+        self._modules = modules
+        self._by_size = by_size
+        self._characters = 0
+        self._tokens = 0
+        self._known: dict[int, dict[str, float]] = {}
+
+    def learn(self, conversation: Conversation, tokens: Tokens) -> None:
+        """Take notice of how many tokens the text of a conversation has become."""
+        self._characters += _characters(conversation)
+        self._tokens += self._processor.number_of_text_tokens(tokens)
+
+    def of(self, index: int) -> dict[str, float]:
+        """Module -> estimate: tokens, placeholders included, and embeddings. Remembered for the next time.
+
+        Raises:
+            DataError: if the row, or an image whose size has to be known, cannot be read.
+        """
+        if index not in self._known:
+            self._known[index] = self._estimated(self._read(index))
+        return self._known[index]
+
+    def _estimated(self, conversation: Conversation) -> dict[str, float]:
+        per_token = self._characters / self._tokens if self._characters and self._tokens else _CHARACTERS_PER_TOKEN
+        costs: defaultdict[str, float] = defaultdict(float)
+        for media in conversation.media:
+            embeddings = self._processor.embeddings_of(conversation, media, by_size=self._by_size)
+            costs[LANGUAGE] += embeddings
+            if media.kind in self._modules:
+                costs[self._modules[media.kind]] += embeddings
+        costs[LANGUAGE] += _characters(conversation) / per_token
+        return dict(costs)
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(part.get("text") or "") for message in conversation.messages for part in message["content"])
