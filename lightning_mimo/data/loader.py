@@ -37,6 +37,7 @@ from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
 from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
@@ -74,6 +75,7 @@ class RankBatchSampler(BatchSampler):
         self.drop_last = drop_last
         self._plan = plan
         self._costs = costs
+        self._padded = frozenset({LANGUAGE}) if packing is None else frozenset[str]()
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._rows), self.batch_size)
@@ -111,7 +113,10 @@ class RankBatchSampler(BatchSampler):
     def _balanced(self, costs: Mapping[str, np.ndarray]) -> list[int]:
         """Which row of a global batch is at each position."""
         plan = self._plan
-        return balanced_order(costs, dp_sizes=plan.dp_sizes, num_microbatches=plan.num_microbatches).tolist()
+        order = balanced_order(
+            costs, dp_sizes=plan.dp_sizes, num_microbatches=plan.num_microbatches, padded=self._padded
+        )
+        return order.tolist()
 
 
 class ModalityDataset(Dataset):

@@ -141,6 +141,7 @@ def packed_cases() -> dict[str, Case]:
         ),
         "weighted": Case(task=packed(weighted=True, samples=WEIGHTED), layout=apart(two, tp2dp2, **three)),
         "frozen": Case(task=packed(frozen=PROJECTOR_ONLY), layout=apart(pp2, pp2)),
+        "even_work": Case(task=packed(samples=COSTLY), layout=apart(two, two, **three)),
         "accumulation": Case(task=packed(accumulate=2), layout=together(two, tp2, **three)),
         "recompute": Case(task=packed(), layout=apart(two, pp2, recompute=Recompute(), **three)),
         "rare_images": Case(task=packed(samples=RARE_AND_BARE), layout=apart(two, one, **three)),

@@ -354,14 +354,26 @@ class Writer(BasePredictionWriter):
         self.written.append([answer["sample_index"] for answer in prediction])
 
 
-def predict_and_write() -> list[list[int]]:
+class CostlyPictures(PicturesAndText):
+    """The same samples, in batches that are divided by their costs."""
+
+    def cost(self, index: int) -> dict[str, float]:
+        return {"images": index % 3, "language": 6 + index % 4}
+
+
+def predict_and_write() -> tuple[list[list[int]], bool]:
     writer = Writer()
     trainer, _ = fit(PIPELINE, max_steps=1, callbacks=[writer])
-    trainer.predict(trainer.lightning_module, DataLoader(PicturesAndText(20), batch_size=BATCH))
+    answers = {}
+    for balance in (False, True):
+        trainer.strategy.balance = balance
+        writer.written = []
+        answers[balance] = trainer.predict(trainer.lightning_module, DataLoader(CostlyPictures(20), batch_size=BATCH))
     trainer.strategy.infra.destroy()
-    return writer.written
+    return writer.written, answers[True] == answers[False]
 
 
 def test_prediction_writers_get_the_answers_to_all_samples(rank_pool: RankPool) -> None:
-    for written in rank_pool.run(predict_and_write, world_size=3):
+    for written, same_with_balance in rank_pool.run(predict_and_write, world_size=3):
         assert written == [list(range(12)), list(range(12, 20))]
+        assert same_with_balance

@@ -125,3 +125,27 @@ def test_sampler_that_cannot_be_taken_back_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=message):
         orders(SeededSampler(sampler, seed=1, resumed=True), range(1, 2))
+
+
+def test_sampler_of_transformers_that_groups_by_length() -> None:
+    trainer = pytest.importorskip("transformers.trainer_pt_utils")
+    lengths = [1 + 7 * index % 50 for index in range(64)]
+
+    def orders(epochs: int) -> list[list[int]]:
+        order = SeededSampler(trainer.LengthGroupedSampler(8, lengths=lengths), seed=1)
+        found = []
+        for epoch in range(epochs):
+            order.set_epoch(epoch)
+            found.append(list(order))
+        return found
+
+    first, second = orders(2)
+    torch.rand(3)
+    assert orders(2) == [first, second]
+    assert sorted(first) == sorted(second) == list(range(64))
+    assert first != second
+    resumed = SeededSampler(trainer.LengthGroupedSampler(8, lengths=lengths), seed=1, first_epoch=0, resumed=True)
+    resumed.set_epoch(1)
+    assert list(resumed) == second
+    spread = [max(batch) - min(batch) for batch in (np.array(lengths)[first[i : i + 8]] for i in range(0, 64, 8))]
+    assert np.mean(spread) < 0.6 * (max(lengths) - min(lengths))
