@@ -19,6 +19,7 @@ def quiet_trainer(
     max_epochs: int | None = None,
     gradient_clip_val: float | None = None,
     logger: Logger | None = None,
+    log_every_n_steps: int = 10,
 ) -> pl.Trainer:
     """On CPUs, without checkpoints, progress bar and summary, and without a logger unless there is one.
 
@@ -29,7 +30,8 @@ def quiet_trainer(
         max_steps: when to stop.
         max_epochs: when to stop.
         gradient_clip_val: largest gradient norm.
-        logger: what is logged every ten steps.
+        logger: where metrics are logged.
+        log_every_n_steps: how often.
     """
     return pl.Trainer(
         accelerator="cpu",
@@ -41,7 +43,7 @@ def quiet_trainer(
         gradient_clip_val=gradient_clip_val,
         use_distributed_sampler=False,  # the strategies, or their data, see to it
         logger=logger or False,
-        log_every_n_steps=10,
+        log_every_n_steps=log_every_n_steps,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.mimo import MimoModelConfig
 from megatron.core.models.mimo.submodules.vision import VisionModalitySubmodules
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from lightning_mimo import MimoModelInfra, MimoModule
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.models.patches import PipelinedSubmodules
 
 VOCABULARY, FIRST_PLACEHOLDER = 16, 8
@@ -75,8 +77,10 @@ class SleepingEncoder(torch.nn.Module):
         groups: Any,
         weights: int = 0,
         uneven: Sequence[float] = (1.0,),
+        by_item: bool = False,
     ) -> None:
         super().__init__()
+        self._by_item = by_item
         share = _share(cost, groups)
         self._costs = itertools.cycle(Cost(forward=share.forward * f, backward=share.backward * f) for f in uneven)
         self._tokens = tokens
@@ -87,10 +91,11 @@ class SleepingEncoder(torch.nn.Module):
 
     def forward(self, input: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """``[n, 1]`` or, from the stage before, ``[tokens, n, width]`` -> the latter, or ``[n, tokens, width]``."""
+        samples = float(input.sum()) if self._by_item else 0.0
         if self._first:
             hidden_states = input.expand(self._tokens, *input.shape)
         scale = _scale(self.scale, self.ballast)
-        hidden_states = _sleep(hidden_states * scale, next(self._costs), samples=hidden_states.size(1))
+        hidden_states = _sleep(hidden_states * scale, next(self._costs), samples=samples or hidden_states.size(1))
         return hidden_states.transpose(0, 1).contiguous() if self._last else hidden_states
 
 
@@ -108,6 +113,7 @@ class SleepingLanguage(MegatronModule):
         stage, last = groups.pp.rank(), groups.pp.size() - 1
         self.pre_process, self.post_process = stage == 0, stage == last
         self._cost = _share(cost, groups)
+        self.work: float | None = None  # of the next microbatch, in samples; None counts these
         self._input: torch.Tensor | None = None
         self.scale = torch.nn.ParameterDict({f"stage{stage}": torch.ones(config.hidden_size)})
         self.ballast = _ballast(weights, groups)
@@ -139,7 +145,7 @@ class SleepingLanguage(MegatronModule):
         """``[s, b, width]``, or logits ``[b, s, vocabulary / tp]`` on the last stage."""
         hidden = decoder_input if self.embedding is not None else self._input
         scale = _scale(self.scale, self.ballast)
-        hidden = _sleep(hidden * scale, self._cost, samples=hidden.size(1))
+        hidden = _sleep(hidden * scale, self._cost, samples=hidden.size(1) if self.work is None else self.work)
         return hidden if self.head is None else self.head(hidden)[0].transpose(0, 1).contiguous()
 
 
@@ -164,6 +170,7 @@ class SleepingModule(MimoModule):
         weights: Mapping[str, int] | None = None,
         optimizer: str = "sgd",
         uneven: Sequence[float] = (1.0,),
+        work: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -173,8 +180,11 @@ class SleepingModule(MimoModule):
             weights: module name -> parameters that it has for their memory only, over all its ranks.
             optimizer: Megatron's name of it.
             uneven: how much longer encoders take for one microbatch and the next, over and over.
+            work: float64 ``[samples]``, how much longer the language module takes for each; encoders then take as much
+                longer as their items say. The modules have one stage.
         """
         super().__init__(pad_token_id=0)
+        self._work = work
         self._weights, self._optimizer, self._uneven = dict(weights or {}), optimizer, tuple(uneven)
         self._costs, self._tokens, self._width = dict(costs), tokens, width
 
@@ -206,6 +216,13 @@ class SleepingModule(MimoModule):
             special_token_ids={name: FIRST_PLACEHOLDER + i for i, name in enumerate(encoders)},
         )
 
+    def training_step(self, batch: Microbatch, batch_idx: int) -> Any:
+        language = self.mimo_model.language_model
+        if self._work is not None and language is not None:
+            unwrapped = getattr(language, "module", language)
+            unwrapped.work = float(self._work[list(batch["sample_indices"])].sum())
+        return self(batch)
+
     def configure_optimizers(self):
         return self.build_optimizer(OptimizerConfig(optimizer=self._optimizer, lr=1e-3))
 
@@ -218,6 +235,7 @@ class SleepingModule(MimoModule):
             "groups": groups,
             "weights": self._weights.get(name, 0),
             "uneven": self._uneven,
+            "by_item": self._work is not None,
         }
         return ModuleSpec(
             module=PipelinedSleepers,
@@ -274,7 +292,7 @@ def _share(cost: Cost, groups: Any) -> Cost:
     return Cost(forward=cost.forward / ranks, backward=cost.backward / ranks)
 
 
-def _sleep(tensor: torch.Tensor, cost: Cost, *, samples: int) -> torch.Tensor:
+def _sleep(tensor: torch.Tensor, cost: Cost, *, samples: float) -> torch.Tensor:
     if cost.forward == cost.backward == 0:
         return tensor
     return _Sleep.apply(tensor, cost.forward * samples, cost.backward * samples)
