@@ -30,8 +30,9 @@ from torch.utils.data import (
 from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.order import SamplerStates, SeededSampler, seed_generators
-from lightning_mimo.data.packing import Packing, Row, RowOrder
+from lightning_mimo.data.packing import Packing, Row
 from lightning_mimo.data.prefetch import LoadsAhead
+from lightning_mimo.data.row_order import RowOrder
 from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
