@@ -208,6 +208,11 @@ class Spans:
         self._kept = [span for span in self._kept if span.end is None and span in self._open]
         return drained
 
+    @property
+    def innermost(self) -> SpanInfo | None:
+        """The work that the thread of this rank has begun last and not ended, which a GPU may only do later."""
+        return self._open[-1].info if self._open else None
+
     def current(self) -> Span | None:
         """Return the span of this rank's current work. Any thread may call it.
 

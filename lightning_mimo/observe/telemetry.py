@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
@@ -16,15 +17,17 @@ import torch.distributed as dist
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.observe.flops import ModuleFlops
 from lightning_mimo.observe.spans import COMPUTING, Span, Spans
 
 _TIMES = {**dict.fromkeys(COMPUTING, "compute_s"), "bridge": "bridge_s", "pipeline": "pipeline_s", "reduce": "reduce_s"}
 """Kind of work -> figure that includes it."""
 _TIME_FIGURES = tuple(dict.fromkeys(_TIMES.values()))
-_COUNTS = ("samples", "tokens")
+_COUNTS = ("samples", "tokens", "flops")
 _LAST_COMPUTE = "last_compute_s"
-_FIGURES = (*_TIME_FIGURES, _LAST_COMPUTE, "memory", *_COUNTS, "seconds", "steps")
+_FIGURES = (*_TIME_FIGURES, _LAST_COMPUTE, "memory", *_COUNTS, "peak_flops", "seconds", "steps")
 _MIB = 2**20
+_TERA = 1e12
 
 
 class Telemetry:
@@ -41,21 +44,29 @@ class Telemetry:
       last step whose times have been read; of modules with several replicas.
     - ``samples_per_sec``: samples that have input for this module.
     - ``tokens_per_sec``: for the language module, input positions including padding; for an encoder, output embeddings.
+    - ``tflops_per_gpu``: floating-point operations of a step that the module needs (see
+      :class:`lightning_mimo.observe.flops.ModuleFlops`), per second of the whole step and rank of the module, in 1e12.
     - ``peak_memory_mib``: maximum over the module's ranks since the start; memory allocated by torch on a GPU, resident
       memory (including memory shared with other processes) on a CPU.
+
+    Two figures are of the whole model: ``train/tflops_per_gpu``, the operations of all modules per second and rank, and
+    ``train/mfu``, the same over the peak of the GPUs, if the peak of every rank's GPU is known.
     """
 
-    def __init__(self, layout: MimoLayout, spans: Spans, device: torch.device) -> None:
+    def __init__(self, layout: MimoLayout, spans: Spans, device: torch.device, *, peak_flops: float | None) -> None:
         """
         Args:
             layout: assignment of modules to ranks.
             spans: this rank's recorder.
             device: this rank's device.
+            peak_flops: floating-point operations per second that the device can reach; ``None`` if unknown.
         """
         self._spans = spans
         self._device = device
         self._rank = dist.get_rank()
         modules = layout.modules_on(self._rank)
+        self._flops = ModuleFlops(modules, spans)
+        self._peak_flops = peak_flops or 0.0
         self._counted = []  # modules whose samples and tokens this rank counts: one rank per replica
         for name in modules:
             place = layout.modules[name].coordinates(self._rank)
@@ -64,11 +75,17 @@ class Telemetry:
         self._places = [(rank, name) for rank in range(layout.world_size) for name in layout.modules_on(rank)]
         self._replicas = [layout.modules[name].coordinates(rank)["dp"] for rank, name in self._places]
         self._sums = {name: dict.fromkeys(_FIGURES, 0.0) for name in modules}
-        self._in_step = {name: dict.fromkeys(_COUNTS, 0) for name in modules}
+        self._in_step = {name: dict.fromkeys(_COUNTS, 0.0) for name in modules}
         self._unread: list[Span] = []
 
+    def counting_flops(self) -> AbstractContextManager[object]:
+        """Enclose the passes of a batch, so that the operations of a first one are counted."""
+        return self._flops.counting()
+
     def count(self, microbatches: Sequence[Microbatch]) -> None:
-        """Count a batch of the current step. Uses sizes only and reads no tensors."""
+        """Count a batch of the current step, after its passes. Uses sizes only and reads no tensors."""
+        for name, flops in self._flops.of_batch(microbatches).items():
+            self._in_step[name]["flops"] += flops
         for name in self._counted:
             sums = self._in_step[name]
             for microbatch in microbatches:
@@ -109,7 +126,7 @@ class Telemetry:
         for place, (rank, name) in enumerate(self._places):
             if rank == self._rank:
                 sums = self._sums[name]
-                sums["memory"] = peak_memory(self._device)
+                sums["memory"], sums["peak_flops"] = peak_memory(self._device), self._peak_flops
                 numbers[place] = torch.tensor([sums[figure] for figure in _FIGURES], dtype=torch.float64)
                 sums.update(dict.fromkeys(_FIGURES, 0.0))
         return numbers.flatten()
@@ -134,10 +151,12 @@ class Telemetry:
         """
         rows: dict[str, list[dict[str, float]]] = {}
         replicas: dict[str, dict[int, float]] = {}  # module -> replica -> seconds of compute in the last step
-        for place, (_, name) in enumerate(self._places):
+        peaks: dict[int, float] = {}
+        for place, (rank, name) in enumerate(self._places):
             of_rank = numbers[place * len(_FIGURES) : (place + 1) * len(_FIGURES)]
             row = dict(zip(_FIGURES, of_rank, strict=True))
             rows.setdefault(name, []).append(row)
+            peaks[rank] = row["peak_flops"]
             of_module, replica = replicas.setdefault(name, {}), self._replicas[place]
             of_module[replica] = of_module.get(replica, 0.0) + row[_LAST_COMPUTE]
         described = {}
@@ -150,7 +169,7 @@ class Telemetry:
                     values["imbalance"] = max(computed) * len(computed) / sum(computed)
                 for figure, value in values.items():
                     described[f"telemetry/{name}/{figure}"] = value
-        return described
+        return described | _of_model([each for ranks in rows.values() for each in ranks], list(peaks.values()))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -169,5 +188,23 @@ def _of_module(ranks: list[dict[str, float]], steps: float, seconds: float) -> d
             values[figure] = sum(having) / len(having) / steps
     values["samples_per_sec"] = sum(row["samples"] for row in ranks) / seconds
     values["tokens_per_sec"] = sum(row["tokens"] for row in ranks) / seconds
+    values["tflops_per_gpu"] = sum(row["flops"] for row in ranks) / seconds / len(ranks) / _TERA
     values["peak_memory_mib"] = max(row["memory"] for row in ranks) / _MIB
+    return values
+
+
+def _of_model(rows: list[dict[str, float]], peaks: list[float]) -> dict[str, float]:
+    """Figures of all modules together.
+
+    Args:
+        rows: of every rank and module.
+        peaks: operations per second that each rank's device can reach; 0 if unknown.
+    """
+    seconds = max(row["seconds"] for row in rows)
+    if not seconds:
+        return {}
+    rate = sum(row["flops"] for row in rows) / seconds
+    values = {"train/tflops_per_gpu": rate / len(peaks) / _TERA}
+    if all(peaks):
+        values["train/mfu"] = rate / sum(peaks)
     return values

@@ -29,6 +29,7 @@ from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.schedule.generation import gather_indices, greedy_decode
 from lightning_mimo.schedule.nonfinite import describe, find_nonfinite
 from lightning_mimo.strategy.batch_metrics import BatchMetrics
+from lightning_mimo.strategy.device_peak import device_peak
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.step_check import check_batch, checked_loss, checked_step
 
@@ -86,7 +87,10 @@ class BatchRunner:
         self.must_stop = False
         self.listeners: list[StepListener] = []
         self._is_accumulating = False
-        self._telemetry = Telemetry(infra.layout, infra.spans, device) if telemetry else None
+        self._telemetry = None
+        if telemetry:
+            peak = device_peak(device, module.mimo_model.config.pipeline_dtype)
+            self._telemetry = Telemetry(infra.layout, infra.spans, device, peak_flops=peak)
         self._step_ended = 0.0
         self._signals = signals
         self._load_ahead = load_ahead
@@ -139,7 +143,8 @@ class BatchRunner:
         self._infra.spans.keep = self._telemetry is not None or bool(self.listeners)
         self._step_ended = self._step_ended or time.perf_counter()
         self._may_load_ahead, self._ahead = self._another_follows(batch_idx), None
-        with self._module.microbatches():
+        counting = contextlib.nullcontext() if self._telemetry is None else self._telemetry.counting_flops()
+        with self._module.microbatches(), counting:
             totals = self._schedule.train(
                 batch,
                 self._training_step(batch_idx),

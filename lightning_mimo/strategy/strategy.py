@@ -210,11 +210,7 @@ class MimoStrategy(ParallelStrategy):
             self.spans.clock = clock_of(self.root_device)
             world.join_world(environment, self.root_device, self.process_group_backend, self.monitoring.timeout)
             self.infra, self.plan = world.build_infra(
-                layout,
-                self.spans,
-                self.nccl,
-                global_batch_size=self.global_batch_size,
-                num_microbatches=self.num_microbatches,
+                layout, self.spans, self.nccl, self.global_batch_size, self.num_microbatches
             )
             self.seed = self.broadcast(torch.initial_seed() % 2**63)
         seed_megatron(layout, self.global_rank, seed=self.seed)

@@ -161,7 +161,7 @@ def check_world_size(world_size: int) -> None:
 
 
 def build_infra(
-    layout: MimoLayout, spans: Spans, nccl: NcclOptions, *, global_batch_size: int, num_microbatches: int
+    layout: MimoLayout, spans: Spans, nccl: NcclOptions, global_batch_size: int, num_microbatches: int
 ) -> tuple[MimoModelInfra, RankBatchPlan]:
     """Build the process groups of a layout and check them against the batch sizes. Collective over the world.
 
