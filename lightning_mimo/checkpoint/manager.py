@@ -55,6 +55,11 @@ class RunCheckpoints:
         self._writer = CheckpointWriter(timeout=timeout)
         self._staging = StagingBuffer()
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of pinned host memory that are kept for the next checkpoint."""
+        return self._staging.nbytes
+
     def save(
         self,
         path: Path,

@@ -37,8 +37,12 @@ class TimeCheckpoints(pl.Callback):
         if batch_idx != _AT:
             return
         before = self._checksums(pl_module)
+        # The first save also allocates and pins the memory that it copies to.
+        self.result["first_save_stalls_s"] = _seconds(lambda: trainer.save_checkpoint(self._path))
+        self.result["first_save_then_writes_s"] = _seconds(trainer.strategy.finish_saving)
         self.result["save_stalls_s"] = _seconds(lambda: trainer.save_checkpoint(self._path))
         self.result["save_then_writes_s"] = _seconds(trainer.strategy.finish_saving)
+        self.result["pinned_gib"] = trainer.strategy.run.checkpoints.staged_bytes / 2**30
         self.result["gib"] = sum(each.stat().st_size for each in self._path.iterdir()) / 2**30
         self.result["load_s"] = _seconds(lambda: trainer.strategy.load_checkpoint(self._path))
         self.result["loaded_what_was_saved"] = self._checksums(pl_module) == before

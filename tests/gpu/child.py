@@ -17,6 +17,7 @@ from lightning_mimo import MimoStrategy, ModuleParallelism, Monitoring, Saving
 from lightning_mimo.planning.memory_estimate import memory_estimate
 from tests.gpu.bare import BareLoop
 from tests.gpu.checkpoints import TimeCheckpoints
+from tests.gpu.communicators import MeasuredCommunicators
 from tests.gpu.measure import StepMeter
 from tests.gpu.model import CopiedText, build_module
 from tests.gpu.run import Run
@@ -30,6 +31,7 @@ class Observer(pl.Callback):
 
     def __init__(self, run: Run, meter: StepMeter) -> None:
         self._run, self._meter = run, meter
+        self.logged: dict[str, float] = {}
         self.checksums: dict[str, dict[str, int]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -48,6 +50,8 @@ class Observer(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._meter.end(outputs["loss"])
+        logged = {name: value for name, value in trainer.callback_metrics.items() if "flops" in name or "mfu" in name}
+        self.logged |= {name: float(value) for name, value in logged.items()}  # on the host already
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._meter.wait()
@@ -78,6 +82,7 @@ def build_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
         num_nodes=run.ranks,
         precision=run.precision,
         max_steps=run.steps,
+        log_every_n_steps=5,
         limit_val_batches=2 if run.evaluate else 0,
         num_sanity_val_steps=0,
         callbacks=callbacks,
@@ -115,8 +120,9 @@ def train(run: Run) -> dict[str, Any]:
     estimated = estimate(run) if run.profile else None
     pl.seed_everything(1)
     began = time.perf_counter()
-    module = build_module(run)
-    loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2, pin_memory=run.accelerator == "gpu")
+    module, communicators = build_module(run), MeasuredCommunicators()
+    communicators.replace()
+    loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2)
     meter = StepMeter(run)
     observer = Observer(run, meter)
     held_out = DataLoader(Subset(CopiedText(run), range(90_000, 90_008)), batch_size=run.batch)
@@ -133,6 +139,8 @@ def train(run: Run) -> dict[str, Any]:
         },
         "estimated_gib": estimated,
         "fit_s": time.perf_counter() - began,
+        "communicators": communicators.result,
+        "logged": observer.logged,
     }
     if run.evaluate:
         result["validation"] = trainer.validate(module, held_out, verbose=False)[0]

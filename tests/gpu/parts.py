@@ -104,6 +104,8 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
             figures[f"{name}: loss, largest difference from one rank"] = _close(
                 ended[name].results[-1]["losses"], one, 0.05 if bf16 else 1e-3
             )
+            if made := ended[name].results[0]["communicators"]:
+                figures[f"{name}: communicators of rank 0"] = _communicators(made)
             if name.startswith("dp2"):
                 for when in ("start", "end"):
                     if differing := _differing(ended[name].results, when):
@@ -112,6 +114,12 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
         except (RuntimeError, ValueError) as error:
             figures[f"{name}: FAILED"] = str(error)
     return figures | {"warnings in training": sorted(_warnings(ended))}
+
+
+def _communicators(made: Figures) -> str:
+    memory = "" if made["mib_on_gpu"] is None else f", {made['mib_on_gpu']:.0f} MiB for all ranks on this GPU"
+    planned = f"{made['planned_mib']:.0f} MiB planned for this rank"
+    return f"{made['number']} made in {made['seconds']:.2f} s{memory}; {planned}"
 
 
 def _warnings(ended: Mapping[str, Ended]) -> set[str]:
@@ -152,6 +160,7 @@ def _speed(name: str, result: Figures) -> Figures:
         "tokens/s": LARGE.batch * LARGE.length / seconds,
         "TFLOP/s": flops / seconds / 1e12,
         "MFU": flops / seconds / _PEAK_FLOPS,
+        "logged": [f"{key} {value:.4g}" for key, value in sorted(result.get("logged", {}).items())],
         "peak GiB": result.get("peak_gib"),
         "estimated GiB, without activations": result.get("estimated_gib"),
         "reserved GiB": result.get("reserved_gib"),

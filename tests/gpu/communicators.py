@@ -1,0 +1,67 @@
+"""What the communicators of all ranks take that are made before the first step: seconds, and memory of the GPU."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_mimo.mimo.communicators import communicators_of
+from lightning_mimo.mimo.model import RaggedMimoModel
+from lightning_mimo.parallel.communicators import make_communicators
+from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.strategy import world
+from lightning_mimo.upstream.torch import _get_default_store
+
+_PATIENCE = timedelta(seconds=60)
+
+
+class MeasuredCommunicators:
+    """Makes the communicators in the strategy's place, with gloo, too, and measures that.
+
+    Attributes:
+        result: empty before they are made.
+    """
+
+    def __init__(self) -> None:
+        self.result: dict[str, Any] = {}
+
+    def replace(self) -> None:
+        """Take the place of the strategy's function, for the rest of the process."""
+        world.connect_ranks = self._connect
+
+    def _connect(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
+        needed = communicators_of(model, infra)
+        _meet("before communicators")
+        before, began = _used(), time.perf_counter()
+        make_communicators(infra, needed)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        _meet("after communicators")
+        self.result = {
+            "number": len(needed),
+            "seconds": seconds,
+            # Of all ranks that share this GPU.
+            "mib_on_gpu": None if before is None else (_used() - before) / 2**20,
+            "planned_mib": sum(each.nbytes for each in needed) / 2**20,
+        }
+
+
+def _used() -> int | None:
+    """Bytes of the GPU that are in use, by any process."""
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def _meet(key: str) -> None:
+    """Wait for all ranks without a communicator."""
+    store, ranks = _get_default_store(), dist.get_world_size()
+    if store.add(key, 1) == ranks:
+        store.set(f"{key}: all", "yes")
+    store.wait([f"{key}: all"], _PATIENCE)
