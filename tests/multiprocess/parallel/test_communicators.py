@@ -95,7 +95,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["tied", *(pytest.param(name, marks=pytest.mark.exhaustive) for name in CASES if name != "tied")]
+)
 def test_made_are_those_that_training_uses(rank_pool: RankPool, name: str) -> None:
     chosen, layout = CASES[name]
     for found in rank_pool.run(differences, chosen, layout, world_size=layout.ranks):
