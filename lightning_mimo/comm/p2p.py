@@ -35,7 +35,8 @@ class DynamicShape:
     numbers: int = 0
 
 
-_DATA, _ANNOUNCEMENT = 1, 2  # separate tags, because the next announcement may be posted before the current data
+# Separate tags, because the next announcement may be posted before what follows the current one.
+_DATA, _ANNOUNCEMENT, _MORE_NUMBERS = 1, 2, 3
 _DIMENSIONS = 3  # of an announced tensor
 
 
@@ -79,6 +80,8 @@ class P2PLink:
         forward_group: process group of all ranks, for activations only.
         backward_group: process group of all ranks, for gradients only. With separate groups, NCCL orders each direction
             independently, and neither waits for the other.
+        announcement_group: process group of all ranks for tensors on the CPU. Hosts announce shapes through it and do
+            not wait for their GPUs; ``None`` if all shapes are known.
         spans: recorder of the transfers.
         on_first_wait: runs after a receive is posted and before the rank waits for it; shared by all links.
     """
@@ -91,10 +94,15 @@ class P2PLink:
     in_flight: int
     forward_group: dist.ProcessGroup
     backward_group: dist.ProcessGroup
+    announcement_group: dist.ProcessGroup | None
     spans: Spans
     on_first_wait: OnFirstWait
 
-    def group(self, direction: str) -> dist.ProcessGroup:
+    def group(self, direction: str, tag: int) -> dist.ProcessGroup:
+        """Group for a tensor with this tag: data on the device, everything else on the CPU."""
+        if tag != _DATA:
+            assert self.announcement_group is not None, "all shapes are known"
+            return self.announcement_group
         return self.forward_group if direction == FORWARD else self.backward_group
 
     def span_info(self, verb: str, direction: str, peers: Sequence[int]) -> SpanInfo:
@@ -121,7 +129,7 @@ class SendChannel:
         self._link = link
         self._info = link.span_info("send", direction, link.routes.receivers)
         self._waiting = link.span_info("finish sending", direction, link.routes.receivers)
-        self._group = link.group(direction)
+        self._direction = direction
         self._flying: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
         self._shapes: Sequence[Shapes | DynamicShape] = ()
         self._number = 0
@@ -187,16 +195,19 @@ class SendChannel:
 
     def _announced(self, tensor: torch.Tensor) -> list[tuple[dist.Work, torch.Tensor]]:
         assert tensor.ndim == _DIMENSIONS and self._link.routes.parts == 1
-        announcement = torch.tensor([*tensor.shape, len(self.more_numbers), *self.numbers], device=tensor.device)
-        more = torch.tensor(self.more_numbers, dtype=torch.int64, device=tensor.device)
+        announcement = torch.tensor([*tensor.shape, len(self.more_numbers), *self.numbers], device="cpu")
+        more = torch.tensor(self.more_numbers, dtype=torch.int64, device="cpu")
         posted = []
         for peer in self._info.peers:
             posted.append(self._post(announcement, peer, _ANNOUNCEMENT))
-            posted += [self._post(part, peer, _DATA) for part in (tensor.detach().contiguous(), more) if part.numel()]
+            if more.numel():
+                posted.append(self._post(more, peer, _MORE_NUMBERS))
+            if tensor.numel():
+                posted.append(self._post(tensor.detach().contiguous(), peer, _DATA))
         return posted
 
     def _post(self, tensor: torch.Tensor, peer: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
-        work = dist.isend(tensor, dst=peer, group=self._group, tag=tag)
+        work = dist.isend(tensor, dst=peer, group=self._link.group(self._direction, tag), tag=tag)
         assert work is not None, "this rank is in the group"
         return work, tensor
 
@@ -212,9 +223,9 @@ class ReceiveChannel:
     def __init__(self, link: P2PLink, direction: str) -> None:
         self._link = link
         self._info = link.span_info("receive", direction, link.routes.receives)
-        self._group = link.group(direction)
+        self._direction = direction
         # NCCL's receives occupy the device until the data arrive.
-        self._ahead = 1 if dist.get_backend(self._group) == "gloo" else 0
+        self._ahead = 1 if dist.get_backend(link.group(direction, _DATA)) == "gloo" else 0
         self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
         self._shapes: Sequence[Shapes | DynamicShape] = ()
         self._number = 0
@@ -248,25 +259,25 @@ class ReceiveChannel:
         device = torch.cuda.current_device()
         if isinstance(shapes, DynamicShape):
             size = _DIMENSIONS + 1 + shapes.numbers
-            parts, tag = [torch.empty(size, dtype=torch.int64, device=device)], _ANNOUNCEMENT
+            parts, tag = [torch.empty(size, dtype=torch.int64, device="cpu")], _ANNOUNCEMENT
         else:
             parts, tag = [torch.empty(shape, dtype=self._link.dtype, device=device) for shape in shapes], _DATA
         peers = zip(parts, self._link.routes.receives, strict=True)
         return parts, [self._irecv(part, peer, tag) for part, peer in peers if part.numel()]
 
     def _irecv(self, part: torch.Tensor, peer: int, tag: int) -> dist.Work:
-        work = dist.irecv(part, src=peer, group=self._group, tag=tag)
+        work = dist.irecv(part, src=peer, group=self._link.group(self._direction, tag), tag=tag)
         assert work is not None, "this rank is in the group"
         return work
 
     def _receive_announced(self, announcement: torch.Tensor) -> torch.Tensor:
         told = announcement.tolist()
         shape, size, self.numbers = told[:_DIMENSIONS], told[_DIMENSIONS], tuple(told[_DIMENSIONS + 1 :])
-        part = torch.empty(shape, dtype=self._link.dtype, device=announcement.device)
-        more = torch.empty(size, dtype=torch.int64, device=announcement.device)
-        for each in (part, more):
+        part = torch.empty(shape, dtype=self._link.dtype, device=torch.cuda.current_device())
+        more = torch.empty(size, dtype=torch.int64, device="cpu")
+        for each, tag in ((more, _MORE_NUMBERS), (part, _DATA)):
             if each.numel():
-                self._irecv(each, self._info.peers[0], _DATA).wait()
+                self._irecv(each, self._info.peers[0], tag).wait()
         self.more_numbers = tuple(more.tolist()) if size else ()
         return part
 

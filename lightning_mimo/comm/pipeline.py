@@ -100,6 +100,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         # Created here because it is collective, and every rank runs this whichever links it has.
         self._forward_group = infra.group_of_all("activations sent")
         self._backward_group = infra.group_of_all("gradients sent")
+        layout = infra.layout
+        has_announcements = any(layout.modules[encoder].pp > 1 for encoder in layout.encoders)
+        self._announcement_group = infra.group_of_all("announcements") if has_announcements else None
         super().__init__(infra.module_to_grid_map, infra.topology, config)
 
     @property
@@ -203,6 +206,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
             in_flight=self.total_stages + self._run_ahead,
             forward_group=self._forward_group,
             backward_group=self._backward_group,
+            announcement_group=self._announcement_group,
             spans=self._infra.spans,
             on_first_wait=self._on_first_wait,
         )

@@ -10,7 +10,7 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import DENSE_AXES, EXPERT_AXES, LANGUAGE, ResolvedParallelism
 from lightning_mimo.layout.routes import routes_between
 
-Use = Literal["model", "gradients", "expert gradients", "activations sent", "gradients sent"]
+Use = Literal["model", "gradients", "expert gradients", "activations sent", "gradients sent", "announcements"]
 """What a process group is used for. Groups with the same use may be shared, because all ranks call them in the same
 order. Different uses need separate groups, because their order differs between ranks:
 
@@ -18,6 +18,7 @@ order. Different uses need separate groups, because their order differs between 
   some replicas have no images.
 - Gradient reductions of experts overlap with those of dense parameters in the same way.
 - Transfers between pipeline stages have an order of their own in each direction.
+- Announcements of shapes are exchanged by the hosts, with gloo on any device.
 """
 SENT: tuple[Use, Use] = ("activations sent", "gradients sent")
 """Uses whose groups hold all ranks, and have a communicator for every pair of ranks that exchange tensors."""

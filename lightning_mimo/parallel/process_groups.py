@@ -56,13 +56,18 @@ class GroupPool:
             members = tuple(sorted(ranks))
             key = (module, use, members) if len(members) > 1 else (None, None, members)
             if key not in self._groups:
-                options = self._nccl.for_use(use) if len(members) > 1 else None
-                made = dist.new_group(list(members), backend=self.backend, pg_options=options)
+                made = self._create(list(members), use)
                 # On ranks that are not members torch returns a number.
                 self._groups[key] = made if isinstance(made, dist.ProcessGroup) else None
             if self._groups[key] is not None:
                 mine = self._groups[key]
         return mine
+
+    def _create(self, members: list[int], use: Use) -> object:
+        if use == "announcements" and dist.get_backend() == "nccl":
+            return dist.new_group(members, backend="gloo")
+        options = self._nccl.for_use(use) if len(members) > 1 else None
+        return dist.new_group(members, backend=self.backend, pg_options=options)
 
     def existing(self, ranks: Iterable[int], *, module: str, use: Use) -> dist.ProcessGroup:
         """The group of more than one rank that was created for these ranks, module and use, on one of its ranks."""

@@ -27,6 +27,7 @@ def link(routes: Routes, groups: list[dist.ProcessGroup], *, in_flight: int = 8)
         in_flight=in_flight,
         forward_group=groups[0],
         backward_group=groups[1],
+        announcement_group=groups[2] if len(groups) > 2 else None,
         spans=Spans(),
         on_first_wait=OnFirstWait(),
     )
@@ -70,7 +71,7 @@ def test_senders_go_on_and_every_sample_keeps_its_rows(rank_pool: RankPool) -> N
 
 def one_way() -> tuple[float, list[tuple[list[int], tuple[int, ...]]]]:
     """Shapes that the receiver cannot know, with two numbers, two under way at most, and no gradients."""
-    groups = [dist.new_group(), dist.new_group()]
+    groups = [dist.new_group(), dist.new_group(), dist.new_group()]
     shapes = [(2, 1, 3), (0, 3, 1), (1, 2, 3), (5, 1, 2)]
     if dist.get_rank() == 1:
         inlet = Receiver(link(Routes(receives=(0,), sends=((0,),)), groups), source="images", gradients=False)
