@@ -48,7 +48,8 @@ def work_of(microbatch: Microbatch, name: str) -> Work:
     """
     if name == LANGUAGE:
         samples, length = microbatch["input_ids"].shape
-        return Work(rows=samples * length, pairs=samples * length**2)
+        sequences = microbatch["sample_lengths"] if microbatch["is_packed"] else [length] * samples
+        return Work(rows=samples * length, pairs=sum(each**2 for each in sequences))
     counts = microbatch["modality_counts"][name]
     own = [(tokens, items) for tokens, items in zip(counts.own_placeholders, counts.items, strict=True) if items]
     inputs = microbatch["modality_inputs"].get(name) or {}

@@ -174,7 +174,8 @@ def messages() -> Iterator[io.StringIO]:
 
 METRICS = {
     *("train/loss", "train/grad_norm", "train/grad_norm/images", "train/grad_norm/language"),
-    *("train/skipped_steps", "train/tokens_per_sec", "train/tflops_per_gpu", "val/loss", "val/exact_match"),
+    *("train/skipped_steps", "train/tokens_per_sec", "train/tflops_per_gpu", "train/padding"),
+    *("val/loss", "val/exact_match"),
     *("lr-MimoTorchOptimizer/images", "lr-MimoTorchOptimizer/language"),
 }
 TABLE = """\

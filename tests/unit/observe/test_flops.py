@@ -17,13 +17,14 @@ WIDTH = 8
 
 
 def text(samples: int, length: int) -> Microbatch:
-    return Microbatch(input_ids=torch.zeros(samples, length, dtype=torch.int64))
+    return Microbatch(input_ids=torch.zeros(samples, length, dtype=torch.int64), is_packed=False)
 
 
 def images(*items: int, tokens: int = 4, inputs: bool = True) -> Microbatch:
     counts = ModalityCounts(
         sample_indices=tuple(range(len(items))),
         placeholders=tuple(tokens * each for each in items),
+        samples_per_position=(1,) * len(items),
         own=range(len(items)),
         items=items,
     )
@@ -86,6 +87,12 @@ def test_a_module_is_counted_in_the_first_batch_that_has_something_for_it() -> N
     assert flops.of_batch([images(2, 1)]) == {"images": 2 * 2 * 6 * WIDTH**2}
     assert flops.of_batch([images(0, 1)]) == {"images": pytest.approx(2 * 2 * 2 * WIDTH**2)}
     assert flops.of_batch([images(0, 0)]) == {"images": 0.0}
+
+
+def test_packed_samples_do_not_attend_to_each_other() -> None:
+    packed = Microbatch(input_ids=torch.zeros(1, 12, dtype=torch.int64), is_packed=True, sample_lengths=(3, 4, 5))
+    assert work_of(packed, "language") == Work(rows=12, pairs=9 + 16 + 25)
+    assert work_of(text(3, 4), "language") == Work(rows=12, pairs=3 * 16)
 
 
 def test_work_of_an_encoder() -> None:
