@@ -14,7 +14,7 @@ class DataState:
     Attributes:
         seed: seed of the order of samples and of their augmentation.
         global_batch_size: samples per global batch.
-        samples: number of samples in the training dataset.
+        samples: number of samples in the training dataset; 0 for a stream, which has no length.
         batches: number of completed batches of the current epoch.
         pack_to: most tokens of a row into which samples are packed; 0 without packing.
         lengths: checksum of the lengths of all samples, from which rows are packed; 0 without packing.

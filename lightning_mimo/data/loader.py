@@ -21,10 +21,10 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     Sampler,
     Subset,
     default_collate,
+    default_convert,
 )
 
 from lightning_mimo.data.balance import balanced_order
@@ -156,7 +156,7 @@ class ResumableLoader(DataLoader):
     The next batch can be loaded early. That changes no random number: every sample has its own.
     """
 
-    _batches: LoadsAhead | None = None
+    _batches: LoadsAhead[list[Microbatch]] | None = None
 
     def __iter__(self) -> Iterator[list[Microbatch]]:  # type: ignore[override]  # LoadsAhead is an iterator, too
         if self.num_workers and not isinstance(self.worker_init_fn, EndWithRank):
@@ -225,7 +225,7 @@ def shard_dataloader(
         A loader that yields, per global batch, the list of this rank's microbatches.
 
     Raises:
-        DataError: for an IterableDataset, a DistributedSampler, a custom batch sampler, a sampler without a length, a
+        DataError: for a DistributedSampler, a custom batch sampler, a sampler without a length, a
             ``collate_fn``, a subclass that iterates in its own way, or another batch size.
     """
     check_loader(loader, plan.global_batch_size)
@@ -274,12 +274,6 @@ def sampler_length(loader: DataLoader) -> int:
 
 def check_loader(loader: DataLoader, global_batch_size: int) -> None:
     """Refuse a DataLoader that cannot be rebuilt; errors as of :func:`shard_dataloader`."""
-    if isinstance(loader.dataset, IterableDataset):
-        raise DataError(
-            f"{type(loader.dataset).__name__} is an IterableDataset, which cannot be asked for a given sample, so "
-            f"ranks of different modules could not be kept on the same samples. Use a map-style dataset (__len__ and "
-            f"__getitem__)."
-        )
     sampler = _batch_sampler_of(loader)
     if type(sampler) is not BatchSampler:
         what = "batch_size=None" if sampler is None else f"a batch sampler of its own ({type(sampler).__name__})"
@@ -287,24 +281,36 @@ def check_loader(loader: DataLoader, global_batch_size: int) -> None:
             f"The DataLoader has {what}, so MimoStrategy cannot form global batches and divide them over ranks. "
             f"Give it a sampler and batch_size={global_batch_size} instead."
         )
-    batch_size = sampler.batch_size
-    if batch_size not in (1, global_batch_size):
-        raise DataError(
-            f"The DataLoader has batch_size={batch_size}, but MimoStrategy has global_batch_size={global_batch_size}. "
-            f"Write the DataLoader as for one process: batch_size={global_batch_size}, or leave it at 1."
-        )
+    check_batch_size(sampler.batch_size, global_batch_size)
     if isinstance(sampler.sampler, DistributedSampler):
         raise DataError(
             "The DataLoader has a DistributedSampler, but MimoStrategy divides samples itself, differently for each "
             "module. Leave the sampler out and write shuffle=True where you want it."
         )
-    _check_own_code(loader)
+    check_own_code(loader)
     sampler_length(loader)
 
 
-def _check_own_code(loader: DataLoader) -> None:
-    """Refuse code of the user's that would never be called."""
-    if loader.collate_fn is not default_collate:
+def check_batch_size(batch_size: int, global_batch_size: int) -> None:
+    """Refuse a batch size that is not the strategy's.
+
+    Raises:
+        DataError: naming both.
+    """
+    if batch_size not in (1, global_batch_size):
+        raise DataError(
+            f"The DataLoader has batch_size={batch_size}, but MimoStrategy has global_batch_size={global_batch_size}. "
+            f"Write the DataLoader as for one process: batch_size={global_batch_size}, or leave it at 1."
+        )
+
+
+def check_own_code(loader: DataLoader) -> None:
+    """Refuse code of the user's that would never be called.
+
+    Raises:
+        DataError: naming it.
+    """
+    if loader.collate_fn not in (default_collate, default_convert):  # the latter where batch_size is None
         name = getattr(loader.collate_fn, "__qualname__", type(loader.collate_fn).__name__)
         raise DataError(
             f"The DataLoader has collate_fn={name}, which would not be called: every rank takes other samples of the "

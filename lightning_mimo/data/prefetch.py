@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future
 
-from lightning_mimo.microbatch import Microbatch
 
-
-class LoadsAhead(Iterator[list[Microbatch]]):
+class LoadsAhead[T](Iterator[T]):
     """Iterator over batches that can load the next batch before it is requested."""
 
-    def __init__(self, batches: Iterator[list[Microbatch]]) -> None:
+    def __init__(self, batches: Iterator[T]) -> None:
         """
         Args:
             batches: the underlying iterator, which loads one batch per ``next``.
         """
         self._batches = batches
-        self._ahead: Future[list[Microbatch]] | None = None
+        self._ahead: Future[T] | None = None
 
-    def __next__(self) -> list[Microbatch]:
+    def __next__(self) -> T:
         if self._ahead is None:
             return next(self._batches)
         ahead, self._ahead = self._ahead, None
         return ahead.result()
 
-    def load_ahead(self) -> list[Microbatch] | None:
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the next batch was to be loaded ahead, and there is none."""
+        return self._ahead is not None and isinstance(self._ahead.exception(), StopIteration)
+
+    def load_ahead(self) -> T | None:
         """Load the next batch unless it is already loaded. An error is deferred until the batch is requested.
 
         Returns:

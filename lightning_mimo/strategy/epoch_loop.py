@@ -1,4 +1,4 @@
-"""Lightning's loops of training: without the broadcast before every batch, and with the right epoch after a resume."""
+"""Lightning's loops of training: without the broadcast before every batch, the right epoch after a resume, streams."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, override
 import lightning.pytorch as pl
 
 from lightning_mimo.data.loader import ResumableLoader
+from lightning_mimo.data.streams.loader import StreamLoader
 from lightning_mimo.upstream.lightning import _DataFetcher, _TrainingEpochLoop
 
 
@@ -22,7 +23,11 @@ class TrainingEpochLoop(_TrainingEpochLoop):
 
     @override
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        """Set the number of batches of this epoch, whose order is known by now."""
+        """Set the number of batches of this epoch, whose order is known by now; begin a stream, which has none."""
+        if isinstance(self.trainer.train_dataloader, StreamLoader):
+            self._begin_stream(self.trainer.train_dataloader, data_fetcher)
+            super().on_run_start(data_fetcher)
+            return
         loader = data_fetcher.combined_loader
         limits = [_limited(len(each), self.trainer.limit_train_batches) for each in loader.flattened]
         is_another = loader.limits != limits and all(isinstance(each, ResumableLoader) for each in loader.flattened)
@@ -34,6 +39,13 @@ class TrainingEpochLoop(_TrainingEpochLoop):
             data_fetcher.length = self.trainer.fit_loop.max_batches = batches
             if isinstance(self.trainer.val_check_interval, float) and self.trainer.val_check_batch is not None:
                 self.trainer.val_check_batch = max(1, int(batches * self.trainer.val_check_interval))
+
+    def _begin_stream(self, loader: StreamLoader, data_fetcher: _DataFetcher) -> None:
+        """Load the first batch, which Lightning does before the epoch is set, where it does not do so once more."""
+        loader.begin(limit=data_fetcher.length)
+        trainer = self.trainer
+        if trainer.current_epoch == 0 or trainer.fit_loop.is_resuming or self.restarting:
+            iter(data_fetcher)
 
     @override
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:

@@ -19,6 +19,8 @@ from lightning_mimo.checkpoint.manager import Resumed, RunCheckpoints
 from lightning_mimo.checkpoint.saving import is_plain, set_generators
 from lightning_mimo.data.data_state import rewind_to_last_step
 from lightning_mimo.data.run_data import RunData
+from lightning_mimo.data.streams.ends import EndOfStream
+from lightning_mimo.data.streams.loader import StreamLoader
 from lightning_mimo.errors import CheckpointError, ConfigError, DataError
 from lightning_mimo.launch.preemption import Signals
 from lightning_mimo.layout.batch_plan import RankBatchPlan
@@ -95,7 +97,9 @@ class Run:
             device: device of this rank.
             previous: the stage before this one, if any.
         """
-        trainer, data = module.trainer, RunData(plan, balance=balance, pin_memory=device.type == "cuda")
+        trainer = module.trainer
+        ends = EndOfStream(infra.spans) if previous is None else previous.data.ends
+        data = RunData(plan, ends, balance=balance, pin_memory=device.type == "cuda")
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         trained = data if is_fitting else None if previous is None else previous.trained
         batches = BatchRunner(
@@ -147,6 +151,8 @@ class Run:
             # Tokens are generated sample by sample.
             pack_to=None if trainer.predicting else self.pack_to,
         )
+        if isinstance(sharded, StreamLoader):
+            return sharded
         name, state = sharded.order.name_and_state
         if trainer.training and not is_plain(state):
             raise DataError(
@@ -192,9 +198,10 @@ class Run:
                 f"save_checkpoint(path, weights_only=True)."
             )
         if data_state is not None and self.trained is not None:
-            trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [
-                {"batches": batches, "sampler": self.trained.sampler_states()}
-            ]
+            state = self.trained.loader_state(batches)
+            if state.get("stream") and not is_plain(state):
+                state["stream"]["state"] = None  # the stream can be read again
+            trainer["loops"]["fit_loop"]["state_dict"]["combined_loader"] = [state]
         self.checkpoints.save(
             path,
             self.module.mimo_model,
@@ -237,7 +244,7 @@ class Run:
         if self._resumed is None:
             return trainer, seed
         (loader_state,) = trainer["loops"]["fit_loop"]["state_dict"].get("combined_loader", [{}])
-        self.data.resume_from(self._resumed.data_state, loader_state.get("sampler", ()))
+        self.data.resume_from(self._resumed.data_state, loader_state)
         return trainer, self._resumed.data_state.seed
 
     def load_initial(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -29,6 +29,11 @@ ATTRIBUTES = (
     Attribute("torch.nn.Module", "_apply", "moves and converts a module; rotary frequencies must keep their dtype"),
     Attribute("torch.nn.Module", "_non_persistent_buffers_set", "which buffers belong into a checkpoint"),
     Attribute("torch.autograd.variable.Variable", "_execution_engine", "calls back when a backward pass ends"),
+    Attribute(
+        "torch.utils.data._utils.worker",
+        "_worker_info",
+        "hidden while a stream is read: libraries divide it over workers, and every worker reads all of it",
+    ),
     Attribute("torch.distributed.distributed_c10d", "_set_pg_timeout", "the name of set_timeout before it was public"),
     Attribute("torch.ops.aten", "_local_scalar_dense", "the operation with which code reads a number"),
     Attribute("torch.ops.c10d", "_allgather_base_", "the operation of all_gather_into_tensor"),

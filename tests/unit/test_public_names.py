@@ -71,7 +71,7 @@ MODEL_NAMES = [
     "vision_spec",
 ]
 
-DATA_NAMES = ["ChatData", "ChatDataset", "ParquetShards", "ShardSampler", "TarShards"]
+DATA_NAMES = ["ChatData", "ChatDataset", "ParquetShards", "ShardSampler", "StreamDataset", "TarShards"]
 FAMILY_NAMES = [
     "PretrainedModel",
     "TextModel",

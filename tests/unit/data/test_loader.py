@@ -20,7 +20,6 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     DistributedSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -373,16 +372,6 @@ def test_inputs_of_different_lengths_are_refused():
 
 
 # Loaders that cannot be rebuilt.
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(3))
-
-
-def test_iterable_dataset_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"^Stream is an IterableDataset.*Use a map-style dataset"):
-        rebuilt(DataLoader(Stream(), batch_size=BATCH), ALONE)
 
 
 @pytest.mark.parametrize("batch_size", [2, 16])
