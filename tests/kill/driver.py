@@ -46,10 +46,10 @@ class Kill:
     told: bool
 
 
-def start(host: RunHost, folder: Path, *arguments: str) -> HostedRun:
+def start(host: RunHost, folder: Path, *arguments: str, function: str = "tests.kill.run_once:main") -> HostedRun:
     for pid in folder.glob("pid*"):
         pid.unlink()
-    return host.start("tests.kill.run_once:main", str(folder), *arguments, log=folder / "log")
+    return host.start(function, str(folder), *arguments, log=folder / "log")
 
 
 def wait_for_ranks(folder: Path, process: HostedRun) -> dict[int, int]:
