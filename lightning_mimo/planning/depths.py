@@ -49,7 +49,7 @@ def depths_of(config: MimoModelConfig, stages: Mapping[str, int]) -> dict[str, D
     """
     found = {}
     for name, stage in stages.items():
-        transformer = _transformer_of(config, name)
+        transformer = transformer_of(config, name)
         if transformer is None or not _are_alike(transformer, _spec_of(config, name)):
             continue
         layers = get_num_layers_to_build(transformer, pp_rank=stage)
@@ -78,7 +78,7 @@ def _configure(
 ) -> MimoModelConfig:
     config = configure(infra)
     for name, number in layers.items():
-        transformer = _transformer_of(config, name)
+        transformer = transformer_of(config, name)
         assert transformer is not None, "depths_of() has found it"
         transformer.num_layers = number * layout.modules[name].pp
         transformer.num_layers_in_first_pipeline_stage = transformer.num_layers_in_last_pipeline_stage = None
@@ -91,7 +91,7 @@ def _spec_of(config: MimoModelConfig, module: str) -> ModuleSpec:
     return config.language_model_spec if module == LANGUAGE else config.modality_submodules_spec[module]
 
 
-def _transformer_of(config: MimoModelConfig, module: str) -> TransformerConfig | None:
+def transformer_of(config: MimoModelConfig, module: str) -> TransformerConfig | None:
     """The config of a module's only transformer with several layers."""
     found = {id(each): each for each in _of_type(TransformerConfig, _spec_of(config, module)) if each.num_layers > 1}
     return next(iter(found.values())) if len(found) == 1 else None

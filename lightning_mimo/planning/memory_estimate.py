@@ -34,6 +34,7 @@ class ParameterSize:
         whole: elements over all ranks. The experts of all expert-parallel ranks are counted on the first one.
         trained: whether the parameter is trained, that is, not frozen.
         replicas: number of data-parallel ranks over which the distributed optimizer divides the state.
+        is_expert: whether it belongs to an expert.
     """
 
     numel: int
@@ -41,6 +42,7 @@ class ParameterSize:
     whole: int
     trained: bool
     replicas: int
+    is_expert: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,10 @@ def memory_estimate(
     """
     stages = []
     first: dict[tuple[str, int], dict[str, ParameterSize]] = {}
-    held = {rank: _sizes(layout, rank, configure, dtype_policy) for rank in _representatives(layout)}
+    held = {rank: parameter_sizes(layout, rank, configure, dtype_policy) for rank in _representatives(layout)}
     for name, stage, ranks in _stages(layout):
         for rank in sorted({ranks[0], ranks[-1]}):
-            sizes = _freeze(held[rank][name], frozen)
+            sizes = frozen_sizes(held[rank][name], frozen)
             row = _count(name, stage, ranks, sizes, dtype_policy, ddp[name], training=training)
             if rank == ranks[0]:
                 first[name, stage] = sizes
@@ -150,7 +152,7 @@ def _representatives(layout: MimoLayout) -> list[int]:
     return sorted({rank for _, _, ranks in _stages(layout) for rank in (ranks[0], ranks[-1])})
 
 
-def _sizes(
+def parameter_sizes(
     layout: MimoLayout, rank: int, configure: Configure, dtype_policy: DtypePolicy
 ) -> dict[str, dict[str, ParameterSize]]:
     """Module name -> global parameter name -> its size on one rank."""
@@ -174,10 +176,12 @@ def _size_of(parameter: torch.nn.Parameter, groups: ProcessGroupCollection) -> P
         whole=parameter.numel() * shards,
         trained=parameter.requires_grad,
         replicas=(groups.expt_dp if is_expert else groups.dp_cp).size(),
+        is_expert=is_expert,
     )
 
 
-def _freeze(sizes: Mapping[str, ParameterSize], frozen: Sequence[str]) -> dict[str, ParameterSize]:
+def frozen_sizes(sizes: Mapping[str, ParameterSize], frozen: Sequence[str]) -> dict[str, ParameterSize]:
+    """The sizes with what lies under the names in ``frozen`` marked as not trained."""
     return {
         path: replace(size, trained=size.trained and not any(lies_under(path, name) for name in frozen))
         for path, size in sizes.items()

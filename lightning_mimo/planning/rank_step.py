@@ -27,6 +27,7 @@ from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.observe.spans import Spans
 from lightning_mimo.optim.ddp import wrap_with_ddp
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
+from lightning_mimo.optim.step_reduction import DeviceReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
 from lightning_mimo.planning.step_recorder import Exchange, Segment, StepRecorder
@@ -106,7 +107,7 @@ def collect_flags(settings: StepSettings, program: TrainingProgram, rank: int, e
     """Set up one rank without running anything, so that other ranks know what it trains."""
     exchange.collecting = True
     with _set_up(settings, program, rank, exchange):
-        pass
+        program.optimizer()
     exchange.collecting = False
 
 
@@ -128,8 +129,8 @@ def run_rank(
     stages = max((s.pp for name, s in settings.layout.modules.items() if name != LANGUAGE), default=0)
     in_flight = settings.layout.modules[LANGUAGE].pp + stages + settings.encoder_run_ahead
     number = min(settings.num_microbatches, 2 if settings.layout.colocated else in_flight + 2)
-    with _set_up(settings, program, rank, exchange) as (recorder, model, schedule, optimizer):
-        model.train()
+    with _set_up(settings, program, rank, exchange) as (recorder, model, schedule):
+        optimizer = program.optimizer()
         for microbatches in (1, number):
             batch = _batch(settings, program, rank, sample, number=microbatches)
             recorder.ledger.assign(_tensors_of(batch), "batch")
@@ -138,9 +139,7 @@ def run_rank(
                 recorder.ledger.begin()
             schedule.zero_grad()
             optimizer.outcome = None
-            optimizer.reduction = schedule.train(
-                batch, partial(_forward, recorder, program.forward), program.loss, optimizer=optimizer.mimo
-            )
+            optimizer.reduction = _train(schedule, program, recorder, batch, optimizer)
             optimizer.step()
             if not recorder.counting:
                 _assign_state(recorder, model, optimizer)
@@ -148,10 +147,39 @@ def run_rank(
     return RankRecording(peaks=peaks, recorder=recorder, microbatches=number)
 
 
+def run_microbatch(
+    settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange, *, sample: Sample
+) -> RankRecording:
+    """Run forward and backward of one microbatch, without an optimizer; as :func:`run_rank` otherwise."""
+    with _set_up(settings, program, rank, exchange) as (recorder, _, schedule):
+        batch = _batch(settings, program, rank, sample, number=1)
+        recorder.ledger.assign(_tensors_of(batch), "batch")
+        recorder.counting = True
+        schedule.zero_grad()
+        _train(schedule, program, recorder, batch, None)
+        peaks = dict(recorder.ledger.peaks)
+    return RankRecording(peaks=peaks, recorder=recorder, microbatches=1)
+
+
+def _train(
+    schedule: GlobalBatchSchedule,
+    program: TrainingProgram,
+    recorder: StepRecorder,
+    batch: list[Microbatch],
+    optimizer: MimoTorchOptimizer | None,
+) -> DeviceReduction:
+    return schedule.train(
+        batch,
+        partial(_forward, recorder, program.forward),
+        partial(_loss, recorder, program.loss),
+        optimizer=None if optimizer is None else optimizer.mimo,
+    )
+
+
 @contextmanager
 def _set_up(
     settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange
-) -> Iterator[tuple[StepRecorder, RaggedMimoModel, GlobalBatchSchedule, MimoTorchOptimizer]]:
+) -> Iterator[tuple[StepRecorder, RaggedMimoModel, GlobalBatchSchedule]]:
     spans = Spans()
     with as_rank(settings.layout, rank, spans=spans) as infra:
         model = build_on_meta(program.configure, infra, settings.dtype_policy)
@@ -164,15 +192,22 @@ def _set_up(
             schedule = _LoneSchedule(model, infra, encoder_run_ahead=settings.encoder_run_ahead)
             _follow_segments(model, infra, recorder)
             _balance_experts(model)
-            optimizer = program.optimizer()
-            yield recorder, model, schedule, optimizer
+            model.train()
+            yield recorder, model, schedule
 
 
 def _forward(recorder: StepRecorder, forward: ForwardStep, microbatch: Microbatch) -> Any:
     recorder.segment = "before"
     output = forward(microbatch)
     recorder.segment = "after"  # until the backward pass reaches the layers
+    recorder.end_segment("after")
     return output
+
+
+def _loss(recorder: StepRecorder, loss: LossFunction, output: Any, microbatch: Microbatch) -> Any:
+    result = loss(output, microbatch)
+    recorder.end_segment("after")
+    return result
 
 
 def _batch(
@@ -287,10 +322,13 @@ def _follow_segments(model: RaggedMimoModel, infra: MimoModelInfra, recorder: St
 
     def before_layers(block: Any, args: Any, kwargs: Any) -> None:
         when_reached("before", args[0] if args else kwargs.get("hidden_states"))
+        recorder.end_segment("before")
         to("layers")
 
     def after_layers(block: Any, args: Any, output: Any) -> None:
         when_reached("layers", output)
+        recorder.end_segment("layers")
+        recorder.layer_output = output.nbytes if isinstance(output, torch.Tensor) else 0
         to("after")
 
     def after_module(module: Any, args: Any, output: Any) -> None:

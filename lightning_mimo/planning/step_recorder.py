@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_mimo.observe.spans import BACKWARD, FORWARD, Spans
 from lightning_mimo.planning.costs import Message, OperationKind, Operations, Work
-from lightning_mimo.planning.memory_ledger import MemoryLedger
+from lightning_mimo.planning.memory_ledger import ACTIVATIONS, MemoryLedger
 from lightning_mimo.upstream.torch import FakeTensor, TorchDispatchMode, unset_fake_temporarily
 
 Segment = Literal["before", "layers", "after"]
@@ -24,6 +24,9 @@ Segment = Literal["before", "layers", "after"]
 
 STEP = "step"
 """Pass of what happens once per step: reductions, norms, the update."""
+
+_Place = tuple[str, str, Segment]
+"""Module, pass and segment that an operation counts for."""
 
 _aten = torch.ops.aten
 _c10d = torch.ops.c10d
@@ -97,6 +100,8 @@ class StepRecorder(TorchDispatchMode):
         spans: the rank's spans, which say what it is doing.
         segment: part of the module's pass, set by hooks on its layers.
         counting: whether operations and messages are counted.
+        kept: bytes of activations at the end of each segment of the last forward pass, and of the loss.
+        layer_output: bytes of what the layers gave in the last forward pass.
     """
 
     def __init__(self, spans: Spans, exchange: Exchange, axes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -111,13 +116,15 @@ class StepRecorder(TorchDispatchMode):
         self.spans = spans
         self.segment: Segment = "before"
         self.counting = False
+        self.kept: dict[Segment, int] = {}
+        self.layer_output = 0
         self._exchange = exchange
         self._axes = axes
         self._asked = 0
         self._received: Counter[tuple[int, int]] = Counter()
         self._depth = 0  # of modules that are running forward
-        self._operations: dict[tuple[str, str], dict[OperationKind, list[int]]] = {}
-        self._messages: dict[tuple[str, str], dict[tuple[str, str, tuple[int, ...]], list[int]]] = {}
+        self._operations: dict[_Place, dict[OperationKind, list[int]]] = {}
+        self._messages: dict[_Place, dict[tuple[str, str, tuple[int, ...]], list[int]]] = {}
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -134,10 +141,22 @@ class StepRecorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    def work(self, module: str, pass_: str) -> Work:
-        """What was counted for a module in ``forward``, ``backward`` or ``recompute``, or for :data:`STEP`."""
-        operations = self._operations.get((module, pass_), {})
-        messages = self._messages.get((module, pass_), {})
+    def work(self, module: str, pass_: str, segment: Segment | None = None) -> Work:
+        """What was counted for a module in ``forward``, ``backward`` or ``recompute``, or for :data:`STEP`.
+
+        Args:
+            module: the module; empty for :data:`STEP`.
+            pass_: the pass.
+            segment: only what was done in this part of the pass.
+        """
+        total = Work()
+        for place in dict.fromkeys((*self._operations, *self._messages)):
+            if place[:2] == (module, pass_) and segment in (None, place[2]):
+                total += self._work_at(place)
+        return total
+
+    def _work_at(self, place: _Place) -> Work:
+        operations, messages = self._operations.get(place, {}), self._messages.get(place, {})
         return Work(
             operations={kind: Operations(flops=f, bytes=b, count=n) for kind, (f, b, n) in operations.items()},
             messages=tuple(
@@ -194,6 +213,10 @@ class StepRecorder(TorchDispatchMode):
         for i, number in enumerate((flops, size, 1)):
             totals[i] += number
 
+    def end_segment(self, segment: Segment) -> None:
+        """Note what a forward pass keeps at the end of one of its segments."""
+        self.kept[segment] = self.ledger.live[ACTIVATIONS]
+
     def phase(self) -> Phase:
         """What the rank is doing."""
         span = self.spans.current()
@@ -202,14 +225,14 @@ class StepRecorder(TorchDispatchMode):
         segment = self.segment if span.info.kind in (FORWARD, BACKWARD) else ""
         return Phase(span.info.kind, span.info.module, span.microbatch, segment)
 
-    def _place(self) -> tuple[str, str]:
-        """Module and pass that an operation counts for."""
+    def _place(self) -> _Place:
+        """Module, pass and segment that an operation counts for."""
         span = self.spans.current()
         if span is None or span.info.kind not in (FORWARD, BACKWARD):
-            return "", STEP
+            return "", STEP, self.segment
         if span.info.kind == BACKWARD and self._depth:
-            return span.info.module, "recompute"
-        return span.info.module, span.info.kind
+            return span.info.module, "recompute", self.segment
+        return span.info.module, span.info.kind, self.segment
 
     def _enter_module(self, module: torch.nn.Module, args: Any) -> None:
         self._depth += 1
@@ -280,9 +303,9 @@ class StepRecorder(TorchDispatchMode):
         if span is not None and span.info.edge:
             back = span.info.label.endswith(BACKWARD)
             axis = f"{span.info.edge}, backward" if back else span.info.edge
-            place = span.info.module, BACKWARD if back else FORWARD
+            place = span.info.module, BACKWARD if back else FORWARD, self.segment
         elif axis.startswith(("dp ", "expt_dp ", "world")):
-            place = "", STEP  # what overlaps with the last backward pass is done once as well
+            place = "", STEP, self.segment  # what overlaps with the last backward pass is done once as well
         if name == "send":
             ranks = (dist.get_rank(), ranks[args[2]])
         totals = self._messages.setdefault(place, {}).setdefault((axis, _OPERATIONS[name], ranks), [0, 0])

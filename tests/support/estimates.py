@@ -18,7 +18,8 @@ from lightning_mimo.models.audio import ClipPatches
 from lightning_mimo.models.multimodal import Encoder, multimodal_config
 from lightning_mimo.models.sizes import Recompute, TransformerSize
 from lightning_mimo.models.vision import ImagePatches
-from lightning_mimo.planning.costs import RankEstimate
+from lightning_mimo.planning.costs import ModuleCosts, RankEstimate
+from lightning_mimo.planning.layer_costs import LayerCosts, LayerSettings
 from lightning_mimo.planning.step_estimate import step_estimate
 from lightning_mimo.strategy.program import step_settings, training_program
 
@@ -167,3 +168,14 @@ def estimate(
     sample = EqualSamples(audio="audio" in modules)[0]
     with training_program(EstimatedModule(audio="audio" in modules, **model), trainer) as program:
         return step_estimate(step_settings(strategy, strategy.validate()), program, sample, all_layers=all_layers)
+
+
+def costs_of(*settings: LayerSettings, precision: str = "32-true", **model: Any) -> list[ModuleCosts]:
+    """Costs of the layers of an EstimatedModule."""
+    modules = {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)}
+    strategy = strategy_of(modules, precision=precision)
+    trainer = trainer_of(strategy, ranks=2, max_steps=2)
+    with training_program(EstimatedModule(**model), trainer) as program:
+        policy = strategy.precision_plugin.dtype_policy
+        costs = LayerCosts(program, EqualSamples()[0], modules=modules, dtype_policy=policy)
+        return [costs(each) for each in settings]
