@@ -15,8 +15,7 @@ from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.utils import unwrap_model
 
-from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
-from lightning_mimo.data.sample_format import Sample, SampleFormat
+from lightning_mimo.data.sample_format import Sample
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -44,7 +43,7 @@ class TrainingProgram:
     Attributes:
         configure: describes the model, as ``MimoModule.configure_mimo``.
         attach: is given the model of a rank before anything below is called on it.
-        sample_format: what samples must hold for the attached model.
+        microbatches: ``(plan, sample)`` -> the microbatches of the attached model's rank, each made of this sample.
         forward: runs the attached model on a microbatch.
         loss: as for :class:`lightning_mimo.schedule.forward_backward.GlobalBatchSchedule`.
         optimizer: builds the optimizer of the attached model, which is wrapped in DDP.
@@ -53,7 +52,7 @@ class TrainingProgram:
 
     configure: Configure
     attach: Callable[[RaggedMimoModel, MimoModelInfra], None]
-    sample_format: Callable[[], SampleFormat]
+    microbatches: Callable[[RankBatchPlan, Sample], list[Microbatch]]
     forward: ForwardStep
     loss: LossFunction
     optimizer: Callable[[], MimoTorchOptimizer]
@@ -216,21 +215,8 @@ def _batch(
     plan = RankBatchPlan.build(
         settings.layout, rank, global_batch_size=settings.samples * number, num_microbatches=number
     )
-    requests = [
-        SampleRequest(
-            index=0,
-            position=position,
-            drawn=position,
-            modules=plan.needed_by(position, microbatch),
-            epoch=0,
-            is_padding=False,
-        )
-        for microbatch in range(number)
-        for position in plan.samples_on_rank(microbatch)
-    ]
-    collate = MicrobatchCollator(plan, program.sample_format())
     with _disable_current_modes():
-        batch = collate([(request, sample) for request in requests])
+        batch = program.microbatches(plan, sample)
     dtype = settings.dtype_policy.dtype
 
     def fake(value: Any, to: torch.dtype | None = None) -> Any:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
+from lightning_mimo.data.sample_format import Sample
+from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.model import RaggedMimoModel
@@ -66,7 +70,7 @@ def training_program(module: MimoModule, trainer: pl.Trainer) -> Iterator[Traini
         yield TrainingProgram(
             configure=module.configure_mimo,
             attach=attach,
-            sample_format=module.sample_format,
+            microbatches=partial(_microbatches, module),
             forward=forward,
             loss=loss,
             optimizer=lambda: _optimizer_of(module.configure_optimizers()),
@@ -74,6 +78,23 @@ def training_program(module: MimoModule, trainer: pl.Trainer) -> Iterator[Traini
         )
     finally:
         module._trainer, module.model, strategy.infra, trainer.__class__ = before
+
+
+def _microbatches(module: MimoModule, plan: RankBatchPlan, sample: Sample) -> list[Microbatch]:
+    """Microbatches of a rank as its DataLoader would give them if all samples were the same."""
+    requests = [
+        SampleRequest(
+            index=0,
+            position=position,
+            drawn=position,
+            modules=plan.needed_by(position, microbatch),
+            epoch=0,
+            is_padding=False,
+        )
+        for microbatch in range(plan.num_microbatches)
+        for position in plan.samples_on_rank(microbatch)
+    ]
+    return MicrobatchCollator(plan, module.sample_format())([(request, sample) for request in requests])
 
 
 def _without_data(trainer: type[pl.Trainer]) -> type[pl.Trainer]:
