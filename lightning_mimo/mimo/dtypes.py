@@ -13,6 +13,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+_FREQUENCIES = ("inv_freq", "original_inv_freq")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DtypePolicy:
@@ -41,13 +43,23 @@ class DtypePolicy:
             config.moe_router_dtype = "fp64"
 
     def convert[M: torch.nn.Module](self, module: M) -> M:
-        """Convert parameters and buffers in place, and the configs of transformers that were built by user code."""
+        """Convert parameters and buffers in place, and the configs of transformers that were built by user code.
+
+        Rotary frequencies of transformers (non-persistent buffers ``inv_freq``) are not rounded to 16 bits, as they are
+        not by ``from_pretrained(dtype=...)``: positions that are far from 0 would be turned by another angle.
+        """
         configs = {id(part.config): part.config for part in module.modules() if hasattr(part, "config")}
         for config in configs.values():
             if isinstance(config, TransformerConfig):
                 self.apply_to(config)
         # With float32, modules that a user keeps in a shorter dtype on purpose, such as a frozen encoder, are kept.
-        return module if self.dtype == torch.float32 else module.to(self.dtype)
+        if self.dtype == torch.float32:
+            return module
+        frequencies = list(_rotary_frequencies(module)) if self.dtype.itemsize < 4 else []
+        module.to(self.dtype)
+        for part, name, exact in frequencies:
+            setattr(part, name, exact)
+        return module
 
     def optimizer_config(self, config: OptimizerConfig) -> OptimizerConfig:
         """Return a copy of a user's config with the dtypes of this policy."""
@@ -59,6 +71,14 @@ class DtypePolicy:
 
 
 FLOAT32 = DtypePolicy()
+
+
+def _rotary_frequencies(module: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, str, torch.Tensor]]:
+    """Module, name and tensor of the buffers in which transformers holds rotary frequencies."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if name in _FREQUENCIES and name in part._non_persistent_buffers_set:
+                yield part, name, buffer
 
 
 def transformer_configs(config: MimoModelConfig) -> Iterator[TransformerConfig]:
