@@ -197,7 +197,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
 
     def _estimates(self, *, by_size: bool) -> ConversationCosts:
         modules = {kind: place[0] for kind, name in _INPUT_OF.items() if (place := self._places[name]) is not None}
-        return ConversationCosts(self._conversation, self._processor, modules, by_size=by_size)
+        return ConversationCosts(self._conversation, len(self), self._processor, modules, by_size=by_size)
 
     def _conversation(self, index: int) -> Conversation:
         return self._read(index)[1]
