@@ -202,7 +202,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
     rows: list[list[Cell]] = []
     details = {}
     for name in QUICK if quick else CASES:
-        row, details[name] = _run(pool, name, CASES[name], steps=2 if quick else 10, rounds=1)
+        row, details[name] = _run(pool, name, CASES[name], steps=2 if quick else 8, rounds=1)
         rows.append(row)
     for modules in (("images",), MODULES):
         for replicas in (8, 32) if quick else (8, 32, 128, 512):
