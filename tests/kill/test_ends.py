@@ -75,7 +75,7 @@ ALWAYS = {
     0: {"kill_in_teardown"},
     2: {
         *("raise_in_on_fit_end", "exit_after_fit", "exit_with_0_in_training", "kill_in_teardown"),
-        *("kill_while_workers_load", "work_after_fit", "stop_in_setup"),
+        *("work_after_fit", "stop_in_setup"),
     },
 }
 """Rank -> cases that are always run."""

@@ -561,18 +561,13 @@ CASES = {
 
 IN_DEFAULT_RUN = frozenset(
     {
-        *(
-            "images_dp2-language_tp2",
-            "images_tp2-language_pp2",
-            "images_pp2-language_dp2",
-            "images_dp4-language_tp2pp2",
-        ),
+        *("images_dp2-language_tp2", "images_tp2-language_pp2", "images_pp2-language_dp2"),
         *("colocated-images_dp4-language_tp2dp2", "colocated-images_tp4-language_dp4"),
         *("sequence_parallel-language_tp4pp2", "balanced_experts-language_tp2dp2ep2", "experts-language_dp2expt_tp2"),
-        *("two-images_dp2-audio_dp1-language_tp2", "two-clips_are_rare"),
-        *("audio_encoder-colocated-images_dp4-audio_tp4-language_tp2dp2", "ragged_rows-fan_in", "ragged_rows-fan_out"),
+        *("audio_encoder-colocated-images_dp4-audio_tp4-language_tp2dp2", "two-clips_are_rare", "ragged_rows-fan_in"),
         *("ragged_grid-audio_pp2-language_tp2", "positions_in_space-sequence_parallel-fan_out"),
-        *("even_work-fan_out-images_pp2", "weighted_samples-colocated", "llama-language_tp2pp2"),
+        *("packed-two_encoders", "packed-colocated-fan_in", "even_work-fan_out-images_pp2"),
+        *("weighted_samples-colocated", "llama-language_tp2pp2"),
         *("rare_images-left_out-fan_in", "text_only-left_out-images_pp2", "batch_without_a_loss_token"),
         *("7_microbatches", "accumulate_3_of_4", "projector_only", "frozen_first_half", "tied-language_dp2pp2"),
         *("own_rates_and_clipping-colocated", "recompute_full-frozen_embedding", "recompute_selective-colocated"),

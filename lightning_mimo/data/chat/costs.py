@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Literal
-
-import numpy as np
 
 from lightning_mimo.data.chat.conversation import Conversation
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens
@@ -22,7 +21,6 @@ class ConversationCosts:
     def __init__(
         self,
         read: Callable[[int], Conversation],
-        number: int,
         processor: ChatProcessor,
         modules: Mapping[str, str],
         *,
@@ -31,7 +29,6 @@ class ConversationCosts:
         """
         Args:
             read: the conversation with an index.
-            number: of conversations.
             processor: tells how many embeddings an image of some size gives.
             modules: kind of media -> the module that encodes it.
             by_size: read the headers of images where the processor needs to know their sizes.
@@ -39,11 +36,10 @@ class ConversationCosts:
         self._read = read
         self._processor = processor
         self._modules = modules
-        self._names = (LANGUAGE, *sorted(set(modules.values())))
         self._by_size = by_size
         self._characters = 0
         self._tokens = 0
-        self._known = np.full((number, len(self._names)), np.nan, dtype=np.float32)
+        self._known: dict[int, dict[str, float]] = {}
 
     def learn(self, conversation: Conversation, tokens: Tokens) -> None:
         """Take notice of how many tokens the text of a conversation has become."""
@@ -56,20 +52,20 @@ class ConversationCosts:
         Raises:
             DataError: if the row, or an image whose size has to be known, cannot be read.
         """
-        if np.isnan(self._known[index, 0]):
+        if index not in self._known:
             self._known[index] = self._estimated(self._read(index))
-        return {name: cost for name, cost in zip(self._names, self._known[index].tolist(), strict=True) if cost}
+        return self._known[index]
 
-    def _estimated(self, conversation: Conversation) -> list[float]:
+    def _estimated(self, conversation: Conversation) -> dict[str, float]:
         per_token = self._characters / self._tokens if self._characters and self._tokens else _CHARACTERS_PER_TOKEN
-        costs = dict.fromkeys(self._names, 0.0)
+        costs: defaultdict[str, float] = defaultdict(float)
         for media in conversation.media:
             embeddings = self._processor.embeddings_of(conversation, media, by_size=self._by_size)
             costs[LANGUAGE] += embeddings
             if media.kind in self._modules:
                 costs[self._modules[media.kind]] += embeddings
         costs[LANGUAGE] += _characters(conversation) / per_token
-        return list(costs.values())
+        return dict(costs)
 
 
 def _characters(conversation: Conversation) -> int:

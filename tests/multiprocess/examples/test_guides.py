@@ -16,6 +16,7 @@ from lightning_mimo import ModuleParallelism as Cut
 from tests.parity.layouts import PoolEnvironment
 from tests.support.pages import run_blocks
 from tests.support.rank_pool import RankPool
+from tests.support.tiers import exhaustive
 
 LAYOUTS = {
     "one_process": ({"images": Cut(), "language": Cut()}, True, 1),
@@ -53,7 +54,7 @@ def train_guides(optimizers: str, modules: dict[str, Cut], colocate: bool) -> di
     return logged
 
 
-@pytest.mark.parametrize("optimizers", ["WithOverrides", "WithSchedules"])
+@pytest.mark.parametrize("optimizers", ["WithOverrides", exhaustive("WithSchedules")])
 def test_classes_of_the_guides_train_the_same_in_any_layout(rank_pool: RankPool, optimizers: str) -> None:
     found = {
         name: rank_pool.run(train_guides, optimizers, modules, colocate, world_size=ranks)

@@ -16,6 +16,7 @@ from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train
 from tests.parity.oracle import Task
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 PROJECTOR = "images.input_projections.0.encoder.linear_fc1.weight"
 NORM = "language.decoder.final_layernorm.weight"
@@ -76,9 +77,11 @@ def test_other_weight_on_one_rank_is_named(
 @pytest.mark.parametrize(
     ("chosen", "layout"),
     [
-        (task(tied=True), apart(Cut(dp=2), Cut(tp=2, pp=2))),
+        exhaustive(task(tied=True), apart(Cut(dp=2), Cut(tp=2, pp=2))),
         (task(precision="bf16-mixed"), apart(Cut(pp=2), Cut(dp=2), ddp=OVERLAPPED)),
-        (task(experts=4, precision="32-true"), apart(Cut(dp=2), Cut(tp=2, dp=2, ep=2), sequence_parallel=True)),
+        exhaustive(
+            task(experts=4, precision="32-true"), apart(Cut(dp=2), Cut(tp=2, dp=2, ep=2), sequence_parallel=True)
+        ),
     ],
     ids=["tied-pipelined", "overlapped", "experts"],
 )

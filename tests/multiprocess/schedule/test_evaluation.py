@@ -29,7 +29,7 @@ LAYOUTS = {
         4,
     ),
 }
-IN_DEFAULT_RUN = ("images_pp2-language_dp2", "colocated-one_rank", "colocated-images_dp4-language_tp2dp2")
+IN_DEFAULT_RUN = ("images_pp2-language_dp2", "colocated-one_rank")
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from tests.support.hooks import (
     recording,
 )
 from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.tiers import exhaustive
 
 BATCH, BATCHES, MICROBATCHES = 8, 5, 2  # of accumulation 3, the last window of an epoch has two batches only
 LAYOUTS = {
@@ -201,7 +202,7 @@ def without(names: tuple[str, ...], calls: list[str]) -> list[str]:
     return [name for name in calls if name not in names]
 
 
-@pytest.mark.parametrize(("accumulate", "transfers"), [(1, "data"), (3, "module")])
+@pytest.mark.parametrize(("accumulate", "transfers"), [exhaustive(1, "data"), (3, "module")])
 def test_hooks_are_those_of_one_device(rank_pool: RankPool, tmp_path: Path, accumulate: int, transfers: str) -> None:
     options = {"accumulate": accumulate, "transfers": transfers}
     (expected,) = rank_pool.run(record_on_one_device, tmp_path / "one", **options, world_size=1)
