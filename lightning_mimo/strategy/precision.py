@@ -85,4 +85,7 @@ class MimoPrecision(Precision):
         dtype = self.dtype_policy.dtype
         # With float32, a module that a user keeps in a shorter dtype may be given inputs in it; numpy makes float64.
         is_meant = value.is_floating_point() and (dtype != torch.float32 or value.dtype == torch.float64)
-        return value.to(dtype) if is_meant else value
+        if not is_meant or value.dtype == dtype:
+            return value
+        # Pinned memory stays pinned: Lightning converts before it moves a batch to the device.
+        return torch.empty(value.shape, dtype=dtype, device=value.device, pin_memory=value.is_pinned()).copy_(value)
