@@ -22,6 +22,7 @@ from lightning_mimo.errors import DataError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
+from lightning_mimo.parallel.host_copies import to_device
 
 _ABSENT = torch.iinfo(torch.int64).min // 2
 _EMPTY = -2  # in place of all three, where a packed row has no more samples
@@ -93,7 +94,7 @@ class SampleChecksums:
                     is_held[block, module] = np.stack([index >= 0, contents != NOT_LOADED], axis=1)
         checksums = ((sums ^ (sums >> 31)) & (2**_BITS - 1)) * is_held
         figures = np.stack([is_held, checksums, checksums**2]).astype(np.float64)
-        return torch.from_numpy(figures.ravel()).to(self._device)
+        return to_device(torch.from_numpy(figures.ravel()), self._device)
 
     def differ(self, totals: Sequence[float]) -> bool:
         """Whether ranks hold different samples.
@@ -152,16 +153,15 @@ def check_samples(
     """
     names = list(layout.modules)
     places = _places_in_a_row(microbatches, device)
-    held = torch.full((len(names), global_batch_size, places, 3), _ABSENT, device=device)
+    held = torch.full((len(names), global_batch_size, places, 3), _ABSENT)
     for microbatch in microbatches:
         for name, fingerprints in microbatch["sample_fingerprints"].items():
             # A place that is empty here must be empty everywhere.
             held[names.index(name), fingerprints[:, 0]] = _EMPTY
-            held[names.index(name), fingerprints[:, 0], fingerprints[:, 1]] = torch.from_numpy(fingerprints[:, 2:]).to(
-                device
-            )
+            held[names.index(name), fingerprints[:, 0], fingerprints[:, 1]] = torch.from_numpy(fingerprints[:, 2:])
     held = held.flatten(1, 2)
     held[..., _OWN].masked_fill_(held[..., _OWN] == NOT_LOADED, _ABSENT)
+    held = to_device(held, device)
     # The largest of a number and of its negative: where nobody disagrees they cancel.
     extremes = torch.stack([held, torch.where(held == _ABSENT, _ABSENT, -held)])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -169,9 +169,9 @@ def check_samples(
     # Index and text are the same for all modules; the rest is each module's own.
     common = largest[..., :_OWN].amax(dim=0) != smallest[..., :_OWN].amin(dim=0)
     own = (largest[..., _OWN] != smallest[..., _OWN]).any(dim=0)
-    different = (common.any(dim=1) | own).nonzero().flatten().tolist()
-    if different:
-        raise DataError(_describe(different[0], places, names, held))
+    different = (common.any(dim=1) | own).tolist()
+    if any(different):
+        raise DataError(_describe(different.index(True), places, names, held))
 
 
 def _places_in_a_row(microbatches: Sequence[Microbatch], device: torch.device) -> int:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
+from lightning_mimo.parallel.host_copies import to_device
+
 _IGNORED = -100  # label that torch's cross_entropy ignores
 
 
@@ -76,7 +78,7 @@ def greedy_tokens(logits: torch.Tensor, group: dist.ProcessGroup, *, without: Co
     """
     first = group.rank() * logits.size(-1)
     if mine := [token - first for token in without if first <= token < first + logits.size(-1)]:
-        logits = logits.index_fill(-1, torch.tensor(mine, device=logits.device), -torch.inf)
+        logits = logits.index_fill(-1, to_device(torch.tensor(mine, device="cpu"), logits.device), -torch.inf)
     best, local = logits.max(dim=-1)
     if group.size() == 1:
         return local

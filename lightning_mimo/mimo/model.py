@@ -33,6 +33,7 @@ from lightning_mimo.mimo.model_check import (
 from lightning_mimo.mimo.packing import check_packing, packing_arguments
 from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.mimo.recompute import let_recomputed_layers_train
+from lightning_mimo.parallel.host_copies import to_device
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_for
 
@@ -246,9 +247,9 @@ class RaggedMimoModel(MimoModel):
             if not (modality_inputs or {}).get(name) and self.role.is_first_stage(name):
                 self._modality_counts[name].check_rows(name, 0, uniform=True)
             if not self.role.is_first_stage(name) and (per_item := self._modality_counts[name].per_item):
+                arguments = {key: torch.tensor(rows, dtype=torch.int64, device="cpu") for key, rows in per_item.items()}
                 unwrap_model(self.modality_submodules[name]).stage_arguments = {
-                    argument: torch.tensor(rows, dtype=torch.int64, device=torch.cuda.current_device())
-                    for argument, rows in per_item.items()
+                    key: to_device(rows, torch.cuda.current_device()) for key, rows in arguments.items()
                 }
         outputs = super()._forward_encoders(input_ids, modality_inputs, input_tensors)
         return {

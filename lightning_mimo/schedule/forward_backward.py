@@ -307,7 +307,9 @@ def _apply_loss(
     if non_loss_data:
         return loss(output, microbatch)
     total, tokens, metrics = loss(output, microbatch)
-    tokens = torch.as_tensor(tokens, device=total.device).detach()
+    if not isinstance(tokens, torch.Tensor):
+        tokens = torch.full((), tokens, device=total.device)  # not a copy, for which the host would wait
+    tokens = tokens.detach().to(total.device)
     # The schedule counts tokens as integers; the count in the third entry is the divisor.
     return total, tokens.to(torch.int), (total.detach(), tokens, metrics)
 
@@ -315,6 +317,6 @@ def _apply_loss(
 def _scalar(value: torch.Tensor | float, device: torch.device | int) -> torch.Tensor:
     """Convert a value to a detached float64 tensor without dimensions."""
     if not isinstance(value, torch.Tensor):
-        value = torch.tensor(value, dtype=torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=device)
     value = value.detach().to(device, torch.float64)
     return value if value.dim() == 0 else value.reshape(())

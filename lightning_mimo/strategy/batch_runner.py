@@ -24,6 +24,7 @@ from lightning_mimo.observe.spans import LOADING, Span, SpanInfo
 from lightning_mimo.observe.telemetry import Telemetry
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.optim.step_reduction import DeviceReduction, StepReduction
+from lightning_mimo.parallel.host_copies import to_device
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.schedule.forward_backward import GlobalBatchSchedule
 from lightning_mimo.schedule.generation import gather_indices, greedy_decode
@@ -252,7 +253,7 @@ class BatchRunner:
         steps, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps
         if self._is_accumulating or not every or steps % every:
             return figures
-        return replace(figures, telemetry=self._telemetry.figures().to(self._device))
+        return replace(figures, telemetry=to_device(self._telemetry.figures(), self._device))
 
     def _positions(self, batch: Batch) -> torch.Tensor:
         """``[2]``: positions that this rank's language replica computes, and those that samples use; counted once."""
@@ -262,7 +263,7 @@ class BatchRunner:
                 counts[0] += self._module.mimo_model.positions_computed(each["input_ids"])
                 lengths = zip(each["sample_lengths"], each["is_padding"], strict=True)
                 counts[1] += sum(length for length, is_padding in lengths if not is_padding)
-        return torch.tensor(counts, dtype=torch.float64, device=self._device)
+        return to_device(torch.tensor(counts, dtype=torch.float64, device="cpu"), self._device)
 
     def _stops(self) -> DeviceReduction:
         """A reduction in which ``stops`` is 1 if this rank received a signal to stop."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Literal
+
+import numpy as np
 
 from lightning_mimo.data.chat.conversation import Conversation
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens
@@ -21,6 +22,7 @@ class ConversationCosts:
     def __init__(
         self,
         read: Callable[[int], Conversation],
+        number: int,
         processor: ChatProcessor,
         modules: Mapping[str, str],
         *,
@@ -29,6 +31,7 @@ class ConversationCosts:
         """
         Args:
             read: the conversation with an index.
+            number: of conversations.
             processor: tells how many embeddings an image of some size gives.
             modules: kind of media -> the module that encodes it.
             by_size: read the headers of images where the processor needs to know their sizes.
@@ -36,10 +39,11 @@ class ConversationCosts:
         self._read = read
         self._processor = processor
         self._modules = modules
+        self._names = (LANGUAGE, *sorted(set(modules.values())))
         self._by_size = by_size
         self._characters = 0
         self._tokens = 0
-        self._known: dict[int, dict[str, float]] = {}
+        self._known = np.full((number, len(self._names)), np.nan, dtype=np.float32)
 
     def learn(self, conversation: Conversation, tokens: Tokens) -> None:
         """Take notice of how many tokens the text of a conversation has become."""
@@ -52,20 +56,20 @@ class ConversationCosts:
         Raises:
             DataError: if the row, or an image whose size has to be known, cannot be read.
         """
-        if index not in self._known:
+        if np.isnan(self._known[index, 0]):
             self._known[index] = self._estimated(self._read(index))
-        return self._known[index]
+        return {name: cost for name, cost in zip(self._names, self._known[index].tolist(), strict=True) if cost}
 
-    def _estimated(self, conversation: Conversation) -> dict[str, float]:
+    def _estimated(self, conversation: Conversation) -> list[float]:
         per_token = self._characters / self._tokens if self._characters and self._tokens else _CHARACTERS_PER_TOKEN
-        costs: defaultdict[str, float] = defaultdict(float)
+        costs = dict.fromkeys(self._names, 0.0)
         for media in conversation.media:
             embeddings = self._processor.embeddings_of(conversation, media, by_size=self._by_size)
             costs[LANGUAGE] += embeddings
             if media.kind in self._modules:
                 costs[self._modules[media.kind]] += embeddings
         costs[LANGUAGE] += _characters(conversation) / per_token
-        return dict(costs)
+        return list(costs.values())
 
 
 def _characters(conversation: Conversation) -> int:

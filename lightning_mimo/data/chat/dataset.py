@@ -17,7 +17,7 @@ from lightning_mimo.data.chat.conversation import Conversation, read_conversatio
 from lightning_mimo.data.chat.costs import ConversationCosts, CostsFrom
 from lightning_mimo.data.chat.placeholders import GRID
 from lightning_mimo.data.chat.processor import ChatProcessor, Tokens, load_processor
-from lightning_mimo.data.chat.rows import Row, open_rows, shard_lengths_of
+from lightning_mimo.data.chat.rows import Row, are_light, open_rows, shard_lengths_of
 from lightning_mimo.data.chat.template import ChatTemplate, Rendered, TrainOn
 from lightning_mimo.data.streams.sampler import SHARDS_AT_ONCE
 from lightning_mimo.data.tensors import IGNORED
@@ -104,7 +104,8 @@ class ChatDataset(Dataset[dict[str, Any]]):
             shards_at_once: row groups of parquet files that a process keeps in memory, as for ShardSampler.
             costs_from: from what :attr:`cost` estimates the work of images: ``"sizes"``, for which the headers of files
                 are read if sizes matter to the processor, or ``"counts"``; ``"none"`` for no costs. ``"auto"`` is
-                ``"sizes"``, but ``"none"`` for rows in shards, of which every rank would have to read all.
+                ``"sizes"`` for rows in JSON or in memory, and ``"none"`` for all others: every rank asks for the costs
+                of all samples, and would read the images in their rows.
 
         Raises:
             ConfigError: for a missing file or package, or an argument that cannot be used.
@@ -138,7 +139,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
         self._extra_keys = tuple(extra_keys)
         self._warned: set[str] = set()  # of what
         if costs_from == "auto":
-            costs_from = "none" if self.shard_lengths is not None else "sizes"
+            costs_from = "sizes" if are_light(self._rows) else "none"
         self._costs = None if costs_from == "none" else self._estimates(by_size=costs_from == "sizes")
         self._check(check_rows)
 
@@ -197,7 +198,7 @@ class ChatDataset(Dataset[dict[str, Any]]):
 
     def _estimates(self, *, by_size: bool) -> ConversationCosts:
         modules = {kind: place[0] for kind, name in _INPUT_OF.items() if (place := self._places[name]) is not None}
-        return ConversationCosts(self._conversation, self._processor, modules, by_size=by_size)
+        return ConversationCosts(self._conversation, len(self), self._processor, modules, by_size=by_size)
 
     def _conversation(self, index: int) -> Conversation:
         return self._read(index)[1]

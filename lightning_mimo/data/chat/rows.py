@@ -188,28 +188,35 @@ class RowsTogether:
     """Several files, one after another."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
-        self._parts = parts
+        self.parts = parts
         self._ends = list(accumulate(len(part) for part in parts))
 
     @property
     def shard_lengths(self) -> Sequence[int] | None:
         """Of parts that are read fast in any order, the whole is one shard; ``None`` if all parts are."""
-        found = [shard_lengths_of(part) for part in self._parts]
+        found = [shard_lengths_of(part) for part in self.parts]
         if all(lengths is None for lengths in found):
             return None
-        return [length for part, lengths in zip(self._parts, found, strict=True) for length in lengths or [len(part)]]
+        return [length for part, lengths in zip(self.parts, found, strict=True) for length in lengths or [len(part)]]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def read(self, index: int) -> Row:
         part = bisect_right(self._ends, index)
-        return self._parts[part].read(index - (self._ends[part - 1] if part else 0))
+        return self.parts[part].read(index - (self._ends[part - 1] if part else 0))
 
 
 def shard_lengths_of(rows: Rows) -> Sequence[int] | None:
     """Rows of each shard, where rows are to be read shard by shard; ``None`` where any order is as good."""
     return getattr(rows, "shard_lengths", None)
+
+
+def are_light(rows: Rows) -> bool:
+    """Whether rows are read without the images in them: JSON and sequences in memory, not tables and archives."""
+    if isinstance(rows, RowsTogether):
+        return all(are_light(part) for part in rows.parts)
+    return isinstance(rows, JsonLines | SequenceRows)
 
 
 def _matching(path: str) -> list[Path]:
