@@ -32,7 +32,7 @@ from tests.support.rank_pool import RankPool
 
 SIGMA, MODULES = 0.8, ("images", "language")
 TARGETS = {2: 1.1, 4: 1.1, 8: 1.1, 32: 1.2}
-COST = Cost(forward=0.006, backward=0.012)  # of a sample of mean cost, of either module
+COST = Cost(forward=0.018, backward=0.036)  # of a sample of mean cost, of either module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
     rows: list[list[Cell]] = []
     details = {}
     for name in QUICK if quick else CASES:
-        row, details[name] = _run(pool, name, CASES[name], steps=2 if quick else 10, rounds=1)
+        row, details[name] = _run(pool, name, CASES[name], steps=2 if quick else 8, rounds=1)
         rows.append(row)
     for modules in (("images",), MODULES):
         for replicas in (8, 32) if quick else (8, 32, 128, 512):

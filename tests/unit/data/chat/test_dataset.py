@@ -430,6 +430,7 @@ def test_costs_are_about_the_tokens_and_exactly_the_embeddings(name: str, folder
 
 
 def test_costs_by_count_open_no_file_and_may_be_left_out(folder: Path, tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [{"messages": conversation(["30x20.png", "not_there.png"])}]
     processor = processors.qwen()
     counted = ChatDataset(rows, processor, media_folder=folder, check_rows=0, costs_from="counts")
@@ -440,5 +441,7 @@ def test_costs_by_count_open_no_file_and_may_be_left_out(folder: Path, tmp_path:
     with pytest.raises(DataError, match=r"row 0, messages\[0\]\.content\[2\]\.image: not_there\.png cannot be read"):
         by_size.cost(0)
     assert ChatDataset(rows, processor, check_rows=0, costs_from="none").cost is None
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert ChatDataset(tmp_path / "rows.parquet", processor, check_rows=0).cost is None, "its images would be read"
     with pytest.raises(ConfigError, match=r"costs_from='pixels'; known are 'auto', 'sizes', 'counts', 'none'"):
         ChatDataset(rows, processor, costs_from="pixels")
