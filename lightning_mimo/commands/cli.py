@@ -18,6 +18,7 @@ from lightning_mimo.known_warnings import hush_known_warnings
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
        lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
        lightning-mimo verify --config FILE [--layers 2] [--ranks 8] [--as-is] [--KEY=VALUE ...]
+       lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--write OUT.yaml]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
        lightning-mimo export-hf CHECKPOINT OUT [--pretrained FOLDER] [--max-shard-size 5GB] [--import MODULE]
        lightning-mimo new FOLDER
@@ -27,6 +28,7 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
   predict    generate the model's answers           layout    print which module runs on which ranks; starts no process
   new        write a small project to begin with: config, model, data, and a job script
   verify     train two steps of your model, scaled down, in its layout and in one process, and compare all parameters
+  plan       find the fastest layouts for a number of GPUs, or compare a recorded step with its simulation
   export-hf  write a checkpoint of a HuggingFaceModule as a folder that transformers loads
 
   --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif arguments[0] == "verify":
             check_config_files(arguments[1:])
             _verify(arguments[1:])
+        elif arguments[0] == "plan":
+            check_config_files(arguments[1:])
+            _plan(arguments[1:])
         elif arguments[0] == "new":
             print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
@@ -65,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run_lightning()
         else:
             raise ConfigError(
-                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, verify, "
+                f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, verify, plan, "
                 f"checkpoint, export-hf, new."
             )
     except MimoError as error:
@@ -121,6 +126,13 @@ def _verify(arguments: Sequence[str]) -> None:
     from lightning_mimo.commands.verify import verify_command
 
     verify_command(arguments)
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    hush_known_warnings()
+    from lightning_mimo.commands.plan import plan_command
+
+    plan_command(arguments)
 
 
 def _run_lightning() -> None:

@@ -19,7 +19,7 @@ def picture_of(arguments: Sequence[str]) -> str:
     Raises:
         ConfigError: if the config has no MimoStrategy, or its layout cannot run.
     """
-    config = _read_config(arguments)
+    config = merged_config(arguments)
     trainer = config.get("trainer", {})
     if not isinstance(trainer, dict):
         raise ConfigError(f"trainer must have keys and values, but is {trainer!r}.")
@@ -43,7 +43,12 @@ def picture_of(arguments: Sequence[str]) -> str:
     )
 
 
-def _read_config(arguments: Sequence[str]) -> dict[str, Any]:
+def merged_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """All ``--config FILE`` and ``--dotted.key=value`` of a command line as one config, the later ones before.
+
+    Raises:
+        ConfigError: if a file or a value cannot be read, or an argument is neither.
+    """
     config: dict[str, Any] = {}
     rest = list(arguments)
     while rest:

@@ -2,9 +2,9 @@
 
 Modules sleep in the place of computing, a known time for every sample. Three models, in which the encoder takes little,
 as much as the language module and more, are trained in every legal layout on 2, 4 and 8 ranks. The planner prices the
-same layouts with the same code as for GPUs; its hardware is one on which the sleeps are the arithmetic, calibrated in
-each world by two runs of a fourth model. Regret is how much slower the layout that the planner picks is, measured, than
-the fastest one measured.
+same layouts with the same code as for GPUs; its hardware is one on which the sleeps are the arithmetic, calibrated
+before each by three runs of a fourth model. Regret is how much slower the layout that the planner picks is, measured,
+than the fastest one measured.
 """
 
 from __future__ import annotations
@@ -298,9 +298,10 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
     rows: list[list[Cell]] = []
     details: dict[str, Any] = {}
     for ranks in (2,) if quick else WORLDS:
-        overhead = calibrate(pool, ranks, steps=2 if quick else 4)
-        details[f"overhead, {ranks} ranks"] = asdict(overhead)
         for name, share in list(SHARES.items())[: 1 if quick else None]:
+            # Right before, because the machine changes: its cores are shared with others.
+            overhead = calibrate(pool, ranks, steps=2 if quick else 5)
+            details[f"overhead, {name}, {ranks} ranks"] = asdict(overhead)
             found = outcomes(pool, share, ranks, overhead, steps=1 if quick else 3, at_most=2 if quick else None)
             rows.append(summary(name, ranks, found))
             details[f"{name}, {ranks} ranks"] = [asdict(each) for each in found]

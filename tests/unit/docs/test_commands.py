@@ -17,6 +17,7 @@ from torch.distributed.run import get_args_parser
 
 from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.layout import picture_of
+from lightning_mimo.commands.plan_options import parse_options
 from lightning_mimo.commands.run import DryRunCLI
 from tests.benchmarks.__main__ import BENCHMARKS
 from tests.gpu.parts import parts as gpu_parts
@@ -105,6 +106,8 @@ def _lightning_mimo(words: list[str]) -> None:
             pytest.importorskip("transformers")
         with pytest.raises(SystemExit, match="2"):
             main([command, *rest])  # says that the file is not there, see below
+    elif command == "plan":
+        parse_options(rest)  # it is run by tests of its own
     elif command == "verify":
         main(["fit", *rest])  # the same keys; it is run by tests of its own
     elif command in RUNS and ("--help" in rest or any(".help=" in word for word in rest)):
