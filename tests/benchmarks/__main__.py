@@ -16,6 +16,7 @@ BENCHMARKS = {
     "plan": "the planner: predicted against measured step times, and the layout that it picks",
     "loading": "what each rank decodes, and whether that hides behind the step",
     "balance": "the slowest replica over the mean, with samples divided by their costs and without",
+    "packing": "packed rows against padded samples, and against transformers",
     "startup": "from the launch to the first step, and what needs no torch",
     "process_groups": "how many there are, how long they take, and how both grow",
     "against_ddp": "time and memory against Lightning's DDPStrategy",

@@ -17,8 +17,18 @@ from lightning.pytorch.plugins.precision import (
 )
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from lightning_mimo import Checks, ConfigError, LayoutError, MimoStrategy, ModuleParallelism, Monitoring, Saving
+from lightning_mimo import (
+    Checks,
+    ConfigError,
+    LayoutError,
+    MimoModule,
+    MimoStrategy,
+    ModuleParallelism,
+    Monitoring,
+    Saving,
+)
 from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.strategy.module_check import check_takes_packed
 from lightning_mimo.strategy.options import MOVED, key_now
 from lightning_mimo.strategy.precision import MimoPrecision
 
@@ -184,3 +194,28 @@ def test_layout_is_checked_on_gpus_before_the_script_is_started_again() -> None:
     with pytest.raises(LayoutError, match="how 3 ranks are to be divided between them is ambiguous"):
         connected.launcher.launch(pytest.fail, "was started")
     assert connected.launcher.procs == []
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 4096.0, True, "4096"])
+def test_a_row_has_a_whole_number_of_tokens(tokens: Any) -> None:
+    with pytest.raises(ValueError, match=rf"pack_to={tokens!r}\) must be a whole number of tokens"):
+        strategy(pack_to=tokens)
+
+
+def test_a_loss_of_ones_own_must_say_that_it_takes_packed_rows() -> None:
+    class Own(MimoModule):
+        def loss(self, output: Any, batch: Any) -> Any:
+            return super().loss(output, batch)
+
+    class Takes(Own):
+        takes_packed = True
+
+    class Refuses(MimoModule):
+        takes_packed = False
+
+    check_takes_packed(MimoModule())
+    check_takes_packed(Takes())
+    with pytest.raises(ValueError, match=r"Own has its own loss\(\).*takes_packed = True"):
+        check_takes_packed(Own())
+    with pytest.raises(ValueError, match="Refuses says takes_packed = False"):
+        check_takes_packed(Refuses())
