@@ -114,20 +114,21 @@ def _exchanged(bins: np.ndarray, costs: np.ndarray, is_padded: Sequence[bool]) -
     Nearest is the least sum of squares over modules. Full bins are paired with empty ones, by the module that has most
     and by each module in turn, and now and then otherwise.
     """
-    idle = 0
+    padded, idle = np.array(is_padded), 0
+    half = bins.shape[1] // 2
     for number in range(_ROUNDS if bins.shape[2] > 1 else 0):
         held = costs[:, bins]
-        loads = np.array([_load(each, padded) for each, padded in zip(held, is_padded, strict=True)])
-        if not any(is_padded) and (loads <= _EVEN * loads.mean(axis=2, keepdims=True)).all():
+        loads = held.sum(axis=3)
+        if padded.any():
+            loads[padded] = held.shape[3] * held[padded].max(axis=3)
+        elif (loads <= _EVEN * loads.mean(axis=2, keepdims=True)).all():
             break
         key = loads.max(axis=0) if number % 2 == 0 else loads[number // 2 % len(costs)]
         by_load = np.argsort(key, axis=1, kind="stable")
-        half = bins.shape[1] // 2
         low, high = by_load[:, :half], by_load[:, ::-1][:, :half]
         if number % _WAYS == _WAYS - 1:
             high = high[:, (np.arange(half) + number // _WAYS + 1) % half]
-        exchanges = _exchange(bins, held, loads, low, high, is_padded, number)
-        idle = 0 if exchanges else idle + 1
+        idle = 0 if _exchange(bins, held, loads, low, high, padded, number) else idle + 1
         if idle == _WAYS:
             break
     return bins
@@ -139,38 +140,36 @@ def _exchange(
     loads: np.ndarray,
     low: np.ndarray,
     high: np.ndarray,
-    is_padded: Sequence[bool],
+    padded: np.ndarray,
     number: int,
 ) -> int:
     """Let each pair exchange its best two samples, if that helps, in ``bins`` itself. Returns how many did."""
     groups, _, size = bins.shape
-    rows = np.arange(groups)[:, None]
-    candidates = min(size, _CANDIDATES)
+    rows, candidates = np.arange(groups)[:, None], min(size, _CANDIDATES)
     tried = (np.arange(candidates) * size // candidates + number) % size
-    gain = np.zeros((*low.shape, len(tried), len(tried)))
-    for costs, load, padded in zip(held, loads, is_padded, strict=True):
-        ours, theirs = costs[rows, low], costs[rows, high]
-        before = load[rows, low] ** 2 + load[rows, high] ** 2
-        given, taken = ours[..., tried, None], theirs[..., None, tried]
-        if padded:
-            ours = size * np.maximum(_longest_but_one(ours)[..., tried, None], taken)
-            theirs = size * np.maximum(_longest_but_one(theirs)[..., None, tried], given)
-        else:
-            ours = load[rows, low][..., None, None] - given + taken
-            theirs = load[rows, high][..., None, None] - taken + given
-        gain += before[..., None, None] - ours**2 - theirs**2
+    ours, theirs = held[:, rows, low], held[:, rows, high]
+    more = (
+        theirs[..., None, tried] - ours[..., tried, None]
+    )  # what an exchange adds to the first and takes from the other
+    less = (loads[:, rows, high] - loads[:, rows, low])[..., None, None] - more
+    gain = (more * less)[~padded].sum(axis=0)  # half of what the sum of squares loses
+    for module in padded.nonzero()[0]:
+        gain += _gain_of_padded(ours[module], theirs[module], tried)
     gain = gain.reshape(*low.shape, -1)
     best = gain.argmax(axis=2)
-    group, pair = np.nonzero(np.take_along_axis(gain, best[..., None], axis=2)[..., 0] > 0)
-    given, taken = tried[best[group, pair] // len(tried)], tried[best[group, pair] % len(tried)]
-    ours, theirs = (group, low[group, pair], given), (group, high[group, pair], taken)
-    bins[ours], bins[theirs] = bins[theirs], bins[ours]
+    group, pair = np.nonzero(gain.max(axis=2) > 0)
+    given, taken = np.divmod(best[group, pair], candidates)
+    first, second = (group, low[group, pair], tried[given]), (group, high[group, pair], tried[taken])
+    bins[first], bins[second] = bins[second], bins[first]
     return len(group)
 
 
-def _load(costs: np.ndarray, padded: bool) -> np.ndarray:
-    """Costs ``[groups, parts, n]`` -> of each bin ``[groups, parts]``."""
-    return costs.shape[2] * costs.max(axis=2) if padded else costs.sum(axis=2)
+def _gain_of_padded(ours: np.ndarray, theirs: np.ndarray, tried: np.ndarray) -> np.ndarray:
+    """Half of what the sum of squares loses by each exchange, if all samples of a bin cost as much as its longest."""
+    before = ours.max(axis=-1) ** 2 + theirs.max(axis=-1) ** 2
+    first = np.maximum(_longest_but_one(ours)[..., tried, None], theirs[..., None, tried])
+    second = np.maximum(_longest_but_one(theirs)[..., None, tried], ours[..., tried, None])
+    return ours.shape[-1] ** 2 * (before[..., None, None] - first**2 - second**2) / 2
 
 
 def _longest_but_one(costs: np.ndarray) -> np.ndarray:
