@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
+from lightning_mimo.microbatch import Microbatch, sum_by_sample
 from lightning_mimo.parallel.host_copies import to_device
 
 _IGNORED = -100  # label that torch's cross_entropy ignores
@@ -60,6 +61,24 @@ class _TokenLosses(torch.autograd.Function):
         probabilities = (logits.to(total.dtype) - total.unsqueeze(-1)).exp_()
         at_logits = probabilities.mul_(gradient).scatter_add_(-1, local, -gradient * mine.unsqueeze(-1))
         return at_logits.to(logits.dtype), None, None, None
+
+
+def exact_matches(
+    logits: torch.Tensor, batch: Microbatch, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of samples whose counted tokens are all the most likely ones, and number of samples with counted tokens.
+
+    Collective over the tensor-parallel group.
+
+    Args:
+        logits: ``[b, s, vocabulary / tp]``, the shard of this rank.
+        batch: the microbatch, with labels and loss_mask.
+        group: tensor-parallel group of the language module.
+    """
+    counted = batch["loss_mask"] > 0
+    wrong = (greedy_tokens(logits, group) != batch["labels"]) & counted
+    asked = sum_by_sample(counted, batch) > 0
+    return (asked & (sum_by_sample(wrong, batch) == 0)).sum(), asked.sum()
 
 
 @torch.no_grad()

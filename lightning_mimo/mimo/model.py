@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -35,7 +34,7 @@ from lightning_mimo.mimo.positions import follow_positions
 from lightning_mimo.mimo.recompute import let_recomputed_layers_train
 from lightning_mimo.parallel.host_copies import to_device
 from lightning_mimo.parallel.infra import MimoModelInfra
-from lightning_mimo.parallel.random import seed_for
+from lightning_mimo.parallel.random import default_generators_kept, seed_default_generators, seed_for
 
 
 class RaggedMimoModel(MimoModel):
@@ -226,7 +225,7 @@ class RaggedMimoModel(MimoModel):
         if not self._infra.colocated and not self._infra.layout.encoders:
             self.role = _pipeline_role(self._infra)
         for name in self.role.modality_module_names:
-            _seed_generators(seed_for(self._seed, name))
+            seed_default_generators(seed_for(self._seed, name))
             spec, stage = self.mimo_config.modality_submodules_spec[name], self.role.modules[name]
             self.modality_submodules[name] = spec.module.from_spec(
                 spec, is_first_stage=stage.is_first_stage, is_last_stage=stage.is_last_stage
@@ -234,7 +233,7 @@ class RaggedMimoModel(MimoModel):
             check_one_encoder(name, _encoders_of(self, name))
 
     def _initialize_language_model(self) -> None:
-        _seed_generators(seed_for(self._seed, LANGUAGE))
+        seed_default_generators(seed_for(self._seed, LANGUAGE))
         super()._initialize_language_model()
 
     def _forward_encoders(
@@ -328,7 +327,7 @@ def build_mimo_model(
         for transformer in transformer_configs(config):
             # Not perform_initialization=False: with that, megatron-core would not mark what tensor parallelism cuts.
             transformer.init_method = transformer.output_layer_init_method = transformer.embedding_init_method = _leave
-    with _generators_kept(), torch.device("cpu"), RecordInitializers() as initializers:
+    with default_generators_kept(), torch.device("cpu"), RecordInitializers() as initializers:
         model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
@@ -351,23 +350,6 @@ def _pipeline_role(infra: MimoModelInfra) -> RankRole:
 def _leave(tensor: torch.Tensor) -> torch.Tensor:
     """An initializer that does nothing."""
     return tensor
-
-
-def _seed_generators(seed: int) -> None:
-    """Seed the generators of the CPU and of this rank's device, for a module's own code."""
-    torch.random.default_generator.manual_seed(seed)
-    torch.cuda.manual_seed(seed)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Context manager that restores the random generators of the CPU and of this rank's device at its end."""
-    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.cuda.set_rng_state(device)
-        torch.set_rng_state(cpu)
 
 
 def construct_mimo_model(

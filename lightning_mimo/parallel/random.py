@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core import parallel_state
@@ -47,3 +49,20 @@ def seed_megatron(layout: MimoLayout, rank: int, *, seed: int) -> None:
     # Scratch memory of the tensor-parallel layers, which initialize_model_parallel would have allocated.
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+def seed_default_generators(seed: int) -> None:
+    """Seed the generators of the CPU and of this rank's device, for a module's own code."""
+    torch.random.default_generator.manual_seed(seed)
+    torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def default_generators_kept() -> Iterator[None]:
+    """Context manager that restores the random generators of the CPU and of this rank's device at its end."""
+    cpu, device = torch.get_rng_state(), torch.cuda.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(device)
+        torch.set_rng_state(cpu)

@@ -18,10 +18,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from lightning_mimo.checkpoint.sources import WeightSource, source_of
 from lightning_mimo.data.sample_format import SampleFormat, check_extra_keys
 from lightning_mimo.errors import ConfigError
-from lightning_mimo.layers.vocab_parallel import greedy_tokens, token_losses
+from lightning_mimo.layers.vocab_parallel import exact_matches, token_losses
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
-from lightning_mimo.microbatch import Microbatch, sum_by_sample
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.freezing import freeze
 from lightning_mimo.mimo.model import RaggedMimoModel, build_mimo_model
@@ -275,14 +275,9 @@ class MimoModule(pl.LightningModule):
             not a mean over microbatches.
         """
         group = self.infra.pg_collections[LANGUAGE].tp
-        mask, labels = batch["loss_mask"], batch["labels"]
-        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        if not self.training:
-            counted = mask > 0
-            wrong = (greedy_tokens(output, group) != labels) & counted
-            asked = sum_by_sample(counted, batch) > 0
-            metrics["exact_match"] = ((asked & (sum_by_sample(wrong, batch) == 0)).sum(), asked.sum())
-        return (token_losses(output, labels, group) * mask).sum(), (mask > 0).sum(), metrics
+        mask = batch["loss_mask"]
+        metrics = {} if self.training else {"exact_match": exact_matches(output, batch, group)}
+        return (token_losses(output, batch["labels"], group) * mask).sum(), (mask > 0).sum(), metrics
 
     def forward(self, batch: Microbatch) -> Any:
         """Run this rank's modules on one microbatch.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,9 +31,11 @@ from lightning_mimo.parallel.random import seed_for, seed_megatron
 from lightning_mimo.strategy.batch_metrics import BatchMetrics
 from lightning_mimo.strategy.batch_runner import BatchRunner
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.options import Checks, Monitoring, Saving
 from lightning_mimo.strategy.step_metrics import StepMetrics
 from lightning_mimo.strategy.trainer_state import problems_of_trainer_state
+
+if TYPE_CHECKING:
+    from lightning_mimo.strategy.strategy import MimoStrategy
 
 
 @dataclass(kw_only=True)
@@ -65,48 +67,28 @@ class Run:
     _resumed: Resumed | None = None
 
     @classmethod
-    def build(
-        cls,
-        module: MimoModule,
-        infra: MimoModelInfra,
-        plan: RankBatchPlan,
-        *,
-        encoder_run_ahead: int,
-        balance: bool,
-        pack_to: int | None,
-        checks: Checks,
-        saving: Saving,
-        monitoring: Monitoring,
-        signals: Signals,
-        device: torch.device,
-        previous: Run | None,
-    ) -> Run:
+    def build(cls, strategy: MimoStrategy, module: MimoModule, signals: Signals, *, previous: Run | None) -> Run:
         """Set up the stage that the module's Trainer is about to run. Collective over the world: builds the bridges.
 
         Args:
+            strategy: its settings, process groups and plan.
             module: the user's module, with its model ready to run.
-            infra: grids and process groups.
-            plan: this rank's share of every global batch.
-            encoder_run_ahead: microbatches that an encoder computes before 1F1B requests them.
-            balance: whether to balance batches whose dataset declares costs.
-            pack_to: most tokens of a row; ``None`` for one sample a row.
-            checks: settings of the checks.
-            saving: settings of saving checkpoints.
-            monitoring: telemetry and timeout.
             signals: the signals that this rank receives.
-            device: device of this rank.
             previous: the stage before this one, if any.
         """
+        infra, plan, device = strategy.infra, strategy.plan, strategy.root_device
+        assert infra is not None and plan is not None, "setup_environment() makes them"
+        checks, saving, monitoring = strategy.checks, strategy.saving, strategy.monitoring
         trainer = module.trainer
         ends = EndOfStream(infra.spans) if previous is None else previous.data.ends
-        data = RunData(plan, ends, balance=balance, pin_memory=device.type == "cuda")
+        data = RunData(plan, ends, balance=strategy.balance, pin_memory=device.type == "cuda")
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         trained = data if is_fitting else None if previous is None else previous.trained
         batches = BatchRunner(
             module,
             infra,
             global_batch_size=plan.global_batch_size,
-            encoder_run_ahead=encoder_run_ahead,
+            encoder_run_ahead=strategy.encoder_run_ahead,
             device=device,
             check_samples=checks.samples,
             on_nonfinite=checks.on_nonfinite,
@@ -126,7 +108,7 @@ class Run:
             batches=batches,
             checkpoints=checkpoints,
             trained=trained,
-            pack_to=pack_to,
+            pack_to=strategy.pack_to,
         )
 
     def shard(self, loader: object, *, seed: int) -> object:

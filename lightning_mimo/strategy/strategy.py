@@ -225,30 +225,16 @@ class MimoStrategy(ParallelStrategy):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         """Wrap the model and set up this stage. Called after the module's ``configure_model``."""
-        assert self.accelerator is not None
+        module, infra, is_fitting = self._module, self.infra, trainer.state.fn == TrainerFn.FITTING
+        assert self.accelerator is not None and infra is not None
         self.accelerator.setup(trainer)
-        module, infra, plan, is_fitting = self._module, self.infra, self.plan, trainer.state.fn == TrainerFn.FITTING
-        assert infra is not None and plan is not None
         signals = set_up_trainer(self, trainer)
         # Megatron builds its layers on this rank's device, but torch's layers (layer norms) are still on the CPU.
         module.mimo_model.to(self.root_device)
         set_up_own_state(module, self.root_device)
         if is_fitting:
             wrap_with_ddp(module.mimo_model, infra, self.ddp_by_module, self.precision_plugin.dtype_policy)
-        self._run = Run.build(
-            module,
-            infra,
-            plan,
-            encoder_run_ahead=self.encoder_run_ahead,
-            balance=self.balance,
-            pack_to=self.pack_to,
-            checks=self.checks,
-            saving=self.saving,
-            monitoring=self.monitoring,
-            signals=signals,
-            device=self.root_device,
-            previous=self._run,
-        )
+        self._run = Run.build(self, module, signals, previous=self._run)
         self._open.callback(self._run.end)
         self._open.callback(
             world.start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout).stop
