@@ -14,17 +14,18 @@ from megatron.core.models.mimo import MimoModelConfig
 
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism
+from lightning_mimo.layout.module_parallelism import ModuleParallelism, ResolvedParallelism
 from lightning_mimo.planning.candidate import Candidate, Model, Variant
 from lightning_mimo.planning.degrees import degrees_of
 from lightning_mimo.planning.depths import transformer_of
 from lightning_mimo.planning.example_sample import ExampleSample, example_sample
 from lightning_mimo.planning.fake_world import as_rank
 from lightning_mimo.planning.hardware import Hardware
-from lightning_mimo.planning.model_costs import MeasuredCosts, Subject
+from lightning_mimo.planning.layer_costs import LayerCosts
+from lightning_mimo.planning.model_costs import ModelCosts
 from lightning_mimo.planning.search import Space
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.program import step_settings, training_program
+from lightning_mimo.strategy.program import training_program
 from lightning_mimo.strategy.strategy import MimoStrategy
 
 ModuleWith = Callable[[Mapping[str, Any]], MimoModule]
@@ -129,30 +130,23 @@ class PlannedModel:
             return module.configure_mimo(infra)
 
     @cached_property
-    def _costs(self) -> MeasuredCosts:
-        return MeasuredCosts(
-            Subject(
-                program=self._program,
-                settings=step_settings(self._strategy, self.layout),
-                sample=self._example.sample,
-                rows=self._example.rows,
-                tp={name: each.tp for name, each in self.degrees(world_size=8, largest_tp=8).items()},
-                recomputable=self._recomputable,
-                sequence_parallel=bool(self.keys.sequence_parallel),
-            )
-        )
-
-    @cached_property
     def model(self) -> Model:
         """Costs and batches."""
-        measured = self._costs.measured(1)
-        trained = {name: any(p.gradients for p in (c.layer, c.first, c.last)) for name, c in measured.items()}
+        layer_costs = LayerCosts(
+            self._program,
+            self._example.sample,
+            modules=self.modules,
+            dtype_policy=self._strategy.precision_plugin.dtype_policy,
+        )
+        costs = ModelCosts(layer_costs, recomputable=self._recomputable)
+        variant, whole = Variant(recompute=False, sequence_parallel=False), ResolvedParallelism(dp=1, rank_offset=0)
+        measured = {name: costs(name, whole, variant, 1) for name in self.modules}
         return Model(
-            costs=self._costs,
+            costs=costs,
             global_batch_size=self._strategy.global_batch_size,
-            tokens=self._example.rows[LANGUAGE],
+            tokens=self._example.tokens,
             dtype=self.dtype,
-            trains=trained,
+            trains={n: any(part.gradients for part in (c.layer, c.first, c.last)) for n, c in measured.items()},
         )
 
     def degrees(self, *, world_size: int, largest_tp: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ class ExampleSample:
 
     Attributes:
         sample: as a dataset returns it.
-        rows: module name -> rows of its hidden states for the sample.
+        tokens: length of its text, with placeholders.
     """
 
     sample: Sample
-    rows: Mapping[str, int]
+    tokens: int
 
 
 def example_sample(config: MimoModelConfig) -> ExampleSample | str:
@@ -40,7 +40,6 @@ def example_sample(config: MimoModelConfig) -> ExampleSample | str:
         return "the language module's spec has no max_sequence_length"
     placeholders: list[int] = []
     inputs: dict[str, Any] = {}
-    rows = {"language": length}
     for name, spec in config.modality_submodules_spec.items():
         encoders = (spec.submodules or {}).get("encoders", {})
         patches = list({id(each): each for each in _patches_in(encoders)}.values())
@@ -49,7 +48,6 @@ def example_sample(config: MimoModelConfig) -> ExampleSample | str:
         key, value = _item(patches[0])
         inputs[name] = {next(iter(encoders)): {key: value}}
         placeholders += [config.special_token_ids[name]] * patches[0].tokens_per_item
-        rows[name] = patches[0].num_patches
     if len(placeholders) >= length:
         return f"one item of each encoder takes {len(placeholders)} of max_sequence_length={length} tokens"
     other = next(token for token in range(len(placeholders) + 2) if token not in config.special_token_ids.values())
@@ -61,7 +59,7 @@ def example_sample(config: MimoModelConfig) -> ExampleSample | str:
         "loss_mask": (ids == other).to(torch.float32),
         "modality_inputs": inputs,
     }
-    return ExampleSample(sample=sample, rows=rows)
+    return ExampleSample(sample=sample, tokens=length)
 
 
 def _item(patches: ImagePatches | ClipPatches) -> tuple[str, torch.Tensor]:

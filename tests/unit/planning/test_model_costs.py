@@ -8,7 +8,7 @@ from lightning_mimo.commands.plan_model import ModelKeys, PlannedModel
 from lightning_mimo.layout.module_parallelism import ModuleParallelism, ResolvedParallelism
 from lightning_mimo.planning.candidate import Variant
 from lightning_mimo.planning.costs import Message, ModuleCosts, ModuleWork, Operations, PartCosts, Work
-from lightning_mimo.planning.model_costs import recomputed, scaled_costs
+from lightning_mimo.planning.model_costs import recomputed
 from tests.support.estimates import SIZES, EstimatedModule, strategy_of, trainer_of
 
 
@@ -27,14 +27,6 @@ def _costs() -> ModuleCosts:
         boundary_bytes=6,
         output_bytes=12,
     )
-
-
-def test_more_samples_make_work_larger_and_not_more() -> None:
-    found = scaled_costs(_costs(), 3)
-    assert found.layer.work.forward.operations["matmul"] == Operations(flops=300, bytes=30, count=4)
-    assert found.layer.work.forward.messages[0].bytes == 24 and found.layer.work.forward.messages[0].count == 2
-    assert (found.layer.weights, found.layer.kept, found.last.transient) == (7, 150, 27)
-    assert (found.boundary_bytes, found.output_bytes) == (18, 36)
 
 
 def test_recomputation_keeps_the_input_and_runs_forward_again() -> None:
