@@ -131,16 +131,16 @@ class SendChannel:
         self._waiting = link.span_info("finish sending", direction, link.routes.receivers)
         self._direction = direction
         self._flying: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
-        self._shapes: Sequence[Shapes | DynamicShape] = ()
+        self._shapes: Sequence[Shapes | DynamicShape | None] = ()
         self._number = 0
         self.numbers: tuple[int, ...] = ()
         self.more_numbers: tuple[int, ...] = ()
 
-    def expect(self, shapes: Sequence[Shapes | DynamicShape]) -> None:
+    def expect(self, shapes: Sequence[Shapes | DynamicShape | None]) -> None:
         """Begin a pass.
 
         Args:
-            shapes: shapes of each microbatch.
+            shapes: shapes of each microbatch; ``None`` if the other side knows the shape of what is sent.
         """
         assert not self._flying, "the pass before was not finished"
         self._shapes, self._number = shapes, 0
@@ -164,7 +164,7 @@ class SendChannel:
                 assert len(self.numbers) == shapes.numbers, "the other side expects a different number of integers"
                 self._flying.append(self._announced(tensor))
             else:
-                self._flying.append(self._parts(tensor, shapes))
+                self._flying.append(self._parts(tensor, [tuple(tensor.shape)] if shapes is None else shapes))
         self._number += 1
 
     def finish(self) -> None:
@@ -227,16 +227,25 @@ class ReceiveChannel:
         # NCCL's receives occupy the device until the data arrive.
         self._ahead = 1 if dist.get_backend(link.group(direction, _DATA)) == "gloo" else 0
         self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
-        self._shapes: Sequence[Shapes | DynamicShape] = ()
+        self._shapes: list[Shapes | DynamicShape | None] = []
         self._number = 0
         self.numbers: tuple[int, ...] = ()
         self.more_numbers: tuple[int, ...] = ()
 
-    def expect(self, shapes: Sequence[Shapes | DynamicShape]) -> None:
-        """Begin a pass that receives all of these microbatches; arguments as for :meth:`SendChannel.expect`."""
+    def expect(self, shapes: Sequence[Shapes | DynamicShape | None]) -> None:
+        """Begin a pass that receives all of these microbatches.
+
+        Args:
+            shapes: shapes of each microbatch; ``None`` if :meth:`set_shape` gives them before it is received.
+        """
         assert not self._posted, "the pass before was not finished"
-        self._shapes, self._number = shapes, 0
+        self._shapes, self._number = list(shapes), 0
         self._post_up_to(self._ahead)
+
+    def set_shape(self, shape: Shape) -> None:
+        """Set the shape of the first microbatch whose shape is not known."""
+        if None in self._shapes:
+            self._shapes[self._shapes.index(None)] = [shape]
 
     def receive(self) -> torch.Tensor:
         """Return the next microbatch, with its parts concatenated along the first dimension. Waits for the data."""
@@ -253,6 +262,8 @@ class ReceiveChannel:
 
     def _post_up_to(self, end: int) -> None:
         for shapes in self._shapes[self._number + len(self._posted) : end]:
+            if shapes is None:
+                return
             self._posted.append(self._post(shapes))
 
     def _post(self, shapes: Shapes | DynamicShape) -> tuple[list[torch.Tensor], list[dist.Work]]:
@@ -282,9 +293,9 @@ class ReceiveChannel:
         return part
 
 
-def _backward_shapes(shapes: Sequence[Shapes | DynamicShape]) -> list[Shapes | DynamicShape]:
-    """Return the shapes of the gradients: those of the activations, without additional integers."""
-    return [DynamicShape() if isinstance(each, DynamicShape) else each for each in shapes]
+def _backward_shapes(shapes: Sequence[Shapes | DynamicShape]) -> list[Shapes | None]:
+    """Return the shapes of the gradients: those of the activations, which both sides know by then."""
+    return [None if isinstance(each, DynamicShape) else each for each in shapes]
 
 
 class Sender:
@@ -325,6 +336,8 @@ class Sender:
         self._forward.numbers, self._forward.more_numbers = numbers, more
 
     def send_forward(self, activations: torch.Tensor) -> None:
+        if self._backward is not None:
+            self._backward.set_shape(tuple(activations.shape))
         self._forward.send(activations)
 
     def recv_backward(self) -> torch.Tensor | None:
