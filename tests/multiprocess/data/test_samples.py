@@ -228,6 +228,7 @@ def test_a_sample_of_another_length_is_found_before_it_is_learned_from(rank_pool
         rank_pool.run(fit, None, dataset, modules, colocate=colocate, world_size=2 if colocate else 4)
 
 
+@pytest.mark.exhaustive
 def test_batches_of_workers_are_compared_as_well(rank_pool: RankPool) -> None:
     plain = rank_pool.run(fit, None, PicturesSoundsAndText(Samples(images=(3, 1, 2))), APART, world_size=4)
     loaded = rank_pool.run(fit, None, PicturesSoundsAndText(Samples(images=(3, 1, 2))), APART, workers=2, world_size=4)
