@@ -15,6 +15,7 @@ BENCHMARKS = {
     "schedule": "how near the ranks come to a schedule in which communication is free",
     "plan": "the planner: predicted against measured step times, and the layout that it picks",
     "loading": "what each rank decodes, and whether that hides behind the step",
+    "shards": "samples a second from tar and parquet shards, with and without images",
     "balance": "the slowest replica over the mean, with samples divided by their costs and without",
     "packing": "packed rows against padded samples, and against transformers",
     "startup": "from the launch to the first step, and what needs no torch",
