@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from lightning_mimo.commands.layout import check_config_files, picture_of
 from lightning_mimo.commands.new import new_project
@@ -16,7 +17,7 @@ from lightning_mimo.errors import CheckpointError, ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
-       lightning-mimo fit --dry-run --config FILE [--KEY=VALUE ...]
+       lightning-mimo fit --dry-run[=step|=data] --config FILE [--KEY=VALUE ...]
        lightning-mimo verify --config FILE [--layers 2] [--ranks 8] [--as-is] [--KEY=VALUE ...]
        lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--write OUT.yaml]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
@@ -31,7 +32,8 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
   plan       find the fastest layouts for a number of GPUs, or compare a recorded step with its simulation
   export-hf  write a checkpoint of a HuggingFaceModule as a folder that transformers loads
 
-  --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank
+  --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank; with =step
+             also what a step needs, for the longest sample that the model takes, with =data for your largest sample
 
 'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. The keys of a class:
 'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy', or --model.help=..., --data.help=...
@@ -137,8 +139,12 @@ def _plan(arguments: Sequence[str]) -> None:
 
 def _run_lightning() -> None:
     hush_known_warnings()
+    from lightning_mimo.commands.dry_run import DryRun
     from lightning_mimo.commands.run import run
 
-    dry_run = "--dry-run" in sys.argv
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--dry-run"]
-    run(dry_run=dry_run)
+    given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] == "--dry-run"]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in given]
+    kinds = {"--dry-run": "weights", **{f"--dry-run={kind}": kind for kind in get_args(DryRun)}}
+    if unknown := [argument for argument in given if argument not in kinds]:
+        raise ConfigError(f"{unknown[0]}: write --dry-run, or one of {', '.join(list(kinds)[1:])}.")
+    run(dry_run=kinds[given[-1]] if given else None)

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
 import lightning.pytorch as pl
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
-from lightning_mimo.errors import ConfigError
+from lightning_mimo.commands.step_table import step_table
+from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
 from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
+from lightning_mimo.planning.rank_step import StepSettings, TrainingProgram
+from lightning_mimo.planning.samples import longest_sample, look_at, special_tokens
+from lightning_mimo.planning.step_estimate import check_set_up, step_estimate
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.precision import MimoPrecision
+from lightning_mimo.strategy.program import step_settings, training_program
 from lightning_mimo.strategy.strategy import MimoStrategy
 from lightning_mimo.strategy.trainer_check import check_trainer
 
 _HEAD = ("ranks", "module", "stage", "parameters", "weights", "gradients", "optimizer", "together")
 
 
-def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -> str:
+DryRun = Literal["weights", "step", "data"]
+"""``weights`` builds models and optimizers; ``step`` also estimates a step with the longest sample that the model
+takes, and ``data`` with the largest one of the training data."""
+
+_MOST_SAMPLES = 200  # that are looked at
+
+
+def dry_run_report(
+    module: MimoModule,
+    trainer: pl.Trainer,
+    *,
+    training: bool,
+    kind: DryRun = "weights",
+    data: Callable[[], Sequence[Any]] | None = None,
+) -> str:
     """Check a run in one process, and return its layout and estimated memory as text.
 
     It checks layout, batch sizes, precision and DDP options, and the files that initial weights come from, if they are
@@ -28,7 +51,9 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
     Args:
         module: module that is not attached to a running trainer.
         trainer: trainer with a MimoStrategy and the number of devices and nodes of the run.
-        training: whether to count gradients and optimizer state.
+        training: whether to count gradients and optimizer state, and to estimate a step.
+        kind: what to estimate.
+        data: returns samples of the training data; for ``data`` only.
 
     Raises:
         ConfigError: if the run is invalid.
@@ -59,7 +84,67 @@ def dry_run_report(module: MimoModule, trainer: pl.Trainer, *, training: bool) -
         layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
     )
     text = f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
+    if training:
+        text += _step_report(module, trainer, layout, kind, data)
     return text if missing is None else f"{text}\n\nnot checked: the weights. {missing}"
+
+
+def _step_report(
+    module: MimoModule,
+    trainer: pl.Trainer,
+    layout: MimoLayout,
+    kind: DryRun,
+    data: Callable[[], Sequence[Any]] | None,
+) -> str:
+    """Build the optimizer of each kind of rank, and describe a step where it is to be estimated."""
+    strategy = trainer.strategy
+    assert isinstance(strategy, MimoStrategy), "checked by the command line"
+    settings, lines = step_settings(strategy, layout), [""]
+    with training_program(module, trainer) as program:
+        if kind == "weights":
+            return _checked_set_up(settings, program)
+        sample = longest_sample(settings, program) if kind == "step" else ""
+        if kind == "data" and data is not None:
+            sizes, sample = look_at(data(), special_tokens(settings, program))
+            lines += ["", f"the first {sizes.number} samples have", *(f"  {line}" for line in sizes.lines())]
+        elif module.extra_keys:
+            sample = f"samples have the extra keys {', '.join(module.extra_keys)}"
+        if isinstance(sample, str):
+            reason = f"\n\nnot estimated: a step, because {sample}; --dry-run=data takes samples of the training data"
+            return _checked_set_up(settings, program) + reason
+        estimates = step_estimate(settings, program, sample)
+    items = " and one item for each encoder" if kind == "step" else ""
+    lines += ["", f"one step, if every sample has {len(sample['input_ids'])} tokens{items}:"]
+    return "\n".join([*lines, "", step_table(estimates, layout)])
+
+
+def _checked_set_up(settings: StepSettings, program: TrainingProgram) -> str:
+    """Build the optimizer; a note if the user's code cannot do that without a run."""
+    try:
+        check_set_up(settings, program)
+    except MimoError:
+        raise
+    except Exception as error:  # of the user's code, which may need what only a run has
+        return f"\n\nnot checked: the optimizer, because configure_optimizers() raised {type(error).__name__}: {error}"
+    return ""
+
+
+def first_samples(trainer: pl.Trainer, data: pl.LightningDataModule) -> list[Any]:
+    """The first samples of the training data.
+
+    Raises:
+        ConfigError: if ``train_dataloader()`` returns no DataLoader.
+    """
+    data.trainer = trainer
+    data.prepare_data()
+    data.setup("fit")
+    loader = data.train_dataloader()
+    if not isinstance(loader, DataLoader):
+        raise ConfigError(
+            f"train_dataloader() returned a {type(loader).__name__}; --dry-run=data needs one DataLoader."
+        )
+    dataset: Any = loader.dataset
+    return [dataset[index] for index in range(min(len(dataset), _MOST_SAMPLES))]
 
 
 def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:

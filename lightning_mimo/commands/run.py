@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import override
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mimo.callbacks.step_trace import StepTrace
 from lightning_mimo.commands.config_check import check_ckpt_path, check_numbers, check_options, check_root_dir
 from lightning_mimo.commands.config_errors import OneLineParser, condense
-from lightning_mimo.commands.dry_run import dry_run_report
+from lightning_mimo.commands.dry_run import DryRun, dry_run_report, first_samples
 from lightning_mimo.commands.report import print_report
 from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
@@ -36,10 +37,10 @@ class MimoCLI(LightningCLI):
     """LightningCLI for a MimoModule, with ``--trace DIR``.
 
     Attributes:
-        dry_run: whether to print the estimated memory of each rank instead of running.
+        dry_run: what to estimate instead of running; ``None`` to run.
     """
 
-    dry_run = False
+    dry_run: DryRun | None = None
 
     @staticmethod
     @override
@@ -100,7 +101,10 @@ class MimoCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
             if self.dry_run:
-                print_report(dry_run_report(self.model, self.trainer, training=subcommand == "fit"))
+                data = partial(first_samples, self.trainer, self.datamodule)
+                print_report(
+                    dry_run_report(self.model, self.trainer, training=subcommand == "fit", kind=self.dry_run, data=data)
+                )
             else:
                 super()._run_subcommand(subcommand)
 
@@ -120,18 +124,20 @@ class MimoCLI(LightningCLI):
 class DryRunCLI(MimoCLI):
     """MimoCLI for ``--dry-run``."""
 
-    dry_run = True
+    dry_run: DryRun | None = "weights"
 
 
-def run(*, dry_run: bool) -> None:
+def run(*, dry_run: DryRun | None) -> None:
     """Run the command in ``sys.argv``.
 
     Args:
-        dry_run: print the estimated memory of each rank instead of running.
+        dry_run: what to estimate instead of running; ``None`` to run.
 
     Raises:
         SystemExit: with code 2 and one line on stderr, if the config is invalid.
     """
+    if dry_run is not None:
+        DryRunCLI.dry_run = dry_run
     run_cli(DryRunCLI if dry_run else MimoCLI)
 
 

@@ -47,7 +47,7 @@ class VerifyCLI(MimoCLI):
         options: ``layers``, ``ranks`` and ``as_is`` of the command line.
     """
 
-    dry_run = True
+    dry_run = "weights"
     options = argparse.Namespace(layers=2, ranks=8, as_is=False)
 
     @override

@@ -68,6 +68,11 @@ class AudioEncoder(PatchEncoder):
 
     patches: ClipPatches
 
+    def example_inputs(self, items: int) -> tuple[dict[str, torch.Tensor], int]:
+        """Silent clips as :meth:`forward` takes them, and the embeddings of each, for estimates without data."""
+        features = torch.zeros(items, self.patches.frames, self.patches.bins)
+        return {"features": features}, self.patches.tokens_per_item
+
     def forward(self, features: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None) -> torch.Tensor:
         """Encode clips, or continue from the previous stage.
 

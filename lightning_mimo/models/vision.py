@@ -62,11 +62,19 @@ class ImagePatches:
     def patches_per_token(self) -> int:
         return self.num_patches // self.tokens_per_image
 
+    def blank(self, images: int) -> torch.Tensor:
+        """Black images, float32 ``[images, channels, image_size, image_size]``."""
+        return torch.zeros(images, self.channels, self.image_size, self.image_size)
+
 
 class VisionEncoder(PatchEncoder):
     """A :class:`PatchEncoder` of square patches of pixels."""
 
     patches: ImagePatches
+
+    def example_inputs(self, items: int) -> tuple[dict[str, torch.Tensor], int]:
+        """Black images as :meth:`forward` takes them, and the embeddings of each, for estimates without data."""
+        return {"pixel_values": self.patches.blank(items)}, self.patches.tokens_per_item
 
     def forward(
         self, pixel_values: torch.Tensor | None = None, hidden_states: torch.Tensor | None = None

@@ -11,6 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_mimo.data.sample_format import Sample
+from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.planning.costs import ModuleWork, RankEstimate, StepMemory, Work
 from lightning_mimo.planning.depths import Depth, depths_of, with_layers
@@ -77,8 +78,23 @@ def step_estimate(
     """
     kinds = rank_kinds(settings.layout)
     depths = [{} if all_layers else _depths(settings, program, kind) for kind in kinds]
-    runs = _Runs(settings=settings, program=program, sample=sample, kinds=kinds, depths=depths)
-    return tuple(runs.estimate(number) for number in range(len(kinds)))
+    try:
+        runs = _Runs(settings=settings, program=program, sample=sample, kinds=kinds, depths=depths)
+        return tuple(runs.estimate(number) for number in range(len(kinds)))
+    except ConfigError:
+        if not any(depths):
+            raise
+        # It may have been about a layer that there is only in the whole model.
+        return step_estimate(settings, program, sample, all_layers=True)
+
+
+def check_set_up(settings: StepSettings, program: TrainingProgram) -> None:
+    """Set up the first rank of each kind, with its optimizer, and run nothing; errors as of :func:`step_estimate`."""
+    said = Exchange()
+    for kind in rank_kinds(settings.layout):
+        few = {name: depth.few for name, depth in _depths(settings, program, kind).items()}
+        configure = with_layers(program.configure, settings.layout, few)
+        collect_flags(settings, replace(program, configure=configure), kind.ranks[0], said)
 
 
 def _depths(settings: StepSettings, program: TrainingProgram, kind: RankKind) -> dict[str, Depth]:

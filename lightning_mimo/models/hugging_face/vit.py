@@ -80,6 +80,11 @@ class FeatureVit(MegatronModule):
             pg_collection=pg_collection,
         )
 
+    def example_inputs(self, items: int) -> tuple[dict[str, torch.Tensor], int]:
+        """Black images as :meth:`forward` takes them, and the embeddings of each, for estimates without data."""
+        patches = self.features.patches
+        return {"pixel_values": patches.blank(items)}, patches.tokens_per_item
+
     def _build_embeddings(self, config: TransformerConfig) -> None:
         dtype, device = config.params_dtype, torch.cuda.current_device()
         features, hidden = self.features, config.hidden_size

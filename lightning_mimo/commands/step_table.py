@@ -1,0 +1,78 @@
+"""The estimate of a step as text: memory of each kind of rank, arithmetic, and what is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.layout.module_parallelism import span_of
+from lightning_mimo.planning.costs import Message, RankEstimate, add_messages
+
+_HEAD = ("ranks", "module", "weights", "gradients", "optimizer", "batch", "activations", "at most", "TFLOP")
+
+
+def step_table(estimates: Sequence[RankEstimate], layout: MimoLayout) -> str:
+    """A table with a line for each kind of rank, and below it when the peak is and what is sent in a step.
+
+    Args:
+        estimates: of all kinds of ranks.
+        layout: of the run.
+    """
+    rows = [_HEAD, *(_row(each, layout) for each in estimates)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
+    lines = ["  ".join(_aligned(row[i], width, i) for i, width in enumerate(widths)) for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*(line.rstrip() for line in lines), "", *_notes(estimates, layout)])
+
+
+def _row(estimate: RankEstimate, layout: MimoLayout) -> tuple[str, ...]:
+    memory = estimate.memory
+    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.batch, memory.activations, memory.total)
+    flops = estimate.forward_flops + estimate.backward_flops + estimate.recompute_flops
+    cells = [f"{size / 2**30:.2f} GiB" for size in sizes]
+    return (span_of(estimate.ranks), _name(estimate, layout), *cells, f"{flops / 1e12:.1f}")
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def _name(estimate: RankEstimate, layout: MimoLayout) -> str:
+    return " + ".join(
+        f"{module} {stage + 1}/{layout.modules[module].pp}" if layout.modules[module].pp > 1 else module
+        for module, stage in estimate.stages.items()
+    )
+
+
+def _notes(estimates: Sequence[RankEstimate], layout: MimoLayout) -> Iterator[str]:
+    for each in estimates:
+        share = each.recompute_flops / (each.forward_flops + each.backward_flops + each.recompute_flops or 1)
+        again = f", {share:.0%} of its arithmetic is recomputed" if share else ""
+        yield f"{_name(each, layout)}: the most memory is used in {each.peak_at}{again}"
+        if sent := ", ".join(_sent(each)):
+            yield f"  sends in a step: {sent}"
+
+
+def _sent(estimate: RankEstimate) -> Iterator[str]:
+    """Bytes by axis and edge in one step, the most first."""
+    per_microbatch = [
+        message
+        for work in estimate.work.values()
+        for pass_ in (work.forward, work.backward, work.recompute)
+        for message in pass_.scaled(estimate.num_microbatches).messages
+    ]
+    sums: dict[str, int] = {}
+    for message in add_messages([*per_microbatch, *estimate.step.messages]):
+        sums[message.over] = sums.get(message.over, 0) + _on_the_wire(message)
+    for over, size in sorted(sums.items(), key=lambda item: -item[1]):
+        if size >= 2**20:
+            yield f"{over} {size / 2**30:.2f} GiB"
+
+
+def _on_the_wire(message: Message) -> int:
+    """Bytes that a rank sends, of a collective with a ring."""
+    size = len(message.ranks)
+    factor = {"all_reduce": 2 * (size - 1) / size, "send": 1.0, "broadcast": 1.0}.get(
+        message.operation, (size - 1) / size
+    )
+    return round(message.bytes * factor)

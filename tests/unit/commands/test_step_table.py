@@ -1,0 +1,91 @@
+"""The estimate of a step as text, and the samples that it is made for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_mimo import ModuleParallelism
+from lightning_mimo.commands.cli import main
+from lightning_mimo.commands.step_table import step_table
+from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.planning.costs import Message, ModuleWork, Operations, RankEstimate, StepMemory, Work
+from lightning_mimo.planning.samples import look_at
+
+VLM = "configs/digits_vlm.yaml"
+
+
+def work(flops: int, *messages: Message) -> Work:
+    return Work(operations={"matmul": Operations(flops=flops, bytes=1, count=1)}, messages=messages)
+
+
+def test_table_has_a_line_for_each_kind_of_rank() -> None:
+    layout = MimoLayout.resolve({"language": ModuleParallelism(tp=2, pp=2, dp=1)}, world_size=4)
+    over_tp = Message(over="tp of language", operation="all_reduce", ranks=(0, 1), bytes=2**29, count=2)
+    over_edge = Message(over="language stage 0 -> 1", operation="send", ranks=(0, 2), bytes=2**28, count=1)
+    first = RankEstimate(
+        stages={"language": 0},
+        ranks=range(2),
+        memory=StepMemory(weights=2**30, gradients=2**31, optimizer=2**30, batch=0, activations=2**29),
+        peak_at="backward of language, microbatch 1",
+        work={
+            "language": ModuleWork(
+                forward=work(10**12, over_tp, over_edge), backward=work(2 * 10**12), recompute=work(10**12)
+            )
+        },
+        step=Work(),
+        num_microbatches=4,
+    )
+    lines = step_table([first], layout).splitlines()
+    assert lines[2].split()[:3] == ["0-1", "language", "1/2"]
+    assert lines[2].split()[3::2] == ["1.00", "2.00", "1.00", "0.00", "0.50", "4.50", "16.0"]
+    assert lines[4].endswith("in backward of language, microbatch 1, 25% of its arithmetic is recomputed")
+    assert lines[5] == "  sends in a step: tp of language 2.00 GiB, language stage 0 -> 1 1.00 GiB"
+
+
+def test_largest_sample_has_the_most_tokens_and_items() -> None:
+    samples = [{"input_ids": torch.tensor(ids)} for ids in ([5] * 10, [5] * 9 + [3] * 4, [5] * 12 + [3])]
+    sizes, largest = look_at(samples, {"images": 3})
+    assert largest is samples[1]
+    assert list(sizes.lines()) == [
+        "tokens: mean 12, 95 % up to 13, at most 13",
+        "tokens of images: mean 2, 95 % up to 4, at most 4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dry-run", "--model.init_args.lr=-1"], "OptimizerConfig(lr=-1.0) must be a number of at least 0."),
+        (["--dry-run=all"], "--dry-run=all: write --dry-run, or one of --dry-run=weights, --dry-run=step"),
+    ],
+)
+def test_dry_run_refuses(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments, "--config", VLM])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["step", "data"])
+def test_dry_run_estimates_a_step(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    main(["fit", f"--dry-run={kind}", "--config", VLM])
+    printed = capsys.readouterr().out
+    assert "one step, if every sample has" in printed
+    assert ("samples have" in printed) == (kind == "data")
+    assert "the most memory is used in" in printed
