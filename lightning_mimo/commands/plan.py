@@ -59,7 +59,7 @@ class PlanCLI(MimoCLI):
         merged: all config files and overrides as plain values.
     """
 
-    dry_run = True
+    dry_run = "weights"
     options: PlanOptions
     merged: Mapping[str, Any] = {}
 

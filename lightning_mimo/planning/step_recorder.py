@@ -286,10 +286,16 @@ class StepRecorder(TorchDispatchMode):
             if name == "send":
                 self._exchange.sent.setdefault((me, peer), []).append(tensor.clone())
                 return
-            sent, number = self._exchange.sent.get((peer, me), ()), self._received[peer, me]
-            if number < len(sent) and sent[number].shape == tensor.shape:
-                tensor.copy_(sent[number])
-                self._received[peer, me] += 1
+            number = self._received[peer, me]
+            self._received[peer, me] += 1
+            if (peer, me) in self._exchange.sent:
+                tensor.copy_(self._exchange.sent[peer, me][number])
+            elif (me, peer) in self._exchange.sent:
+                # A later stage, which has not been run, will announce the shapes of the gradients: those that it was
+                # sent, and nothing else.
+                told = self._exchange.sent[me, peer][number]
+                tensor.copy_(told[: tensor.numel()])
+                tensor[3:] = 0
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:
         if not self.counting or name not in _OPERATIONS:

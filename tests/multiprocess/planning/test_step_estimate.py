@@ -19,6 +19,11 @@ from tests.parity.layouts import PoolEnvironment
 from tests.support.estimates import EqualSamples, EstimatedModule, estimate, ranks_of, strategy_of, trainer_of
 from tests.support.rank_pool import RankPool
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*core_attn is from transformer_engine"),
+    pytest.mark.filterwarnings("ignore:.*there is no optimizer on RANK"),
+]
+
 LIMIT = 0.03
 _STEPS = 2
 

@@ -72,7 +72,7 @@ def test_dry_run_refuses(
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     monkeypatch.setattr(sys, "path", [*sys.path])
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *arguments, "--config", VLM])
+        main(["fit", "--config", VLM, *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -84,7 +84,7 @@ def test_dry_run_estimates_a_step(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    main(["fit", f"--dry-run={kind}", "--config", VLM])
+    main(["fit", "--config", VLM, f"--dry-run={kind}"])
     printed = capsys.readouterr().out
     assert "one step, if every sample has" in printed
     assert ("samples have" in printed) == (kind == "data")
