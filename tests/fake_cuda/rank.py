@@ -85,6 +85,14 @@ class _Phases(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before, self._recorder.phase = self._recorder.phase, "validation"
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: int
+    ) -> None:
+        self._recorder.phase = f"validation, batch {batch_idx} after {self._before}"
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._recorder.phase = "validation"
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._recorder.phase = self._before
 

@@ -9,6 +9,8 @@ from tests.fake_cuda.records import Event, Kind, RankRecord
 
 _THE_READ = "lightning_mimo/optim/step_reduction.py"
 """Where the host reads the figures of a step, once."""
+_SAMPLES = "lightning_mimo/data/sample_check.py"
+"""Where ranks compare their samples in the first batch of every evaluation."""
 _COUNTS_OF_EXPERTS = "megatron/core/transformer/moe/token_dispatcher.py"
 """Where the host waits in every layer of experts: only the device knows how many tokens each of them gets."""
 _METRICS_OF_LIGHTNING = "lightning/fabric/utilities/apply_func.py"
@@ -25,6 +27,11 @@ def _steady(record: RankRecord) -> list[str]:
     """Phases of all steps but the first, in which ranks learn names of metrics and allocate the optimizer's state."""
     phases = dict.fromkeys(event.phase for event in record.events)
     return [phase for phase in phases if phase.startswith("step ")]
+
+
+def _validation(record: RankRecord) -> list[str]:
+    """Phases of validation: of each of its batches, and of what is between them."""
+    return [phase for phase in dict.fromkeys(event.phase for event in record.events) if phase.startswith("validation")]
 
 
 def _events(record: RankRecord, kind: Kind, phases: Iterable[str]) -> list[Event]:
@@ -71,11 +78,23 @@ def extra_reads(records: Sequence[RankRecord]) -> list[str]:
     return found
 
 
+def extra_reads_of_evaluation(records: Sequence[RankRecord]) -> list[str]:
+    """Waits of the host in a batch of an evaluation but one, apart from the comparison of samples."""
+    found = []
+    for record in records:
+        for phase in _validation(record):
+            reads = _events(record, "host read", [phase])
+            reads = [e for e in reads if _COUNTS_OF_EXPERTS not in e.where and not e.where.startswith(_SAMPLES)]
+            if phase != "validation" and len(reads) > 1:
+                found += [f"{phase}: {line}" for line in _lines(record, reads)]
+    return found
+
+
 def slow_copies(records: Sequence[RankRecord]) -> list[str]:
     """Copies to the device in steps and in evaluation that the host waits for."""
     found = []
     for record in records:
-        copies = _events(record, "copy to the device", [*_steady(record), "validation"])
+        copies = _events(record, "copy to the device", [*_steady(record), *_validation(record)])
         found += _lines(record, (event for event in copies if not event.where.startswith(_METRICS_OF_LIGHTNING)))
     return found
 

@@ -16,6 +16,7 @@ _RULES: dict[str, Callable[[Sequence[RankRecord]], list[str]]] = {
     "all tensors on the rank's GPU": rules.wrong_places,
     "all tensors of their dtype": rules.wrong_dtypes,
     "one host read per step": rules.extra_reads,
+    "one host read per batch of an evaluation": rules.extra_reads_of_evaluation,
     "all copies pinned and asynchronous": rules.slow_copies,
     "memory returns to its level": rules.leaks,
     "messages match": matching.problems_of,
