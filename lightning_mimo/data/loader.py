@@ -10,7 +10,7 @@ decide.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import cast
 
 import numpy as np
@@ -22,7 +22,6 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     Sampler,
-    Subset,
     default_collate,
     default_convert,
 )
@@ -36,6 +35,7 @@ from lightning_mimo.data.row_order import RowOrder
 from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import Sample, SampleFormat
 from lightning_mimo.data.worker_end import EndWithRank
+from lightning_mimo.data.wrapped import owner_of
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.module_parallelism import LANGUAGE
@@ -123,11 +123,12 @@ class RankBatchSampler(BatchSampler):
 class ModalityDataset(Dataset):
     """The user's dataset, asked for just the modules that this rank holds.
 
-    A dataset with ``load(index, modules)`` decodes only those; of a plain one the rest is thrown away.
+    A dataset with ``load(index, modules)`` decodes only those, also inside of ``torch.utils.data.Subset`` and
+    ``ConcatDataset``; of a plain one the rest is thrown away.
     """
 
     def __init__(self, dataset: Dataset, *, seed: int) -> None:
-        self._load = _loader_of(dataset)
+        self._dataset = dataset
         self._seed = seed
 
     def __getitems__(self, requests: list[SampleRequest]) -> list[tuple[SampleRequest, Sample]]:
@@ -137,7 +138,9 @@ class ModalityDataset(Dataset):
 
     def _load_seeded(self, request: SampleRequest) -> Sample:
         seed_generators(seed_for(self._seed, f"sample/{request.epoch}/{request.index}"))
-        return self._load(request.index, request.modules)
+        dataset, index = owner_of(self._dataset, request.index, "load")
+        load = getattr(dataset, "load", None)
+        return load(index, request.modules) if callable(load) else dataset[index]
 
 
 def _as_index(index: object) -> int:
@@ -331,31 +334,3 @@ def _batch_sampler_of(loader: DataLoader) -> object:
     """The loader's batch sampler, without the wrapper that Lightning's predict loop puts around it."""
     sampler = loader.batch_sampler
     return sampler._batch_sampler if isinstance(sampler, _IndexBatchSamplerWrapper) else sampler
-
-
-def _loader_of(dataset: Dataset) -> Callable[[int, frozenset[str]], Sample]:
-    """``load(index, modules)`` of any map-style dataset, through ``torch.utils.data.Subset``."""
-    if isinstance(dataset, Subset):
-        return _LoadSubset(_loader_of(dataset.dataset), dataset.indices)
-    load = getattr(dataset, "load", None)
-    return load if callable(load) else _LoadAll(dataset)
-
-
-# Classes, not functions inside of functions, which spawned workers could not be given.
-
-
-class _LoadSubset:
-    def __init__(self, load: Callable[[int, frozenset[str]], Sample], indices: Sequence[int]) -> None:
-        self._load = load
-        self._indices = indices
-
-    def __call__(self, index: int, modules: frozenset[str]) -> Sample:
-        return self._load(self._indices[index], modules)
-
-
-class _LoadAll:
-    def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
-
-    def __call__(self, index: int, modules: frozenset[str]) -> Sample:
-        return self._dataset[index]  # what is for other modules is not looked at

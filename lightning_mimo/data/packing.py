@@ -6,18 +6,22 @@ import zlib
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset, SequentialSampler, Subset
+from torch.utils.data import Dataset, SequentialSampler
 
+from lightning_mimo.data.wrapped import owner_of, owners_of
 from lightning_mimo.errors import DataError
 
 LOOK_AHEAD = 1024
 """Samples among which the packer chooses; no sample is moved further than this from its place in the order."""
+
+_TELLS_LENGTHS = ("lengths", "length")
 
 Row = tuple[int, ...]
 """Indices of the samples of one row, in the order of the sampler."""
@@ -148,23 +152,34 @@ def gather_lengths(dataset: Dataset) -> np.ndarray:
 
 
 def length_of(dataset: Dataset) -> Callable[[int], Any]:
-    """Function that gives the tokens of a sample, through ``torch.utils.data.Subset``.
+    """Function that gives the tokens of a sample, through ``torch.utils.data.Subset`` and ``ConcatDataset``.
 
     Raises:
-        DataError: if the dataset does not tell lengths.
+        DataError: if the dataset, or a part of it, does not tell lengths.
     """
-    if isinstance(dataset, Subset):
-        inner, indices = length_of(dataset.dataset), dataset.indices
-        return lambda index: inner(indices[index])
-    if (lengths := getattr(dataset, "lengths", None)) is not None and not callable(lengths):
-        return lambda index: lengths[index]
-    if callable(length := getattr(dataset, "length", None)):
-        return length
-    raise DataError(
-        f"MimoStrategy(pack_to=...) must know the lengths of samples before they are loaded, and "
-        f"{type(dataset).__name__} does not tell them. Give it a method length(index), the number of tokens in "
-        f"input_ids (placeholders included, padding not), or an attribute lengths with one number for each sample."
-    )
+    for owner in owners_of(dataset, *_TELLS_LENGTHS):
+        if _told_by(owner) is None:
+            raise DataError(
+                f"MimoStrategy(pack_to=...) must know the lengths of samples before they are loaded, and "
+                f"{type(owner).__name__} does not tell them. Give it a method length(index), the number of tokens in "
+                f"input_ids (placeholders included, padding not), or an attribute lengths with one number for each "
+                f"sample."
+            )
+    return partial(_length, dataset)
+
+
+def _length(dataset: Dataset, index: int) -> Any:
+    owner, inner = owner_of(dataset, index, *_TELLS_LENGTHS)
+    length = _told_by(owner)
+    assert length is not None, "length_of has asked every part"
+    return length(inner)
+
+
+def _told_by(owner: Any) -> Callable[[int], Any] | None:
+    if (lengths := getattr(owner, "lengths", None)) is not None and not callable(lengths):
+        return lengths.__getitem__
+    length = getattr(owner, "length", None)
+    return length if callable(length) else None
 
 
 def _checked(index: int, length: Any) -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
+from lightning_mimo.data.wrapped import owner_of, owners_of
 from lightning_mimo.errors import DataError, MimoError
 
 _Numbers = int | float | np.integer | np.floating
@@ -36,15 +38,15 @@ class SampleCosts:
 
     @classmethod
     def of_dataset(cls, dataset: Dataset, *, modules: Sequence[str]) -> SampleCosts | None:
-        """The costs of a dataset, also through ``torch.utils.data.Subset``; ``None`` if it declares none."""
-        if isinstance(dataset, Subset):
-            inner = cls.of_dataset(dataset.dataset, modules=modules)
-            return inner if inner is None else cls(inner._of_subset(dataset.indices), name=inner._name, modules=modules)
-        cost = getattr(dataset, "cost", None)
-        return cls(cost, name=type(dataset).__name__, modules=modules) if callable(cost) else None
+        """The costs of a dataset, also through ``torch.utils.data.Subset`` and ``ConcatDataset``.
 
-    def _of_subset(self, indices: Sequence[int]) -> Callable[[int], Any]:
-        return lambda index: self._cost(indices[index])
+        ``None`` if it declares none, or a part of it does not.
+        """
+        owners = list(owners_of(dataset, "cost"))
+        if not all(callable(getattr(owner, "cost", None)) for owner in owners):
+            return None
+        name = "/".join(sorted({type(owner).__name__ for owner in owners}))
+        return cls(partial(_cost_of, dataset), name=name, modules=modules)
 
     def of(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         """Costs of some samples: module name -> float64 ``[len(indices)]``.
@@ -111,3 +113,8 @@ class SampleCosts:
                 f"Sample {index}: {self._name}.cost is {costs[module, place]:g} for "
                 f"{self._modules[module]!r}. A cost is a finite number of 0 or more."
             )
+
+
+def _cost_of(dataset: Dataset, index: int) -> Any:
+    owner, inner = owner_of(dataset, index, "cost")
+    return owner.cost(inner)
