@@ -1,4 +1,4 @@
-"""From a JSONL file with images to a trained model, by YAML alone: the same curve in every layout."""
+"""From a JSONL file with images to a trained model, by YAML alone: the same curve in every layout, packed or not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,11 +20,12 @@ import transformers
 
 from lightning_mimo.commands.cli import main
 from lightning_mimo.data import ChatDataset
+from lightning_mimo.data.packing import Packing, pack_rows
 from tests.hugging_face.tiny_models import MODELS, PATCH, RESOLUTIONS, VISION
 from tests.support import processors
 from tests.support.rank_pool import RankPool
 
-BATCH, EPOCHS = 8, 3
+BATCH, PACKED_ROWS, EPOCHS = 8, 4, 3
 SIZES = [(16, 16), (20, 41), (33, 17), (48, 30), (25, 25)]
 LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
     "one rank": ({"modules": {"images": {}, "language": {}}, "colocate": True}, 1),
@@ -94,9 +96,9 @@ def write_rows(folder: Path, name: str, number: int) -> None:
             lines.write(json.dumps(row) + "\n")
 
 
-def write_config(folder: Path, layout: str) -> Path:
+def write_config(folder: Path, layout: str, *, pack_to: int | None = None) -> Path:
     options, ranks = LAYOUTS[layout]
-    logs = folder / layout.replace(" ", "_")
+    logs = logs_of(folder, layout, pack_to)
     config = {
         "seed_everything": 3,
         "trainer": {
@@ -118,7 +120,8 @@ def write_config(folder: Path, layout: str) -> Path:
                 "class_path": "lightning_mimo.MimoStrategy",
                 "init_args": {
                     **options,
-                    "global_batch_size": BATCH,
+                    "global_batch_size": BATCH if pack_to is None else PACKED_ROWS,
+                    "pack_to": pack_to,
                     "cluster_environment": {"class_path": "tests.parity.layouts.PoolEnvironment"},
                 },
             },
@@ -137,18 +140,38 @@ def write_config(folder: Path, layout: str) -> Path:
     return file
 
 
+def logs_of(folder: Path, layout: str, pack_to: int | None) -> Path:
+    return folder / (layout.replace(" ", "_") + ("" if pack_to is None else "_packed"))
+
+
+def budget_of(folder: Path, file: str) -> int:
+    """Tokens of a row with which all samples of a file are packed into the rows of one step, in any order."""
+    dataset = ChatDataset(folder / file, transformers.AutoProcessor.from_pretrained(folder / "model"))
+    lengths = np.array([dataset.length(index) for index in range(len(dataset))])
+    budgets = range(int(lengths.max()), int(lengths.sum()))
+    return next(
+        budget
+        for budget in budgets
+        if len(pack_rows(range(len(lengths)), Packing(budget=budget, lengths=lengths))) == PACKED_ROWS
+    )
+
+
 def run_command(config: str) -> None:
     """As the command line does, on a rank of the pool."""
     sys.argv = ["lightning-mimo"]
     main(["fit", "--config", config])
 
 
-def curves(folder: Path, layout: str) -> dict[str, list[float]]:
+def curves(folder: Path, layout: str, *, pack_to: int | None = None) -> dict[str, list[float]]:
     """Metric -> its values, in the order of the steps."""
-    with (folder / layout.replace(" ", "_") / "run" / "metrics.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
+    rows = logged(folder, layout, pack_to)
     names = ("train/loss", "train/grad_norm", "train/grad_norm/images", "val/loss")
     return {name: [float(row[name]) for row in rows if row.get(name)] for name in names}
+
+
+def logged(folder: Path, layout: str, pack_to: int | None) -> list[dict[str, str]]:
+    with (logs_of(folder, layout, pack_to) / "run" / "metrics.csv").open() as lines:
+        return list(csv.DictReader(lines))
 
 
 def loss_of_transformers(folder: Path, file: Path) -> float:
@@ -187,3 +210,27 @@ def test_yaml_trains_the_same_in_two_layouts(make_model: Any, rank_pool: RankPoo
         assert apart[name] == pytest.approx(values, rel=1e-6), name  # as precise as they are logged
     assert alone["train/loss"][0] == pytest.approx(loss_of_transformers(tmp_path, tmp_path / "train.jsonl"), rel=1e-6)
     assert alone["val/loss"][-1] < alone["val/loss"][0]
+
+
+@pytest.mark.hugging_face
+@pytest.mark.parametrize("make_model", [make_llava, make_qwen])
+def test_yaml_trains_packed_as_it_trains_sample_by_sample(make_model: Any, rank_pool: RankPool, tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    write_rows(tmp_path, "train.jsonl", BATCH)
+    write_rows(tmp_path, "val.jsonl", BATCH)
+    budget = budget_of(tmp_path, "train.jsonl")
+    rank_pool.run(run_command, str(write_config(tmp_path, "one rank")), world_size=1, timeout=600)
+    alone = curves(tmp_path, "one rank")
+    assert [len(values) for values in alone.values()] == [EPOCHS] * 4
+    for layout, (_, ranks) in LAYOUTS.items():
+        config = write_config(tmp_path, layout, pack_to=budget)
+        rank_pool.run(run_command, str(config), world_size=ranks, timeout=600)
+        packed = curves(tmp_path, layout, pack_to=budget)
+        for name, values in alone.items():
+            assert packed[name] == pytest.approx(values, rel=1e-6), (layout, name)
+    padding = {
+        pack_to: [float(row["train/padding"]) for row in logged(tmp_path, "one rank", pack_to) if row["train/padding"]]
+        for pack_to in (None, budget)
+    }
+    assert padding[budget] == [1.0] * EPOCHS
+    assert min(padding[None]) > 1
