@@ -31,6 +31,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch, ModalityCounts, Ragged, token_order
 
 _BYTES_OF_A_FINGERPRINT = 256  # of an argument of an encoder
+_DTYPES_OF_NUMPY = frozenset({torch.int64, torch.float32, torch.float64})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,12 +171,15 @@ class MicrobatchCollator:
 
     def _language(self, texts: Sequence[Text], requests: Sequence[SampleRequest]) -> dict[str, Any]:
         """What only the language module is given."""
-        counts = [0 if request.is_padding else 1 for request in requests]
+        fills = [request.is_padding for request in requests]
         labels = [
-            text.labels if count else torch.full_like(text.labels, IGNORED)
-            for text, count in zip(texts, counts, strict=True)
+            torch.full_like(text.labels, IGNORED) if fill else text.labels
+            for text, fill in zip(texts, fills, strict=True)
         ]
-        masks = [text.loss_mask * count for text, count in zip(texts, counts, strict=True)]
+        masks = [
+            torch.zeros_like(text.loss_mask) if fill else text.loss_mask
+            for text, fill in zip(texts, fills, strict=True)
+        ]
         widest = torch.float64 if any(mask.dtype == torch.float64 for mask in masks) else torch.float32
         batch: dict[str, Any] = {
             "labels": self._lay_out(labels, IGNORED),
@@ -304,8 +308,15 @@ def _checksum(values: Sequence[torch.Tensor | Ragged | None]) -> int:
         for tensor in value if isinstance(value, Ragged) else (value,):
             if tensor is None:
                 continue
-            content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            content = _bytes_of(tensor)
             step = -(-content.size // _BYTES_OF_A_FINGERPRINT) | 1  # odd, so that it meets every byte of a number
             checksum = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
             checksum = zlib.crc32(np.ascontiguousarray(content[::step]), checksum)
     return checksum
+
+
+def _bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """uint8 ``[bytes]``. By numpy where it has the dtype, which is several times faster for small tensors."""
+    if tensor.dtype in _DTYPES_OF_NUMPY:
+        return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

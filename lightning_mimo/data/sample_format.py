@@ -213,7 +213,7 @@ def _check_vocabulary(
     index: int, key: str, ids: np.ndarray, expected: SampleFormat, *, allowed: Collection[int]
 ) -> None:
     assert expected.vocab_size is not None
-    if ids.min() >= 0 and ids.max() < expected.vocab_size:
+    if ids.view(np.uint64).max() < expected.vocab_size:  # where a negative number is a very large one
         return
     outside = ((ids < 0) | (ids >= expected.vocab_size)) & ~np.isin(ids, list(allowed))
     if outside.any():
@@ -270,7 +270,7 @@ def _mask(index: int, sample: Sample, length: int) -> np.ndarray | None:
 def _check_shifted(index: int, ids: np.ndarray, labels: np.ndarray, mask: np.ndarray) -> None:
     """Refuse labels that are the tokens themselves, from which a model would learn to copy."""
     counted = mask > 0
-    if (counted & (labels != ids)).any() or counted.sum() < 2:
+    if (counted & (labels != ids)).any() or np.count_nonzero(counted) < 2:
         return
     # A text that repeats one token is its own shifted text.
     if (labels[:-1] == ids[1:])[counted[:-1]].all():

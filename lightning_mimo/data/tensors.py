@@ -18,6 +18,8 @@ def whole_numbers(index: int, key: str, value: object, *, dimensions: tuple[int,
         DataError: for other types, dtypes and shapes.
     """
     tensor = as_tensor(index, key, value)
+    if tensor.dtype == torch.int64 and tensor.ndim in dimensions:
+        return tensor  # as nearly all are; every operation of torch costs a microsecond
     if tensor.numel() == 0:
         tensor = tensor.to(torch.int64)  # an empty list has no dtype
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
