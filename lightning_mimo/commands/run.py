@@ -143,22 +143,33 @@ def run(*, dry_run: DryRun | None) -> None:
 
 def run_cli(cli: type[MimoCLI]) -> None:
     """Run the command in ``sys.argv`` with a kind of MimoCLI."""
-    if cli.dry_run:
-        # Messages about the devices of this machine and about features of megatron-core are irrelevant here.
-        for name in ("lightning.pytorch", "lightning.fabric", "megatron.core"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-    else:
+    if not cli.dry_run:
         check_slurm_tasks()
-    cli(
-        MimoModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        save_config_callback=None if cli.dry_run else SaveConfigCallback,
-        parser_class=OneLineParser,
-    )
+    with _errors_only() if cli.dry_run else contextlib.nullcontext():
+        cli(
+            MimoModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            save_config_callback=None if cli.dry_run else SaveConfigCallback,
+            parser_class=OneLineParser,
+        )
+
+
+@contextlib.contextmanager
+def _errors_only() -> Iterator[None]:
+    """Leave out messages about the devices of this machine and features of megatron-core: a dry run uses neither."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric", "megatron.core")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 @contextlib.contextmanager

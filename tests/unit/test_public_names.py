@@ -44,6 +44,7 @@ PUBLIC_NAMES = [
     "get_module_to_grid_tuple",
     "is_current_rank_in_grid",
     "multimodule_no_sync",
+    "sum_by_sample",
     "unwrap_mimo_model",
     "validate_data_loader_contract",
     "validate_no_stub_ranks",

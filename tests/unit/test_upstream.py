@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import lightning_mimo
+import lightning_mimo.upstream.datasets
 import lightning_mimo.upstream.lightning
 import lightning_mimo.upstream.megatron
 import lightning_mimo.upstream.torch
@@ -31,6 +32,7 @@ ATTRIBUTES = (
     *lightning_mimo.upstream.torch.ATTRIBUTES,
     *lightning_mimo.upstream.megatron.ATTRIBUTES,
     *lightning_mimo.upstream.transformers.ATTRIBUTES,
+    *lightning_mimo.upstream.datasets.ATTRIBUTES,
 )
 LISTED = {each.name for each in ATTRIBUTES}
 # Python's own: public, for all their underscores. The last has been there since Python 2.
@@ -135,8 +137,8 @@ def test_every_name_in_the_list_is_used() -> None:
 
 @pytest.mark.parametrize("attribute", ATTRIBUTES, ids=lambda each: f"{each.owner.rpartition('.')[2]}.{each.name}")
 def test_attribute_is_there(attribute: Attribute) -> None:
-    if attribute.owner.startswith("transformers."):
-        pytest.importorskip("transformers", reason="an extra")
+    if (package := attribute.owner.split(".")[0]) in ("transformers", "datasets"):
+        pytest.importorskip(package, reason="need not be installed")
     owner = resolved(attribute.owner)
     bases = owner.__mro__ if inspect.isclass(owner) else ()
     assert hasattr(owner, attribute.name) or any(sets(base, attribute.name) for base in bases)
