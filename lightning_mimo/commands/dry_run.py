@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from lightning_mimo.commands.step_table import step_table
+from lightning_mimo.commands.step_table import size_text, step_table
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
@@ -177,14 +177,14 @@ def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, train
 def _row(stage: StageFootprint, layout: MimoLayout) -> tuple[str, ...]:
     numbers = (stage.weights, stage.gradients, stage.optimizer, stage.total)
     place = f"{stage.stage + 1} of {layout.modules[stage.module].pp}"
-    return (span_of(stage.ranks), stage.module, place, _number(stage.parameters), *map(_bytes, numbers))
+    return (span_of(stage.ranks), stage.module, place, _number(stage.parameters), *map(size_text, numbers))
 
 
 def _sum(found: MemoryEstimate, layout: MimoLayout) -> tuple[str, ...]:
     totals = [sum(getattr(stage, what) for stage in found.stages) for what in ("weights", "gradients", "optimizer")]
     parameters = sum(stage.parameters for stage in found.stages)
     ranks = span_of(range(layout.world_size))
-    return (ranks, "all", "", _number(parameters), *map(_bytes, [*totals, sum(totals)]))
+    return (ranks, "all", "", _number(parameters), *map(size_text, [*totals, sum(totals)]))
 
 
 def _aligned(cell: str, width: int, column: int) -> str:
@@ -196,10 +196,3 @@ def _number(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return str(count)
-
-
-def _bytes(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"

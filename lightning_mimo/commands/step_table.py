@@ -25,11 +25,19 @@ def step_table(estimates: Sequence[RankEstimate], layout: MimoLayout) -> str:
     return "\n".join([*(line.rstrip() for line in lines), "", *_notes(estimates, layout)])
 
 
+def size_text(count: int) -> str:
+    """A number of bytes in the largest unit of which it is at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
 def _row(estimate: RankEstimate, layout: MimoLayout) -> tuple[str, ...]:
     memory = estimate.memory
     sizes = (memory.weights, memory.gradients, memory.optimizer, memory.batch, memory.activations, memory.total)
     flops = estimate.forward_flops + estimate.backward_flops + estimate.recompute_flops
-    cells = [f"{size / 2**30:.2f} GiB" for size in sizes]
+    cells = [size_text(size) for size in sizes]
     return (span_of(estimate.ranks), _name(estimate, layout), *cells, f"{flops / 1e12:.1f}")
 
 
@@ -65,8 +73,8 @@ def _sent(estimate: RankEstimate) -> Iterator[str]:
     for message in add_messages([*per_microbatch, *estimate.step.messages]):
         sums[message.over] = sums.get(message.over, 0) + _on_the_wire(message)
     for over, size in sorted(sums.items(), key=lambda item: -item[1]):
-        if size >= 2**20:
-            yield f"{over} {size / 2**30:.2f} GiB"
+        if size:
+            yield f"{over} {size_text(size)}"
 
 
 def _on_the_wire(message: Message) -> int:

@@ -29,7 +29,7 @@ def test_table_has_a_line_for_each_kind_of_rank() -> None:
     first = RankEstimate(
         stages={"language": 0},
         ranks=range(2),
-        memory=StepMemory(weights=2**30, gradients=2**31, optimizer=2**30, batch=0, activations=2**29),
+        memory=StepMemory(weights=2**30, gradients=2**31, optimizer=2**30, batch=2**16, activations=2**29),
         peak_at="backward of language, microbatch 1",
         work={
             "language": ModuleWork(
@@ -41,7 +41,8 @@ def test_table_has_a_line_for_each_kind_of_rank() -> None:
     )
     lines = step_table([first], layout).splitlines()
     assert lines[2].split()[:3] == ["0-1", "language", "1/2"]
-    assert lines[2].split()[3::2] == ["1.00", "2.00", "1.00", "0.00", "0.50", "4.50", "16.0"]
+    assert lines[2].split()[3::2] == ["1.00", "2.00", "1.00", "64.00", "512.00", "4.50", "16.0"]
+    assert lines[2].split()[4::2] == ["GiB", "GiB", "GiB", "KiB", "MiB", "GiB"]
     assert lines[4].endswith("in backward of language, microbatch 1, 25% of its arithmetic is recomputed")
     assert lines[5] == "  sends in a step: tp of language 2.00 GiB, language stage 0 -> 1 1.00 GiB"
 
