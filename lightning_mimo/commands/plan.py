@@ -6,10 +6,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, override
 
 import torch
 
+from lightning_mimo.commands.dry_run import first_samples
 from lightning_mimo.commands.layout import merged_config
 from lightning_mimo.commands.plan_config import as_yaml, changes_of, write_config
 from lightning_mimo.commands.plan_model import PlannedModel, keys_in, set_keys
@@ -67,7 +69,8 @@ class PlanCLI(MimoCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         with one_line():
             arguments = self._get(self.config, "model").init_args
-            subject = PlannedModel(self._module_with, self.trainer, keys_in(arguments))
+            data = partial(first_samples, self.trainer, self.datamodule) if self.options.from_data else None
+            subject = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data)
             hardware = load_hardware(self.options.hardware)
             if self.options.measure:
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +97,7 @@ class PlanCLI(MimoCLI):
         changes = self._changes(subject, best, hardware)
         lines = [
             f"{options.gpus[0]} x {hardware.name}, global_batch_size={model.global_batch_size}, {model.tokens:,.0f} "
-            f"tokens per sample, {model.dtype}",
+            f"tokens per sample{subject.says}, {model.dtype}",
             report.describe_search(found, seconds),
             "",
             report.describe_plans(found, model, hardware, with_data=with_data),
@@ -137,7 +140,7 @@ class PlanCLI(MimoCLI):
             raise ConfigError(f"--spread: there is no module {unknown[0]!r}; there are {', '.join(subject.modules)}.")
         if not any(sigmas.values()):
             return None
-        return SampleSpread(costs=lognormal_costs(sigmas), order=balanced)
+        return SampleSpread(costs=lognormal_costs(sigmas), order=partial(balanced, padded=subject.padded))
 
     def _curve(self, subject: PlannedModel, hardware: Hardware) -> str:
         """One line per number of devices."""

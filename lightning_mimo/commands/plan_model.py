@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from megatron.core.models.mimo import MimoModelConfig
 
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
-from lightning_mimo.layout.module_parallelism import ModuleParallelism, ResolvedParallelism
+from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism, ResolvedParallelism
 from lightning_mimo.planning.candidate import Candidate, Model, Variant
 from lightning_mimo.planning.degrees import degrees_of
 from lightning_mimo.planning.depths import transformer_of
@@ -23,9 +23,10 @@ from lightning_mimo.planning.fake_world import as_rank
 from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.layer_costs import LayerCosts
 from lightning_mimo.planning.model_costs import ModelCosts
+from lightning_mimo.planning.samples import longest_sample, look_at
 from lightning_mimo.planning.search import Space
 from lightning_mimo.strategy.module import MimoModule
-from lightning_mimo.strategy.program import training_program
+from lightning_mimo.strategy.program import step_settings, training_program
 from lightning_mimo.strategy.strategy import MimoStrategy
 
 ModuleWith = Callable[[Mapping[str, Any]], MimoModule]
@@ -83,14 +84,24 @@ class PlannedModel:
         dtype: of the matrix products.
         keys: keys of the config that a plan sets.
         layout: layout of the config.
+        padded: modules whose samples are padded to the longest of a microbatch.
     """
 
-    def __init__(self, module_with: ModuleWith, trainer: pl.Trainer, keys: ModelKeys) -> None:
+    def __init__(
+        self,
+        module_with: ModuleWith,
+        trainer: pl.Trainer,
+        keys: ModelKeys,
+        *,
+        data: Callable[[], Sequence[Any]] | None = None,
+    ) -> None:
         """
         Args:
             module_with: makes the module.
             trainer: trainer with a MimoStrategy.
             keys: keys of the config.
+            data: returns samples of the training data, the largest of which is planned for; ``None`` plans for the
+                longest sample that the model describes.
 
         Raises:
             ConfigError: if the shapes of a sample are unknown.
@@ -102,6 +113,7 @@ class PlannedModel:
         # Costs are those of a whole optimizer, which a distributed one divides by the replicas of a layout.
         strategy.ddp = None
         ranks = strategy.num_nodes * strategy.num_processes
+        self.padded = frozenset({LANGUAGE}) if strategy.pack_to is None else frozenset[str]()
         self.layout = MimoLayout.resolve(strategy.modules, world_size=ranks, colocate=strategy.colocate)
         self.modules = tuple(self.layout.modules)
         self.dtype = str(strategy.precision_plugin.dtype_policy.dtype).removeprefix("torch.")
@@ -115,9 +127,10 @@ class PlannedModel:
             name for name in self.modules if _recomputes(with_recompute, name) and not _recomputes(without, name)
         )
         self._given_recomputes = any(_recomputes(given, name) for name in self._recomputable)
-        self._example = _example(without)
         self._open = ExitStack()
         self._program = self._open.enter_context(training_program(self._module, trainer))
+        self._is_of_data = data is not None
+        self._example = self._longest(without) if data is None else _largest(data(), without)
         self._degrees: dict[tuple[int, int], dict[str, Any]] = {}
 
     def _describe(self, module: MimoModule) -> MimoModelConfig:
@@ -128,6 +141,19 @@ class PlannedModel:
         module.check_layout(layout)
         with as_rank(layout, 0) as infra:
             return module.configure_mimo(infra)
+
+    def _longest(self, config: MimoModelConfig) -> ExampleSample:
+        found = example_sample(config)
+        if isinstance(found, ExampleSample):
+            return found
+        # The description does not tell what the encoders take, but they may.
+        sample = longest_sample(step_settings(self._strategy, self.layout), self._program)
+        if isinstance(sample, str):
+            raise ConfigError(
+                f"plan cannot tell the shapes of a sample from the model: {sample}. --sample=data takes the largest "
+                f"sample of the training data."
+            )
+        return ExampleSample(sample=sample, tokens=len(sample["input_ids"]))
 
     @cached_property
     def model(self) -> Model:
@@ -174,6 +200,11 @@ class PlannedModel:
         )
 
     @property
+    def says(self) -> str:
+        """Where the sample is from, if it is not the longest one that the model describes."""
+        return " as in the largest sample of the data" if self._is_of_data else ""
+
+    @property
     def _is_parallel(self) -> bool:
         return bool(self.keys.sequence_parallel)
 
@@ -194,8 +225,8 @@ def _recomputes(config: MimoModelConfig, name: str) -> bool:
     return transformer is not None and transformer.recompute_granularity == "full"
 
 
-def _example(config: MimoModelConfig) -> ExampleSample:
-    found = example_sample(config)
-    if isinstance(found, str):
-        raise ConfigError(f"plan cannot tell the shapes of a sample from the model: {found}.")
-    return found
+def _largest(samples: Sequence[Any], config: MimoModelConfig) -> ExampleSample:
+    if not samples:
+        raise ConfigError("--sample=data: the training data is empty.")
+    _, sample = look_at(samples, config.special_token_ids)
+    return ExampleSample(sample=sample, tokens=len(sample["input_ids"]))

@@ -13,8 +13,9 @@ from lightning_mimo.layout.layout import MOST_RANKS
 
 USAGE = (
     "lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--measure]\n"
-    "           [--spread MODULE=SIGMA,...] [--write OUT.yaml] [--picture OUT.png] [--KEY=VALUE ...]\n"
-    "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure] [--KEY=VALUE ...]"
+    "           [--sample=data] [--spread MODULE=SIGMA,...] [--write OUT.yaml] [--picture OUT.png] [--KEY=VALUE ...]\n"
+    "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure] [--sample=data]\n"
+    "           [--KEY=VALUE ...]"
 )
 _UNITS = {"": 1, "B": 1, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
 
@@ -28,6 +29,7 @@ class PlanOptions:
         memory: bytes of a device; ``None`` takes the hardware's.
         hardware: name or file of the hardware.
         measure: whether to measure this machine's device.
+        from_data: whether to plan for the largest sample of the training data, not one that the model describes.
         spread: module -> standard deviation of the logarithm of its samples' costs; empty for equal samples.
         write: file for the config of the best plan.
         picture: file for the timeline of the best plan.
@@ -38,6 +40,7 @@ class PlanOptions:
     memory: float | None
     hardware: str
     measure: bool
+    from_data: bool
     spread: dict[str, float]
     write: Path | None
     picture: Path | None
@@ -55,6 +58,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
     parser.add_argument("--memory", help="memory of a device, such as 80GiB; default: the hardware's")
     parser.add_argument("--hardware", default="h100", help="h100, h200, a100, b200, cpu, or a YAML file")
     parser.add_argument("--measure", action="store_true", help="measure this machine's device in place of its figures")
+    parser.add_argument("--sample", choices=("longest", "data"), default="longest", help="what a step is made of")
     parser.add_argument("--spread", help="how much samples differ: images=0.8 is the deviation of log(cost)")
     parser.add_argument("--write", help="write the config with the best plan to this file")
     parser.add_argument("--picture", help="draw the simulated step of the best plan, as a PNG")
@@ -69,6 +73,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
         memory=None if found.memory is None else _memory(found.memory),
         hardware=found.hardware,
         measure=found.measure,
+        from_data=found.sample == "data",
         spread={} if found.spread is None else _spread(found.spread),
         write=_file(found.write, "--write", (".yaml", ".yml")),
         picture=_file(found.picture, "--picture", (".png",)),

@@ -166,14 +166,21 @@ def describe_comparison(
     lines = [aligned(rows, left=(0, 1))]
     # What a module waits for follows from what the others do.
     causes = [each for each in differences if each.what != WAITING] or list(differences)
-    largest = max(causes, key=lambda each: abs(each.seconds))
-    more = "longer" if largest.seconds > 0 else "shorter"
-    lines += [
-        "",
-        f"largest difference besides waiting: {largest.what} of {largest.module}, {1000 * abs(largest.seconds):.1f} ms "
-        f"{more} than simulated",
-    ]
+    largest = max(causes, key=_size)
+    lines += ["", f"largest difference besides waiting: {_in_words(largest)}"]
+    simulated = [each for each in causes if each.simulated]
+    if not largest.simulated and simulated:
+        lines[-1] += f"; of what the simulation has: {_in_words(max(simulated, key=_size))}"
     return "\n".join(lines)
+
+
+def _size(difference: Difference) -> float:
+    return abs(difference.seconds)
+
+
+def _in_words(difference: Difference) -> str:
+    more = "longer" if difference.seconds > 0 else "shorter"
+    return f"{difference.what} of {difference.module}, {1000 * _size(difference):.1f} ms {more} than simulated"
 
 
 def _milliseconds(measured: float, simulated: float) -> tuple[str, str, str]:

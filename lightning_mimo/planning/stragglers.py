@@ -15,6 +15,7 @@ import numpy as np
 
 from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.layout.batch_plan import shard
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.planning.candidate import Candidate, Model
 from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.pricing import StagePrice
@@ -40,12 +41,21 @@ class SampleSpread:
     order: Order | None
 
 
-def balanced(costs: Mapping[str, Sequence[float]], candidate: Candidate) -> Sequence[int]:
-    """The order in which a run with balance takes the samples of a global batch."""
+def balanced(
+    costs: Mapping[str, Sequence[float]], candidate: Candidate, *, padded: frozenset[str] = frozenset({LANGUAGE})
+) -> Sequence[int]:
+    """The order in which a run with balance takes the samples of a global batch.
+
+    Args:
+        costs: module -> costs of the samples, in any unit.
+        candidate: gives replicas and microbatches.
+        padded: modules whose samples are padded to the longest of a microbatch; none if they are packed.
+    """
     order = balanced_order(
         {name: np.asarray(each, dtype=np.float64) for name, each in costs.items()},
         dp_sizes={name: sizes.dp for name, sizes in candidate.layout.modules.items()},
         num_microbatches=candidate.num_microbatches,
+        padded=padded,
     )
     return order.tolist()
 

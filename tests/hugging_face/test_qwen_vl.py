@@ -57,6 +57,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model("qwen2_5_vl", tmp_path_factory.mktemp("models") / "qwen2_5_vl")
 
 
+def test_an_example_for_estimates_is_what_the_encoder_declares(folder: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    tower = GridTower(config.vision_config, QWEN2_5_VISION)
+    inputs, number = tower.example_inputs(2)
+    assert tower.item_sizes.embeddings(inputs).tolist() == [number] * 2
+    rows = tower.item_sizes.rows["pixel_values"](inputs)
+    assert rows.sum() == len(inputs["pixel_values"]) == 2 * number * MERGE**2
+    small, side = inputs["image_grid_thw"].new_tensor([[1, 2 * MERGE, 2 * MERGE]]), 4 * MERGE**2
+    assert len(tower(inputs["pixel_values"][:side], small)) == 4, "the patches are as wide as the model's"
+
+
 def with_grids(grids: object) -> dict[str, Any]:
     return {"images": {"vision": {"image_grid_thw": grids}}}
 

@@ -11,6 +11,9 @@ import torch
 
 from lightning_mimo.data.items import ItemSizes
 
+_EXAMPLE_SIDE = 32
+"""Embeddings along each side of an image in estimates without data; for Qwen2.5-VL it has 896 * 896 pixels."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionClasses:
@@ -65,6 +68,18 @@ class GridTower(torch.nn.Module):
         self.tower = classes.build_tower(config)
         self.tower.merger = _Concatenate(config.spatial_merge_size**2)
         self.item_sizes = ItemSizes.of_grid(merge_size=config.spatial_merge_size)
+        self._merge_size = config.spatial_merge_size
+        channels = getattr(config, "in_channels", 3)
+        self._patch_width = channels * config.temporal_patch_size * config.patch_size**2
+
+    def example_inputs(self, items: int) -> tuple[dict[str, torch.Tensor], int]:
+        """Black square images of 1,024 embeddings, and that number, for estimates without data."""
+        side = _EXAMPLE_SIDE * self._merge_size
+        inputs = {
+            "pixel_values": torch.zeros(items * side**2, self._patch_width),
+            "image_grid_thw": torch.tensor([[1, side, side]] * items),
+        }
+        return inputs, _EXAMPLE_SIDE**2
 
     def forward(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """Encode images.

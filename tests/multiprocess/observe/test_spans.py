@@ -16,7 +16,9 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_mimo import ModuleParallelism, Monitoring, StepTrace
+from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.observe.clocks import offset_to_rank_0
+from lightning_mimo.planning import comparison
 from tests.parity.cases import apart, task, together
 from tests.parity.layouts import Layout, train
 from tests.parity.model import Samples
@@ -97,8 +99,20 @@ def test_trace_of_a_pipeline_covers_what_the_schedule_did(rank_pool: RankPool, t
         [(0, 2), (1, 2), (2, 3), (3, 2), (2, 0), (2, 1)], 3
     )
     assert all(e["ts"] <= ends[number]["ts"] for number, e in starts.items()), "one clock"
+    check_planners_view(tmp_path / "step=1.json", layout)
     check_telemetry([metrics for metrics, _ in found], tmp_path)
     assert all(timeouts == {timedelta(seconds=77 + 60)} for _, timeouts in found)
+
+
+def check_planners_view(path: Path, layout: Layout) -> None:
+    """``plan --compare`` reads the same step: every span once, on the ranks of the config."""
+    ranks = comparison.read_trace(path)
+    comparison.check_trace(ranks, MimoLayout.resolve(layout.modules, world_size=4), path=path)
+    assert [(each.rank, each.stage) for each in ranks] == [(0, 0), (1, 0), (2, 0), (3, 1)]
+    for each in ranks:
+        seconds = each.seconds()
+        assert sum(seconds.values()) == pytest.approx(each.end - each.begin)
+        assert all(seconds[kind] > 0 for kind in ("forward", "backward", "optimizer"))
 
 
 def check_telemetry(found: list[dict[str, float]], folder: Path) -> None:

@@ -21,6 +21,7 @@ def test_options_and_the_rest() -> None:
     assert rest == ["--config", "my.yaml", "--data.folder=x"]
     assert options.gpus == (8, 16, 32) and options.memory == 40 * 2**30 and options.spread == {"images": 0.8}
     assert parse_options(["--gpus=8", "--memory=80GB"])[0].memory == 80e9
+    assert not options.from_data and parse_options(["--gpus=8", "--sample=data"])[0].from_data
 
 
 @pytest.mark.parametrize(

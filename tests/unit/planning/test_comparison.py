@@ -60,6 +60,18 @@ def test_the_largest_difference_is_named(tmp_path: Path) -> None:
     assert "largest difference besides waiting: backward of language, 4500.0 ms longer than simulated" in text
 
 
+def test_what_is_not_simulated_does_not_hide_the_largest_difference_of_what_is(tmp_path: Path) -> None:
+    first, *others = traces_of(_simulation(slower=1.5))
+    loading = TracedSpan(
+        info=SpanInfo(kind="loading", label="load"), depth=0, microbatch=None, begin=first.end, end=first.end + 60.0
+    )
+    slow = replace(first, end=loading.end, spans=(*first.spans, loading))
+    ranks = read_trace(_write([slow, *others], tmp_path))
+    simulation = _simulation()
+    text = describe_comparison(ranks, simulation, compare(ranks, simulation))
+    assert "loading of images, 60000.0 ms longer than simulated; of what the simulation has: backward of" in text
+
+
 def test_inner_spans_count_once(tmp_path: Path) -> None:
     outer, inner = SpanInfo(kind="forward", label="forward"), SpanInfo(kind="bridge", label="exchange")
     spans = (

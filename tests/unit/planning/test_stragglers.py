@@ -4,8 +4,10 @@ import random
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import ModuleParallelism
 from lightning_mimo.planning.candidate import Candidate, Variant
@@ -64,6 +66,20 @@ def test_differing_samples_cost_time_and_balance_saves_most_of_it(candidate: Can
     )
     assert plain > equal and even < plain
     assert even - equal < 0.6 * (plain - equal)
+
+
+@pytest.mark.parametrize("padded", [frozenset({"language"}), frozenset()], ids=["padded", "packed"])
+def test_the_order_is_the_one_of_the_loader(padded: frozenset[str]) -> None:
+    costs = lognormal_costs({"images": 0.8, "language": 1.0}, number=64)
+    expected = balanced_order(
+        {name: np.array(each) for name, each in costs.items()},
+        dp_sizes={"images": 4, "language": 2},
+        num_microbatches=4,
+        padded=padded,
+    )
+    assert balanced(costs, LAYOUTS[1], padded=padded) == expected.tolist()
+    other = frozenset({"language"}) - padded
+    assert balanced(costs, LAYOUTS[1], padded=other) != expected.tolist()
 
 
 def test_factors_are_means_of_the_samples_of_a_replica() -> None:
