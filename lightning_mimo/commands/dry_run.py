@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo.commands.step_table import size_text, step_table
 from lightning_mimo.errors import ConfigError, MimoError
+from lightning_mimo.layout.communicators import communicators
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
@@ -171,7 +172,20 @@ def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, train
         lines[0] += f", {_number(trained)} of them trained"
     lines.append(f"on each rank, in {precision}" + (", with Adam" if training else "") + "; not counted: activations,")
     lines.append("buffers of collectives, CUDA's and the allocator's own memory")
+    if training and layout.world_size > 1:
+        lines += ["", *_communicator_lines(found, layout)]
     return "\n".join(lines)
+
+
+def _communicator_lines(found: MemoryEstimate, layout: MimoLayout) -> list[str]:
+    """Memory of NCCL's communicators, which exist on GPUs only; of the rank of each stage that has the most."""
+    frozen = [name for name, count in found.trained.items() if count == 0]
+    lines = ["on GPUs also, for NCCL's communicators (as reported for A100; not measured):"]
+    for ranks in dict.fromkeys(stage.ranks for stage in found.stages):
+        made = [communicators(layout, rank, frozen=frozen) for rank in ranks]
+        size, number = max((sum(each.nbytes for each in of_rank), len(of_rank)) for of_rank in made)
+        lines.append(f"  {size_text(size)} on {span_of(ranks)}, {number} communicators")
+    return lines
 
 
 def _row(stage: StageFootprint, layout: MimoLayout) -> tuple[str, ...]:

@@ -108,6 +108,9 @@ def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.Ca
     assert "on each rank, in bf16-mixed, with Adam; not counted: activations" in printed
     assert "parameters (images " in printed
     assert ("\n0-1    all " in printed) == ("colocated" in config)
+    # 5 of two ranks; 2 of two ranks and that of all four.
+    largest = "2.66 GiB on 0-1, 5 communicators" if "colocated" in config else "1.73 GiB on 0, 3 communicators"
+    assert f"for NCCL's communicators (as reported for A100; not measured):\n  {largest}\n" in printed
     assert not dist.is_initialized()
 
 
