@@ -18,6 +18,7 @@ BENCHMARKS = {
     "shards": "samples a second from tar and parquet shards, with and without images",
     "balance": "the slowest replica over the mean, with samples divided by their costs and without",
     "packing": "packed rows against padded samples, and against transformers",
+    "waiting": "how long ranks wait for data, balanced and in order, packed and padded",
     "startup": "from the launch to the first step, and what needs no torch",
     "process_groups": "how many there are, how long they take, and how both grow",
     "against_ddp": "time and memory against Lightning's DDPStrategy",
