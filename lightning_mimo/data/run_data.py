@@ -98,6 +98,9 @@ class RunData:
             _check_same_lengths(None)
             self.ends.set_up()
         else:
+            check_loader(loader, self._plan.global_batch_size)
+            samples = len(cast(Sized, loader.dataset))
+            _check_same_lengths((samples, sampler_length(loader)))  # first: each rank tells a part of other lengths
             packing = self._packing_of(loader, pack_to, training=training)
             sharded = shard_dataloader(
                 loader,
@@ -111,8 +114,6 @@ class RunData:
                 balance=self._balance,
                 packing=packing,
             )
-            samples = len(cast(Sized, loader.dataset))
-            _check_same_lengths((samples, sampler_length(loader)))
         if training:
             self._training_samples, self._training, self._sampler_states = samples, sharded, None
             self._packing = packing
@@ -123,7 +124,6 @@ class RunData:
         """How samples become rows, if they are packed. Collective over the world."""
         if pack_to is None:
             return None
-        check_loader(loader, self._plan.global_batch_size)
         if not training:
             check_evaluation_order(sampler_of(loader), pack_to)
         return Packing(budget=pack_to, lengths=gather_lengths(loader.dataset))

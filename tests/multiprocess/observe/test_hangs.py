@@ -28,15 +28,16 @@ REDUCTION = {
 
 
 @pytest.mark.parametrize(
-    ("module", "missing", "said"),
+    ("module", "missing", "said", "telemetry"),
     [
-        ("StopsInForwardOfRank0", 0, FORWARD),
-        pytest.param("StopsBeforeReductionOnRank1", 1, REDUCTION, marks=pytest.mark.exhaustive),
+        ("StopsInForwardOfRank0", 0, FORWARD, "true"),
+        pytest.param("StopsInForwardOfRank0", 0, FORWARD, "false", marks=pytest.mark.exhaustive),
+        pytest.param("StopsBeforeReductionOnRank1", 1, REDUCTION, "true", marks=pytest.mark.exhaustive),
     ],
-    ids=["forward", "reduction"],
+    ids=["forward", "forward-without_telemetry", "reduction"],
 )
 def test_a_rank_that_stops_is_named_and_all_end(
-    module: str, missing: int, said: dict[int, str], tmp_path: Path, run_host: RunHost
+    module: str, missing: int, said: dict[int, str], telemetry: str, tmp_path: Path, run_host: RunHost
 ) -> None:
     log = tmp_path / "log"
     arguments = [
@@ -44,6 +45,7 @@ def test_a_rank_that_stops_is_named_and_all_end(
         *(f"--model.class_path=tests.support.failing.{module}", "--trainer.max_steps=3"),
         *(f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"),
         *(f"--trainer.strategy.init_args.monitoring.timeout=0:0:{TIMEOUT}", "--trainer.num_sanity_val_steps=0"),
+        f"--trainer.strategy.init_args.monitoring.telemetry={telemetry}",
     ]
     process = run_host.start("lightning_mimo.commands.cli:main", *arguments, log=log)
     stopped_at = None
