@@ -15,6 +15,7 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.launch.node_rank import end_process
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.precision import MimoPrecision
 from lightning_mimo.strategy.strategy import MimoStrategy
@@ -147,7 +148,7 @@ def _in_own_process(work: Callable[[], None], *, log: Path, what: str) -> None:
         for descriptor in (1, 2):
             os.dup2(file, descriptor)
         work()
-        sys.exit(0)  # and not os._exit(): ranks report their end in exit handlers
+        end_process(0)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     if code != 0:
         print(*log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:], sep="\n", file=sys.stderr)

@@ -19,8 +19,7 @@ _WORDS = {"initial": "initial weights", "loss": "loss", "gradient": "gradients",
 def verify(subject: Subject, layout: ScaledLayout) -> tuple[bool, str]:
     """Train two steps in a layout and in one process, in float64, and compare every parameter.
 
-    Forks; call it where torch.distributed is not initialized. In the forked processes it raises SystemExit, so whatever
-    calls it must let that pass.
+    Forks; call it where torch.distributed is not initialized.
 
     Args:
         subject: what is trained.

@@ -43,7 +43,7 @@ class End:
 def run(host: RunHost, folder: Path, case: str, rank: int) -> End:
     """Start a run and wait until all its processes have ended."""
     began = time.monotonic()
-    process = host.start("tests.kill.ends:main", case, str(rank), log=folder / "log")
+    process = host.start("tests.kill.ends:main", case, str(rank), log=folder / "log", shutdown=True)
     code = process.wait(timeout=300)
     seconds = time.monotonic() - began
     deadline = time.monotonic() + 15

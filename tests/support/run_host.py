@@ -1,7 +1,6 @@
 """Starts runs as a user would, each a process of its own, without paying for the imports every time.
 
-A host process imports everything once and forks a run for each that is asked for. In the forked process the module
-ends as a script does: with the interpreter's own shutdown and its exit code.
+A host process imports everything once and forks a run for each that is asked for.
 """
 
 from __future__ import annotations
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from lightning_mimo.launch.node_rank import end_process
 
 _PRELOADED = (
     "lightning.pytorch",
@@ -74,16 +75,18 @@ class RunHost:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    def start(self, function: str, *arguments: str, log: Path) -> HostedRun:
+    def start(self, function: str, *arguments: str, log: Path, shutdown: bool = False) -> HostedRun:
         """Fork a run.
 
         Args:
             function: ``module:name`` of what the run calls, without arguments.
             arguments: of its command line, as in ``sys.argv[1:]``.
             log: file for what it prints to both streams.
+            shutdown: whether a run that succeeds ends as a script does, with the interpreter's own shutdown, which
+                takes two seconds; one that fails always does.
         """
         log.touch()
-        return HostedRun(self, self.ask(start=function, arguments=arguments, log=str(log)))
+        return HostedRun(self, self.ask(start=function, arguments=arguments, log=str(log), shutdown=shutdown))
 
     def ask(self, **request: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -97,8 +100,8 @@ class RunHost:
         self._process.stdout.close()
 
 
-def _serve() -> str | None:
-    """Fork runs until the last request; returns what to call, in the process of a run only."""
+def _serve() -> tuple[str, bool] | None:
+    """Fork runs until the last request; returns what to call and how to end, in the process of a run only."""
     for line in sys.stdin:
         request = json.loads(line)
         if "poll" in request:
@@ -108,7 +111,7 @@ def _serve() -> str | None:
         pid = os.fork()
         if pid == 0:
             _become_run(request["arguments"], request["log"])
-            return request["start"]
+            return request["start"], request["shutdown"]
         print(pid, flush=True)
     return None
 
@@ -135,4 +138,7 @@ if __name__ == "__main__":
     for each in _PRELOADED:
         importlib.import_module(each)
     if (asked := _serve()) is not None:
-        _call(asked)
+        called, shuts_down = asked
+        _call(called)
+        if not shuts_down:
+            end_process(0)

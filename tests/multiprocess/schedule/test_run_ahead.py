@@ -41,14 +41,14 @@ def train_ahead(layout: Layout, ahead: int) -> tuple[str, list[float], list[floa
     return order.passes, recorder.losses, recorder.norms
 
 
-@pytest.mark.parametrize("ahead", [0, exhaustive(1), 3, exhaustive(9)])
+@pytest.mark.parametrize("ahead", [exhaustive(1), 3, exhaustive(9)])
 def test_bounded_and_without_effect(rank_pool: RankPool, ahead: int) -> None:
-    found = rank_pool.run(train_ahead, LAYOUT, ahead, world_size=LAYOUT.ranks)
-    first, second, *language = [passes.index("b") for passes, _, _ in found]
-    # 1F1B's own: one more than there are stages behind. The last of them is not ahead of anything.
-    assert first == min(4 + ahead, MICROBATCHES)
-    assert second == min(3 + ahead, MICROBATCHES)
-    assert language == [2, 1]
-    assert {passes.count("f") for passes, _, _ in found} == {passes.count("b") for passes, _, _ in found} == {6}
-    expected = rank_pool.run(train_ahead, LAYOUT, 0, world_size=LAYOUT.ranks)
-    assert [(losses, norms) for _, losses, norms in found] == [(losses, norms) for _, losses, norms in expected]
+    found = {each: rank_pool.run(train_ahead, LAYOUT, each, world_size=LAYOUT.ranks) for each in (0, ahead)}
+    for each, ranks in found.items():
+        first, second, *language = [passes.index("b") for passes, _, _ in ranks]
+        # 1F1B's own: one more than there are stages behind. The last of them is not ahead of anything.
+        assert first == min(4 + each, MICROBATCHES)
+        assert second == min(3 + each, MICROBATCHES)
+        assert language == [2, 1]
+        assert {passes.count("f") for passes, _, _ in ranks} == {passes.count("b") for passes, _, _ in ranks} == {6}
+    assert [learned for _, *learned in found[ahead]] == [learned for _, *learned in found[0]]

@@ -119,7 +119,9 @@ class Seen:
 
 
 def fit_with_everything(folder: str, bar: type[pl.Callback], summary: type[ModelSummary]) -> Seen:
-    loggers = [CSVLogger(folder), TensorBoardLogger(folder), WandbLogger(save_dir=folder, offline=True)]
+    # Describing the run as a job of its service makes wandb import its launcher, for nine seconds.
+    wandb_logger = WandbLogger(save_dir=folder, offline=True, settings={"disable_job_creation": True})
+    loggers = [CSVLogger(folder), TensorBoardLogger(folder), wandb_logger]
     stopping = EarlyStopping("val/loss", mode="max", patience=1)  # the loss falls, so this stops
     best = [
         ModelCheckpoint(f"{folder}/{name}", "{step}", monitor=f"{name}/loss", every_n_train_steps=every)
