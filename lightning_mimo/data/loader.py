@@ -13,7 +13,6 @@ import operator
 from collections.abc import Iterator, Mapping, Sized
 from typing import cast
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import (
@@ -26,11 +25,11 @@ from torch.utils.data import (
     default_convert,
 )
 
-from lightning_mimo.data.balance import balanced_order
 from lightning_mimo.data.collation import MicrobatchCollator, SampleRequest
 from lightning_mimo.data.order import SamplerStates, SeededSampler, seed_generators
 from lightning_mimo.data.packing import Packing, Row
 from lightning_mimo.data.prefetch import LoadsAhead
+from lightning_mimo.data.rank_share import DrawnBatch, RankShare
 from lightning_mimo.data.row_order import RowOrder
 from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import Sample, SampleFormat
@@ -38,86 +37,49 @@ from lightning_mimo.data.worker_end import EndWithRank
 from lightning_mimo.data.wrapped import owner_of
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.batch_plan import RankBatchPlan
-from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.parallel.random import seed_for
 from lightning_mimo.upstream.lightning import _IndexBatchSamplerWrapper
 
 
-class RankBatchSampler(BatchSampler):
-    """Cuts the global order into global batches and keeps this rank's samples of each.
+class GlobalBatchSampler(BatchSampler):
+    """Cuts the order of an epoch into global batches.
 
-    At each position of a global batch is a row: one sample, or several that are packed. A short last batch is filled up
-    with repeats that count for nothing, unless it is dropped.
+    At each place of a global batch is a row: one sample, or several that are packed. What a rank loads of a batch is
+    left to the workers: the main process draws the next batch before it hands out the one that is due.
     """
 
     def __init__(
-        self,
-        order: SeededSampler,
-        plan: RankBatchPlan,
-        *,
-        drop_last: bool,
-        costs: SampleCosts | None = None,
-        packing: Packing | None = None,
+        self, order: SeededSampler, *, batch_size: int, drop_last: bool, packing: Packing | None = None
     ) -> None:
         """
         Args:
             order: indices of an epoch.
-            plan: this rank's share of a global batch.
+            batch_size: rows of a global batch.
             drop_last: whether a short last batch is left out.
-            costs: of the samples, by which batches are balanced; ``None`` to leave them in order.
             packing: how samples become rows; ``None`` for one sample a row.
         """
         self.sampler = order  # the name under which Lightning looks for set_epoch
         self.order = order
         self._rows = RowOrder(order, packing)
         self.skip = 0  # batches at the beginning of the next epoch that have been learned from already
-        self.batch_size = plan.global_batch_size
+        self.batch_size = batch_size
         self.drop_last = drop_last
-        self._plan = plan
-        self._costs = costs
-        self._padded = frozenset({LANGUAGE}) if packing is None else frozenset[str]()
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._rows), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def __iter__(self) -> Iterator[list[SampleRequest]]:  # type: ignore[override]  # requests in place of indices
+    def __iter__(self) -> Iterator[DrawnBatch]:  # type: ignore[override]  # a batch in place of indices
         batch: list[Row] = []
         done, self.skip = self.skip * self.batch_size, 0
         for row in self._rows.rows(done):
             batch.append(tuple(map(_as_index, row)))
             if len(batch) == self.batch_size:
-                yield self._requests(batch)
+                yield DrawnBatch(rows=batch, epoch=self.order.epoch)
                 batch = []
         if batch and not self.drop_last:
-            yield self._requests(batch)
-
-    def _requests(self, batch: list[Row]) -> list[SampleRequest]:
-        filled = batch + [self._rows.filler(batch[0])] * (self.batch_size - len(batch))
-        order = range(self.batch_size) if self._costs is None else self._balanced(self._costs.of_rows(filled))
-        return [
-            SampleRequest(
-                index=index,
-                position=position,
-                drawn=order[position],
-                place=place,
-                modules=self._plan.needed_by(position, microbatch),
-                epoch=self.order.epoch,
-                is_padding=order[position] >= len(batch),
-            )
-            for microbatch in range(self._plan.num_microbatches)
-            for position in self._plan.samples_on_rank(microbatch)
-            for place, index in enumerate(filled[order[position]])
-        ]
-
-    def _balanced(self, costs: Mapping[str, np.ndarray]) -> list[int]:
-        """Which row of a global batch is at each position."""
-        plan = self._plan
-        order = balanced_order(
-            costs, dp_sizes=plan.dp_sizes, num_microbatches=plan.num_microbatches, padded=self._padded
-        )
-        return order.tolist()
+            yield DrawnBatch(rows=batch, epoch=self.order.epoch)
 
 
 class ModalityDataset(Dataset):
@@ -127,14 +89,15 @@ class ModalityDataset(Dataset):
     ``ConcatDataset``; of a plain one the rest is thrown away.
     """
 
-    def __init__(self, dataset: Dataset, *, seed: int) -> None:
+    def __init__(self, dataset: Dataset, share: RankShare, *, seed: int) -> None:
         self._dataset = dataset
+        self._share = share
         self._seed = seed
 
-    def __getitems__(self, requests: list[SampleRequest]) -> list[tuple[SampleRequest, Sample]]:
+    def __getitems__(self, batch: DrawnBatch) -> list[tuple[SampleRequest, Sample]]:
         """All samples of a global batch at once, so that the generators are saved and restored once only."""
         with isolate_rng(include_cuda=False):
-            return [(request, self._load_seeded(request)) for request in requests]
+            return [(request, self._load_seeded(request)) for request in self._share.requests(batch)]
 
     def _load_seeded(self, request: SampleRequest) -> Sample:
         seed_generators(seed_for(self._seed, f"sample/{request.epoch}/{request.index}"))
@@ -179,7 +142,7 @@ class ResumableLoader(DataLoader):
     @property
     def order(self) -> SeededSampler:
         """The order of samples over all ranks."""
-        assert isinstance(self.batch_sampler, RankBatchSampler)
+        assert isinstance(self.batch_sampler, GlobalBatchSampler)
         return self.batch_sampler.order
 
     def sampler_states(self) -> SamplerStates:
@@ -192,7 +155,7 @@ class ResumableLoader(DataLoader):
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Leave out the batches that are done, in the next epoch only."""
-        assert isinstance(self.batch_sampler, RankBatchSampler)
+        assert isinstance(self.batch_sampler, GlobalBatchSampler)
         self.batch_sampler.skip = state_dict["batches"]
 
 
@@ -238,8 +201,10 @@ def shard_dataloader(
     )
     costs = SampleCosts.of_dataset(loader.dataset, modules=tuple(plan.dp_sizes)) if balance else None
     return ResumableLoader(
-        ModalityDataset(loader.dataset, seed=seed),
-        batch_sampler=RankBatchSampler(order, plan, drop_last=sampler.drop_last, costs=costs, packing=packing),
+        ModalityDataset(loader.dataset, RankShare(plan, costs=costs, packing=packing), seed=seed),
+        batch_sampler=GlobalBatchSampler(
+            order, batch_size=plan.global_batch_size, drop_last=sampler.drop_last, packing=packing
+        ),
         collate_fn=MicrobatchCollator(plan, sample_format, packing=packing),
         num_workers=loader.num_workers,
         pin_memory=loader.pin_memory or pin_memory,

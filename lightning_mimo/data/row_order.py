@@ -39,13 +39,6 @@ class RowOrder:
         else:
             yield from self._rows(self._packing)[start:]
 
-    def filler(self, row: Row) -> Row:
-        """A row that only fills up a short last batch: the shortest sample of a given one."""
-        if self._packing is None:
-            return row
-        lengths = self._packing.lengths
-        return (min(row, key=lambda index: int(lengths[index])),)
-
     def _rows(self, packing: Packing) -> list[Row]:
         epoch = self.order.epoch
         if self._packed is None or self._packed[0] != epoch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +21,8 @@ class SampleCosts:
 
     ``cost(index)`` returns the work that a sample is for each module, in any unit, such as its tokens or the pixels of
     its images: ``{"images": 4096, "language": 700}``; a module that is left out has no work. A single number is the
-    work for all modules. It must return the same on every rank. It is called in the main process, for every sample of
-    every global batch on every rank, so it should take some microseconds: from a list, not from a file.
+    work for all modules. It must return the same on every rank. Every rank calls it for every sample of every global
+    batch, in the worker that loads the batch, so it should take some microseconds: from a list, not from a file.
     """
 
     def __init__(self, cost: Callable[[int], Any], *, name: str, modules: Sequence[str]) -> None:
@@ -77,6 +78,16 @@ class SampleCosts:
         starts = np.cumsum([0, *(len(row) for row in rows[:-1])])
         costs = self.of([index for row in rows for index in row])
         return {name: np.add.reduceat(each, starts) for name, each in costs.items()}
+
+    def cheapest(self, indices: Sequence[int]) -> int:
+        """The one of some samples that is the least share of their costs, summed over modules; the first of equals.
+
+        Raises:
+            DataError: as for :meth:`of`.
+        """
+        totals = [(each, math.fsum(each)) for each in self.of(indices).values()]
+        shares = sum((each / total for each, total in totals if total), np.zeros(len(indices)))
+        return indices[int(shares.argmin())]
 
     def _called(self, index: int) -> Any:
         try:

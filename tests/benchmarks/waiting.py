@@ -19,16 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.data.prefetch import LoadsAhead
-from tests.benchmarks.balance import COST, MODULES, Case, CostlyData, drawn
+from tests.benchmarks.balance import MODULES, Case, CostlyData, drawn
 from tests.benchmarks.packing import IN_A_ROW, Llama, Texts
 from tests.benchmarks.paired import compare
 from tests.benchmarks.quiet import quiet_trainer
 from tests.benchmarks.report import Cell, Report
-from tests.benchmarks.sleeping import SleepingModule
+from tests.benchmarks.sleeping import Cost, SleepingModule
 from tests.parity.layouts import PoolEnvironment
 from tests.support.rank_pool import RankPool
 
 CASE = Case(images=2, language=2, colocate=True)
+COST = Cost(forward=0.006, backward=0.012)  # of a sample of mean cost, of either module
 REPLICAS = 2
 FIRST = 3  # steps in which workers start
 
@@ -69,7 +70,7 @@ def _wait_of_a_step(strategy: MimoStrategy, module: LightningModule, dataset: Da
 
 
 def balanced(steps: int, balance: bool) -> float:
-    """Modules that sleep 54 ms for a sample of mean cost."""
+    """Modules that sleep 18 ms for a sample of mean cost."""
     costs = drawn(CASE.batch * steps, seed=0)
     modules = {name: ModuleParallelism(dp=dp) for name, dp in CASE.dp_sizes.items()}
     strategy = MimoStrategy(modules, CASE.batch, colocate=True, balance=balance, cluster_environment=PoolEnvironment())
@@ -91,7 +92,7 @@ def packed(steps: int, packs: bool) -> float:
 
 
 def measure(pool: RankPool, *, quick: bool) -> Report:
-    steps, rounds = (8, 1) if quick else (12, 2)
+    steps, rounds = (8, 1) if quick else (24, 6)
     rows: list[list[Cell]] = []
     details: dict[str, Any] = {}
     for name, wait in (("balanced / in order", balanced), ("packed / padded", packed)):
@@ -100,13 +101,17 @@ def measure(pool: RankPool, *, quick: bool) -> Report:
             return max(pool.run(wait, steps, option, world_size=REPLICAS, timeout=400))
 
         found = compare(partial(block, True), partial(block, False), rounds=rounds)
+        spread = min(found.differences), max(found.differences)
         milliseconds = [1000 * float(np.median(each)) for each in (found.a, found.b)]
-        rows.append([name, *milliseconds, *found.control])
+        rows.append([name, *milliseconds, 1000 * found.difference, *(1000 * each for each in spread), *found.control])
         details[name] = {"first": found.a, "second": found.b}
     return Report(
         title="Milliseconds of a step in which a rank waits for data, 2 ranks with a worker each",
-        columns=("what", "first, ms", "second, ms", "control from", "to"),
+        columns=("what", "first, ms", "second, ms", "first - second, ms", "from", "to", "control from", "to"),
         rows=rows,
-        notes=("Median of the steps, of the rank that waits longer, in rounds of A B B A.",),
+        notes=(
+            "Median of the steps, of the rank that waits longer, in rounds of A B B A. Differences: median, least and",
+            "most of the rounds; control: ratios of neighbouring blocks of the same.",
+        ),
         details=details,
     )

@@ -21,7 +21,9 @@ _ROLES = {
 }
 _FIELDS = ("messages", "conversations")
 _ROLE_KEYS, _CONTENT_KEYS = ("role", "from"), ("content", "value")
+_KEYS = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS))
 # A line break belongs to the placeholder next to it: templates write their own.
+_PLACEHOLDERS = tuple(f"<{kind}>" for kind in KINDS)
 _PLACEHOLDER = re.compile(r"(?:\n(?=<[a-z]+>$))?<(image|video|audio)>\n?")
 
 
@@ -142,32 +144,31 @@ class _Reader:
         if not isinstance(message, Mapping):
             raise self._error(field, f"is {_short(message)}, but must be a dict with 'role' and 'content'.")
         message = {key: value for key, value in message.items() if value is not None}  # tables have every key
-        given = self._one_of(message, _ROLE_KEYS, field)
+        key = self._one_of(message, _ROLE_KEYS, field)
+        given = message[key]
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
-            key = next(key for key in _ROLE_KEYS if key in message)
             raise self._error(f"{field}.{key}", f"is {_short(given)}; known are {', '.join(_ROLES)}.")
-        others = {key: value for key, value in message.items() if key not in (*_ROLE_KEYS, *_CONTENT_KEYS)}
+        others = {key: value for key, value in message.items() if key not in _KEYS}
         for key in others:
             if not self._is_used(key):
                 raise self._error(f"{field}.{key}", "is a key that the chat template does not look at. Leave it out.")
-        content = self._content(message, field) if "tool_calls" not in message or self._has_content(message) else []
+        says_nothing = "tool_calls" in others and not any(key in message for key in _CONTENT_KEYS)
+        content = [] if says_nothing else self._content(message, field)
         return {"role": role, "content": content, **others}
 
-    def _has_content(self, message: Mapping[str, Any]) -> bool:
-        return any(key in message for key in _CONTENT_KEYS)
-
-    def _one_of(self, message: Mapping[str, Any], keys: Sequence[str], field: str) -> Any:
-        present = [key for key in keys if key in message]
-        if len(present) != 1:
+    def _one_of(self, message: Mapping[str, Any], keys: tuple[str, str], field: str) -> str:
+        """The key that a message has."""
+        first, second = keys
+        if (first in message) is (second in message):
             raise self._error(
                 field, f"has the keys {list(message)}, but must have one of {' and '.join(map(repr, keys))}."
             )
-        return message[present[0]]
+        return first if first in message else second
 
     def _content(self, message: Mapping[str, Any], field: str) -> list[dict[str, str]]:
-        content = self._one_of(message, _CONTENT_KEYS, field)
-        field += "." + next(key for key in _CONTENT_KEYS if key in message)
+        key = self._one_of(message, _CONTENT_KEYS, field)
+        content, field = message[key], f"{field}.{key}"
         if isinstance(content, str):
             return list(self._split(content, field))
         if not isinstance(content, Sequence):
@@ -176,6 +177,9 @@ class _Reader:
 
     def _split(self, text: str, field: str) -> Iterator[dict[str, str]]:
         """A string in pieces, between which stand ``<image>`` and so on."""
+        if not any(placeholder in text for placeholder in _PLACEHOLDERS):  # a tenth of the time of the search below
+            yield from _text(text)
+            return
         done = 0
         for match in _PLACEHOLDER.finditer(text):
             kind = match[1]

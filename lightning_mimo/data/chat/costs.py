@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -43,7 +45,7 @@ class ConversationCosts:
         self._by_size = by_size
         self._characters = 0
         self._tokens = 0
-        self._known = np.full((number, len(self._names)), np.nan, dtype=np.float32)
+        self._known = _shared_with_workers(number, len(self._names))
 
     def learn(self, conversation: Conversation, tokens: Tokens) -> None:
         """Take notice of how many tokens the text of a conversation has become."""
@@ -56,9 +58,11 @@ class ConversationCosts:
         Raises:
             DataError: if the row, or an image whose size has to be known, cannot be read.
         """
-        if np.isnan(self._known[index, 0]):
+        known = self._known[index].tolist()
+        if any(map(math.isnan, known)):  # any: another worker may be writing them
             self._known[index] = self._estimated(self._read(index))
-        return {name: cost for name, cost in zip(self._names, self._known[index].tolist(), strict=True) if cost}
+            known = self._known[index].tolist()  # rounded, as the next time: ranks must agree
+        return {name: cost for name, cost in zip(self._names, known, strict=True) if cost}
 
     def _estimated(self, conversation: Conversation) -> list[float]:
         per_token = self._characters / self._tokens if self._characters and self._tokens else _CHARACTERS_PER_TOKEN
@@ -70,6 +74,17 @@ class ConversationCosts:
                 costs[self._modules[media.kind]] += embeddings
         costs[LANGUAGE] += _characters(conversation) / per_token
         return list(costs.values())
+
+
+def _shared_with_workers(rows: int, columns: int) -> np.ndarray:
+    """float32 ``[rows, columns]``, none of which is a number yet, in memory that forked processes share.
+
+    Workers end with the epoch; what they have found is kept. Those that are spawned get a copy.
+    """
+    memory = mmap.mmap(-1, max(1, rows * columns) * np.dtype(np.float32).itemsize)
+    array = np.frombuffer(memory, dtype=np.float32, count=rows * columns).reshape(rows, columns)
+    array.fill(np.nan)
+    return array
 
 
 def _characters(conversation: Conversation) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_mimo.data.chat.conversation import Conversation, Media
+from lightning_mimo.data.chat.headers import Size, plain_size
 from lightning_mimo.data.packages import require
 from lightning_mimo.errors import DataError, MimoError
 
 _ORIENTATION = 0x0112  # of EXIF
 _TURNED = (5, 6, 7, 8)  # by a quarter, so that height and width change places
 _VIDEO_FILES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".gif")
-
-
-class Size(NamedTuple):
-    """Of an image, in pixels."""
-
-    height: int
-    width: int
 
 
 class Sound(NamedTuple):
@@ -40,8 +35,11 @@ def image_size(conversation: Conversation, media: Media) -> Size:
     Raises:
         DataError: if it cannot be read, naming the row and the field.
     """
-    with _naming(conversation, media), _opened(conversation, media, media.source) as image:
-        return _upright_size(image)
+    with _naming(conversation, media):
+        if (size := _plain_size(conversation, media)) is not None:
+            return size
+        with _opened(conversation, media, media.source) as image:
+            return _upright_size(image)
 
 
 def load_image(conversation: Conversation, media: Media) -> Any:
@@ -100,6 +98,15 @@ def _load_image(conversation: Conversation, media: Media, source: Any) -> Any:
     return loaded
 
 
+def _plain_size(conversation: Conversation, media: Media) -> Size | None:
+    """Size of an image whose file need not be looked into further, nor opened by Pillow."""
+    if not isinstance(media.source, str | bytes | Path | Mapping):
+        return None
+    found = _file_of(conversation, media, media.source)
+    with io.FileIO(found) if isinstance(found, str) else found as file:
+        return plain_size(file)
+
+
 def _upright_size(image: Any) -> Size:
     from PIL import Image
 
@@ -119,14 +126,14 @@ def _opened(conversation: Conversation, media: Media, source: Any) -> Iterator[A
         yield image
 
 
-def _file_of(conversation: Conversation, media: Media, source: Any) -> Path | io.BytesIO | io.BufferedReader:
+def _file_of(conversation: Conversation, media: Media, source: Any) -> str | io.BytesIO | io.BufferedReader:
     """What a path, bytes, or a dict of the two as ``datasets`` has it, stand for."""
     if isinstance(source, Mapping) and ("bytes" in source or "path" in source):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if isinstance(source, Path):
-        return conversation.folder / source
+        return str(conversation.folder / source)
     if not isinstance(source, str):
         raise conversation.error(
             media.field, f"is a {type(source).__name__}, but must be a path, bytes, or what Pillow has opened."
@@ -137,7 +144,8 @@ def _file_of(conversation: Conversation, media: Media, source: Any) -> Path | io
         return io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))
     if source.startswith(("http://", "https://", "s3://", "gs://", "hf://")):
         raise conversation.error(media.field, f"is {source}. Training opens local files only: download it beforehand.")
-    return conversation.folder / source.removeprefix("file://")
+    # pathlib takes five times as long, which is half of the time of reading a header.
+    return os.path.join(conversation.folder, source.removeprefix("file://"))  # noqa: PTH118
 
 
 def _load_sound(conversation: Conversation, media: Media) -> Sound:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -15,7 +15,7 @@ from lightning_mimo.data.packages import require
 from lightning_mimo.data.streams.files import expand_braces, matching_files
 from lightning_mimo.data.streams.parquet import ParquetRecords
 from lightning_mimo.data.streams.sampler import SHARDS_AT_ONCE
-from lightning_mimo.data.streams.tar import TarRecord, TarRecords
+from lightning_mimo.data.streams.tar import OpenFiles, TarRecord, TarRecords
 from lightning_mimo.errors import ConfigError, DataError
 
 
@@ -91,8 +91,15 @@ class SequenceRows:
 class JsonLines:
     """A file with one JSON object a line. Only where the lines begin is kept in memory; empty lines do not count."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, opened: OpenFiles) -> None:
+        """
+        Args:
+            file: is read here once, to find the lines.
+            opened: keeps it open.
+        """
         self._file = file
+        self._folder = file.parent
+        self._opened = opened
         self._begins: list[int] = []
         self._lines: list[int] = []
         begin = 0
@@ -102,16 +109,17 @@ class JsonLines:
                     self._begins.append(begin)
                     self._lines.append(number)
                 begin += len(line)
+        self._end = begin
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return len(self._lines)
 
     def read(self, index: int) -> Row:
         where = f"{self._file}, row {index} (line {self._lines[index]})"
-        with self._file.open("rb") as lines:
-            lines.seek(self._begins[index])
-            text = lines.readline()
-        return Row(value=_as_row(_parse(text, where), where), where=where, folder=self._file.parent)
+        begin = self._begins[index]
+        end = self._begins[index + 1] if index + 1 < len(self) else self._end
+        text = self._opened.read(self._file, begin, end - begin)
+        return Row(value=_as_row(_parse(text, where), where), where=where, folder=self._folder)
 
 
 class ParquetRows:
@@ -229,11 +237,14 @@ def _matching(path: str) -> list[Path]:
 def _open_paths(paths: Sequence[Path], shards_at_once: int) -> Rows:
     """Files one after another; neighbours of one kind of shards together."""
     parts: list[Rows] = []
+    opened = OpenFiles()
     for suffix, files in groupby(paths, key=lambda path: path.suffix if path.is_file() else None):
         if suffix == ".parquet":
             parts.append(ParquetRows(list(files), groups_in_memory=shards_at_once))
         elif suffix == ".tar":
             parts.append(TarRows(list(files)))
+        elif suffix == ".jsonl":
+            parts.extend(JsonLines(path, opened) for path in files)
         else:
             parts.extend(_open_path(path) for path in files)
     return parts[0] if len(parts) == 1 else RowsTogether(parts)
@@ -250,10 +261,9 @@ def _open_path(path: Path) -> Rows:
             )
         datasets = require("datasets", what=f"The folder {path}", install="datasets")
         return HuggingFaceRows(datasets.load_from_disk(str(path)), f"{path}, ", path)
-    if path.suffix not in _OPENERS:
-        known = ", ".join((*_OPENERS, ".parquet", ".tar"))
-        raise ConfigError(f"{str(path)!r} ends in {path.suffix!r}; conversations are in {known}.")
-    return _OPENERS[path.suffix](path)
+    if path.suffix != ".json":
+        raise ConfigError(f"{str(path)!r} ends in {path.suffix!r}; conversations are in .jsonl, .json, .parquet, .tar.")
+    return _json_list(path)
 
 
 def _json_list(file: Path) -> Rows:
@@ -264,11 +274,6 @@ def _json_list(file: Path) -> Rows:
         )
     return SequenceRows(rows, f"{file}, ", file.parent)
 
-
-_OPENERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": JsonLines,
-    ".json": _json_list,
-}
 
 _MEDIA = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),

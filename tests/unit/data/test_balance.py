@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, Subset
 
 from lightning_mimo import DataError, MimoLayout, ModuleParallelism
 from lightning_mimo.data.balance import balanced_order
-from lightning_mimo.data.loader import RankBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.loader import GlobalBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.rank_share import DrawnBatch, RankShare
 from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan, shard
@@ -194,16 +196,42 @@ def test_all_ranks_find_the_same_sample_at_a_position_and_every_sample_once() ->
     found: dict[int, dict[int, tuple[int, int, bool]]] = {0: {}, 1: {}}
     for plan in plans(images=ModuleParallelism(dp=4), language=ModuleParallelism(dp=2), batch=16, microbatches=2):
         order = SeededSampler(SequentialSampler(dataset), seed=1)
-        for number, batch in enumerate(RankBatchSampler(order, plan, drop_last=False, costs=costs_of(dataset))):
-            for request in batch:
+        share = RankShare(plan, costs=costs_of(dataset))
+        for number, batch in enumerate(GlobalBatchSampler(order, batch_size=16, drop_last=False)):
+            for request in share.requests(batch):
                 entry = request.index, request.drawn, request.is_padding
                 assert found[number].setdefault(request.position, entry) == entry
     for number, batch in found.items():
         assert sorted(batch) == list(range(16))
         by_number = sorted((drawn, index, is_padding) for index, drawn, is_padding in batch.values())
-        indices = [16 * number + each for each in range(16)] if number == 0 else [*range(16, 20), *[16] * 12]
+        # Sample 18 is the first of the cheapest ones.
+        indices = list(range(16)) if number == 0 else [*range(16, 20), *[18] * 12]
         assert by_number == [(each, index, number == 1 and each >= 4) for each, index in enumerate(indices)]
     assert [found[0][position][0] for position in range(16)] != list(range(16))
+
+
+def test_a_short_batch_is_filled_with_its_cheapest_sample_of_all_modules_together() -> None:
+    costs = {3: (0, 10), 4: (8, 1), 5: (1, 2), 6: (1, 2)}  # of images, of language
+    dataset = Costly(lambda index: dict(zip(MODULES, costs[index], strict=True)))
+    (plan, *_) = plans(images=ModuleParallelism(), language=ModuleParallelism(), batch=6, microbatches=1)
+    requests = RankShare(plan, costs=costs_of(dataset)).requests(DrawnBatch(rows=[(3,), (4,), (5,), (6,)], epoch=0))
+    assert sorted(each.index for each in requests) == [3, 4, 5, 5, 5, 6]
+    assert [each.index for each in requests if each.is_padding] == [5, 5]
+    assert costs_of(Costly(lambda index: 0)).cheapest([7, 8]) == 7
+
+
+def test_costs_are_asked_for_in_the_worker() -> None:
+    here = os.getpid()
+
+    def cost(index: int) -> float:
+        assert os.getpid() != here
+        return float(index)
+
+    *_, plan = plans(images=ModuleParallelism(), language=ModuleParallelism(), batch=20, microbatches=1)
+    expected = SampleFormat(special_token_ids={"images": 9}, pad_token_id=0, modules=("images",))
+    loader = DataLoader(Costly(cost), num_workers=1, multiprocessing_context="fork")
+    (batch,) = shard_dataloader(loader, plan, sample_format=expected, seed=1, balance=True)
+    assert sorted(batch[0]["sample_indices"]) == list(range(20))
 
 
 def test_microbatches_tell_the_position_in_the_order_of_the_sampler() -> None:

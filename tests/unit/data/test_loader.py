@@ -26,7 +26,8 @@ from torch.utils.data import (
     Subset,
 )
 
-from lightning_mimo.data.loader import RankBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.loader import GlobalBatchSampler, SeededSampler, shard_dataloader
+from lightning_mimo.data.rank_share import RankShare
 from lightning_mimo.data.sample_format import SampleFormat
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
@@ -144,7 +145,8 @@ def test_shuffling_leaves_the_generator_as_it_was():
 def test_all_ranks_cut_the_same_order(layout):
     global_batches = [list(order())[i : i + BATCH] for i in range(0, 16, BATCH)]
     for plan in plans(layout):
-        for requests, batch in zip(RankBatchSampler(order(), plan, drop_last=True), global_batches, strict=True):
+        sampler, share = GlobalBatchSampler(order(), batch_size=BATCH, drop_last=True), RankShare(plan)
+        for requests, batch in zip(map(share.requests, sampler), global_batches, strict=True):
             assert [request.index for request in requests] == [batch[request.position] for request in requests]
             for request in requests:
                 microbatch = request.position // (BATCH // 2)
@@ -157,18 +159,17 @@ def test_epoch_is_reached_through_the_name_that_lightning_looks_for():
     loader.batch_sampler.sampler.set_epoch(1)
     second = indices(loader)
     assert first == again != second
-    assert {request.epoch for requests in loader.batch_sampler for request in requests} == {1}
+    assert {batch.epoch for batch in loader.batch_sampler} == {1}
 
 
 @pytest.mark.parametrize(("drop_last", "batches"), [(False, 3), (True, 2)])
 def test_length_is_the_number_of_global_batches(drop_last, batches):
-    for plan in plans("images_dp2-language_dp1"):
-        sampler = RankBatchSampler(order(), plan, drop_last=drop_last)
-        assert len(sampler) == len(list(sampler)) == batches
+    sampler = GlobalBatchSampler(order(), batch_size=BATCH, drop_last=drop_last)
+    assert len(sampler) == len(list(sampler)) == batches
 
 
 def test_length_of_a_whole_number_of_batches():
-    sampler = RankBatchSampler(order(size=16), ALONE, drop_last=False)
+    sampler = GlobalBatchSampler(order(size=16), batch_size=BATCH, drop_last=False)
     assert len(sampler) == len(list(sampler)) == 2
 
 

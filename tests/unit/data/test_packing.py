@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
 from lightning_mimo import DataError, MimoLayout, ModuleParallelism
-from lightning_mimo.data.loader import RankBatchSampler, shard_dataloader
+from lightning_mimo.data.loader import GlobalBatchSampler, shard_dataloader
 from lightning_mimo.data.order import SeededSampler
 from lightning_mimo.data.packing import LOOK_AHEAD, Packing, check_evaluation_order, length_of, pack_rows
 from lightning_mimo.data.sample_format import SampleFormat
@@ -147,10 +147,10 @@ def test_a_run_that_goes_on_in_an_epoch_sees_the_rest_of_it() -> None:
     assert seen_in_epoch(of_ranks, 2) == whole
 
 
-def test_a_short_last_batch_is_filled_with_the_shortest_sample_of_a_row() -> None:
+def test_a_short_last_batch_is_filled_with_its_shortest_sample() -> None:
     (loader,) = loaders(Texts(np.array([4, 3, 1, 6, 5])), budget=9, shuffle=False)[3:]
     (batch,) = list(loader)
-    assert [each["sample_indices"] for each in batch] == [(1, 3), (0,)]
+    assert [each["sample_indices"] for each in batch] == [(1, 3), (2,)]
     assert [each["is_padding"] for each in batch] == [(False, False), (True,)]
 
 
@@ -158,10 +158,8 @@ def test_the_order_of_a_sampler_with_a_state_is_not_drawn_to_count_batches() -> 
     dataset = Texts(lognormal(64))
     sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(5))
     before = sampler.generator.get_state()
-    layout = MimoLayout.resolve({"language": ModuleParallelism()}, world_size=1)
-    plan = RankBatchPlan.build(layout, 0, global_batch_size=2, num_microbatches=1)
     order = SeededSampler(sampler, seed=1)
-    batches = RankBatchSampler(order, plan, drop_last=False, packing=packing(dataset.lengths, 400))
+    batches = GlobalBatchSampler(order, batch_size=2, drop_last=False, packing=packing(dataset.lengths, 400))
     estimate = len(batches)
     assert torch.equal(sampler.generator.get_state(), before)
     assert len(list(batches)) == len(batches) and abs(len(batches) - estimate) <= 0.5 * estimate

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -427,6 +429,22 @@ def test_costs_are_about_the_tokens_and_exactly_the_embeddings(name: str, folder
         assert cost(index).get("images", 0) == embeddings
         assert bool(embeddings) == bool(sizes)
         assert cost(index)["language"] == pytest.approx(len(ids), rel=0.2)
+
+
+def test_costs_that_a_worker_found_are_known_to_all(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = ChatDataset([{"messages": conversation(["30x20.png"])}] * 2, processors.qwen(), media_folder=folder)
+    cost = dataset.cost
+    assert cost is not None
+    worker = multiprocessing.get_context("fork").Process(target=cost, args=(1,))
+    worker.start()
+    worker.join()
+    found = dataset._costs._known[1].tolist()
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset._rows, "read", None)
+        assert cost(1) == {"language": found[0], "images": found[2]}
+    # Both times the same number, and the same in every process.
+    assert cost(0) == cost(0) == cost(1)
+    assert pickle.loads(pickle.dumps(dataset._costs._known)).tolist() == [found, found]
 
 
 def test_costs_by_count_open_no_file_and_may_be_left_out(folder: Path, tmp_path: Path) -> None:
