@@ -163,7 +163,7 @@ def length_of(dataset: Dataset) -> Callable[[int], Any]:
                 f"MimoStrategy(pack_to=...) must know the lengths of samples before they are loaded, and "
                 f"{type(owner).__name__} does not tell them. Give it a method length(index), the number of tokens in "
                 f"input_ids (placeholders included, padding not), or an attribute lengths with one number for each "
-                f"sample."
+                f"sample; for shards TarShards(length=...) or ParquetShards(length=...)."
             )
     return partial(_length, dataset)
 

@@ -94,6 +94,7 @@ class RunData:
                 pin_memory=self._pin_memory,
                 first_epoch=first_epoch,
                 pack_to=pack_to,
+                balance=self._balance,
             )
             _check_same_lengths(None)
             self.ends.set_up()

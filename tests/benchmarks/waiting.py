@@ -92,7 +92,7 @@ def packed(steps: int, packs: bool) -> float:
 
 
 def measure(pool: RankPool, *, quick: bool) -> Report:
-    steps, rounds = (8, 1) if quick else (24, 6)
+    steps, rounds = (8, 1) if quick else (16, 4)
     rows: list[list[Cell]] = []
     details: dict[str, Any] = {}
     for name, wait in (("balanced / in order", balanced), ("packed / padded", packed)):

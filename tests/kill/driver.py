@@ -52,11 +52,11 @@ def start(host: RunHost, folder: Path, *arguments: str, function: str = "tests.k
     return host.start(function, str(folder), *arguments, log=folder / "log")
 
 
-def wait_for_ranks(folder: Path, process: HostedRun) -> dict[int, int]:
+def wait_for_ranks(folder: Path, process: HostedRun, *, ranks: int = RANKS) -> dict[int, int]:
     """Processes by rank, once all train; empty if the run ended before."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        pids = {rank: folder / f"pid{rank}" for rank in range(RANKS)}
+        pids = {rank: folder / f"pid{rank}" for rank in range(ranks)}
         if all(file.exists() and file.read_text() for file in pids.values()):
             return {rank: int(file.read_text()) for rank, file in pids.items()}
         if process.poll() is not None:

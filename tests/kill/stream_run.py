@@ -23,16 +23,19 @@ from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.checkpoint import tools
 from lightning_mimo.data import ShardSampler, StreamDataset, TarShards
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from tests.parity.cases import apart, together
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
 from tests.support.shards import write_tar
 
 SAMPLES, SHARDS, BATCH, STEPS = 45, 5, 12, 14  # four batches in an epoch, of which the last has nine samples
 DATASET = PicturesSoundsAndText(Samples(number=SAMPLES))
-LAYOUTS = (
-    {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(tp=2)},
-    {"images": ModuleParallelism(dp=2), "language": ModuleParallelism(dp=2)},
-    {"images": ModuleParallelism(pp=2), "language": ModuleParallelism(pp=2)},
-)
+LAYOUTS = {
+    "dp2-tp2": apart(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
+    "dp2-dp2": apart(ModuleParallelism(dp=2), ModuleParallelism(dp=2)),
+    "pp2-pp2": apart(ModuleParallelism(pp=2), ModuleParallelism(pp=2)),
+    "one-one": apart(ModuleParallelism(), ModuleParallelism()),
+    "colocated": together(ModuleParallelism(dp=2), ModuleParallelism(tp=2)),
+}
 
 
 def write_shards(folder: Path) -> None:
@@ -107,11 +110,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", choices=["tar", "stream"])
-    parser.add_argument("--layout", type=int)
+    parser.add_argument("--layout", choices=LAYOUTS)
+    parser.add_argument("--steps", type=int)
     parser.add_argument("--attempt", type=int)
     arguments = parser.parse_args()
     pl.seed_everything(3)
     folder: Path = arguments.folder
+    layout = LAYOUTS[arguments.layout]
     last = folder / "checkpoints" / "last.ckpt"
     callbacks: list[Any] = [
         WritesDown(folder, arguments.attempt),
@@ -119,10 +124,10 @@ def main() -> None:
     ]
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=4,
-        strategy=MimoStrategy(LAYOUTS[arguments.layout], BATCH, 2),
+        devices=layout.ranks,
+        strategy=MimoStrategy(dict(layout.modules), BATCH, layout.num_microbatches, colocate=layout.colocate),
         precision="64-true",
-        max_steps=STEPS,
+        max_steps=arguments.steps,
         max_epochs=-1,
         callbacks=callbacks,
         logger=False,

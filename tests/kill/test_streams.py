@@ -15,13 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 from tests.kill.driver import RUN_SECONDS, processes_of, start, wait_for_ranks
-from tests.kill.stream_run import BATCH, SAMPLES, STEPS, write_shards
+from tests.kill.stream_run import BATCH, LAYOUTS, SAMPLES, STEPS, write_shards
 from tests.support.run_host import HostedRun, RunHost
 
 BATCHES = -(-SAMPLES // BATCH)
 
 
-def run(host: RunHost, folder: Path, data: str, layouts: Sequence[int], kills: Sequence[int]) -> list[list[int]]:
+def run(
+    host: RunHost, folder: Path, data: str, *, layouts: Sequence[str], kills: Sequence[int], steps: int = STEPS
+) -> list[list[int]]:
     """Run to the end, killed when it comes to some steps, in another layout each time.
 
     Returns:
@@ -30,17 +32,17 @@ def run(host: RunHost, folder: Path, data: str, layouts: Sequence[int], kills: S
     folder.mkdir()
     for attempt, layout in enumerate(layouts):
         (folder / "step").unlink(missing_ok=True)
-        options = ("--data", data, "--layout", str(layout), "--attempt", str(attempt))
+        options = ("--data", data, "--layout", layout, "--attempt", str(attempt), "--steps", str(steps))
         process = start(host, folder, *options, function="tests.kill.stream_run:main")
         if attempt < len(kills):
-            kill(folder, process, at=kills[attempt], rank=attempt + 1)
+            kill(folder, process, at=kills[attempt], rank=attempt + 1, ranks=LAYOUTS[layout].ranks)
         else:
             assert process.wait(timeout=RUN_SECONDS) == 0, (folder / "log").read_text()[-3000:]
-    return learned(folder)
+    return learned(folder, steps)
 
 
-def kill(folder: Path, process: HostedRun, *, at: int, rank: int) -> None:
-    pids = wait_for_ranks(folder, process)
+def kill(folder: Path, process: HostedRun, *, at: int, rank: int, ranks: int) -> None:
+    pids = wait_for_ranks(folder, process, ranks=ranks)
     assert pids, (folder / "log").read_text()[-3000:]
     while not (folder / "step").exists() or int((folder / "step").read_text() or 0) < at:
         assert process.poll() is None, (folder / "log").read_text()[-3000:]
@@ -51,37 +53,38 @@ def kill(folder: Path, process: HostedRun, *, at: int, rank: int) -> None:
         time.sleep(0.02)
 
 
-def learned(folder: Path) -> list[list[int]]:
+def learned(folder: Path, steps: int) -> list[list[int]]:
     """Of every step, what the last run that did it has learned from."""
     entries = [json.loads(line) for file in folder.glob("learned*.jsonl") for line in file.read_text().splitlines()]
     begins = {entry["attempt"]: entry["begins"] for entry in entries if "begins" in entry}
-    steps = []
-    for step in range(1, STEPS + 1):
+    found = []
+    for step in range(1, steps + 1):
         attempt = max(each for each, begin in begins.items() if begin < step)
         here = [each["samples"] for each in entries if (each["attempt"], each.get("step")) == (attempt, step)]
-        steps.append(sorted(number for samples in here for number in samples))
-    return steps
+        found.append(sorted(number for samples in here for number in samples))
+    return found
 
 
 def check_once(steps: list[list[int]]) -> None:
     """Every sample once in an epoch, none in the part of an epoch twice."""
-    for first in range(0, STEPS, BATCHES):
+    for first in range(0, len(steps), BATCHES):
         epoch = Counter(number for step in steps[first : first + BATCHES] for number in step)
         assert max(epoch.values()) == 1
-        assert len(epoch) == (SAMPLES if first + BATCHES <= STEPS else BATCH * (STEPS - first))
+        assert len(epoch) == (SAMPLES if first + BATCHES <= len(steps) else BATCH * (len(steps) - first))
 
 
 def test_no_sample_is_lost_or_learned_twice(run_host: RunHost, tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
-    check_once(run(run_host, tmp_path / "killed", "tar", layouts=(0, 2), kills=(5,)))
+    layouts = ("one-one", "colocated")
+    check_once(run(run_host, tmp_path / "killed", "tar", layouts=layouts, kills=(7,), steps=9))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("data", ["tar", "stream"])
 def test_twice_killed_is_as_left_alone(run_host: RunHost, tmp_path: Path, data: str) -> None:
     write_shards(tmp_path / "shards")
-    alone = run(run_host, tmp_path / "alone", data, layouts=(0,), kills=())
-    killed = run(run_host, tmp_path / "killed", data, layouts=(0, 1, 2), kills=(5, 10))
+    alone = run(run_host, tmp_path / "alone", data, layouts=("dp2-tp2",), kills=())
+    killed = run(run_host, tmp_path / "killed", data, layouts=tuple(LAYOUTS)[:3], kills=(5, 10))
     check_once(alone)
     assert killed == alone and alone[:BATCHES] != alone[BATCHES : 2 * BATCHES]
     expected, found = (load_file(tmp_path / name / "final.safetensors") for name in ("alone", "killed"))

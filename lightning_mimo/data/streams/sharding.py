@@ -31,6 +31,7 @@ def shard_stream(
     pin_memory: bool = False,
     first_epoch: int = 0,
     pack_to: int | None = None,
+    balance: bool = False,
 ) -> StreamLoader:
     """Rebuild a DataLoader over an IterableDataset, written for one process, for one rank.
 
@@ -44,10 +45,11 @@ def shard_stream(
         pin_memory: copy batches to pinned memory, also where the user's loader does not say so.
         first_epoch: epoch for which the loader is made.
         pack_to: must be ``None``: samples cannot be packed before their lengths are known.
+        balance: whether batches are to be balanced where costs are known; those of a stream are not.
 
     Raises:
         DataError: for a stream that divides itself over the ranks, a ``collate_fn``, persistent workers, a subclass
-            that iterates in its own way, or another batch size.
+            that iterates in its own way, another batch size, or a stream with costs that would not be asked for.
     """
     stream = as_stream(loader.dataset)  # type: ignore[arg-type]  # is_stream
     check_stream(loader, stream, plan.global_batch_size)
@@ -56,6 +58,12 @@ def shard_stream(
             f"MimoStrategy(pack_to={pack_to}) packs samples by their lengths, which it asks of the dataset beforehand, "
             f"but the stream {stream.name} tells nothing of a sample before it is read. Use a map-style dataset with "
             f"length(index), such as ChatData over tar or parquet shards, or leave pack_to out."
+        )
+    if balance and any(callable(getattr(each, "cost", None)) for each in (stream, stream.source)):
+        raise DataError(
+            f"The stream {stream.name} has a method cost, but it would not be called: costs are those of indices, "
+            f"which samples of a stream do not have. Use a map-style dataset, such as TarShards(cost=...), or leave "
+            f"samples in order with MimoStrategy(balance=False)."
         )
     reader = StreamReader(stream, batch_size=plan.global_batch_size, drop_last=loader.drop_last, seed=seed)
     share = StreamShare(

@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader
 
 from lightning_mimo import MimoStrategy, ModuleParallelism
 from lightning_mimo.data import packing
+from lightning_mimo.errors import ConfigError, DataError
 from tests.parity.layouts import PoolEnvironment
 from tests.parity.model import Model, ParityModule, PicturesSoundsAndText, Samples
-from tests.support.rank_pool import RankFailure, RankPool
+from tests.support.rank_pool import RankPool
 
 ROWS, SAMPLES, BUDGET, EPOCHS = 4, 37, 16, 3
 
@@ -106,6 +107,10 @@ def no_row_is_lost(folder: Path) -> None:
     resumed = fit(resume=folder / "middle")
     rest = [batch for batches in whole.epochs.values() for batch in batches][8:]
     assert [batch for batches in resumed.epochs.values() for batch in batches] == rest
+    with pytest.raises(DataError, match=r"middle of an epoch.*pack_to=16.*pack_to=17 is set now"):
+        trainer_of(BUDGET + 1, max_epochs=1).fit(
+            ParityModule(Model()), data(SAMPLES, shuffle=True), ckpt_path=folder / "middle"
+        )
 
 
 def a_sampler_with_a_state_goes_on(folder: Path) -> None:
@@ -134,32 +139,27 @@ def evaluation_is_that_of_padded_samples() -> None:
     assert {"val/loss", "val/exact_match"} <= losses[None].keys()
 
 
-def other_budget(folder: Path) -> None:
-    fit(save=folder / "middle", after=3)
-    trainer_of(BUDGET + 1, max_epochs=1).fit(
-        ParityModule(Model()), data(SAMPLES, shuffle=True), ckpt_path=folder / "middle"
-    )
+def refuse_what_cannot_be_packed() -> None:
+    def validate(dataset: Any, *callbacks: pl.Callback, shuffle: bool = False, **model: Any) -> None:
+        loader = DataLoader(dataset, batch_size=ROWS, shuffle=shuffle)
+        trainer_of(BUDGET, *callbacks).validate(ParityModule(Model(), **model), loader, verbose=False)
 
-
-def shuffled_evaluation() -> None:
-    trainer_of(BUDGET).validate(ParityModule(Model()), data(SAMPLES, shuffle=True), verbose=False)
-
-
-def no_lengths() -> None:
-    untold: Any = torch.utils.data.TensorDataset(torch.zeros(8))
-    trainer_of(BUDGET).validate(ParityModule(Model()), DataLoader(untold, batch_size=ROWS), verbose=False)
-
-
-def megatrons_attention() -> None:
-    trainer_of(BUDGET).validate(ParityModule(Model(), attention="megatron"), data(SAMPLES), verbose=False)
-
-
-def generates_from_a_packed_batch() -> None:
     class Generates(pl.Callback):
         def on_validation_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, *args: Any) -> None:
             trainer.strategy.generate(batch, max_new_tokens=1)
 
-    trainer_of(BUDGET, Generates()).validate(ParityModule(Model()), data(SAMPLES), verbose=False)
+    samples = PicturesSoundsAndText(Samples(number=ROWS))
+    with pytest.raises(DataError, match=r"evaluation has a RandomSampler"):
+        validate(samples, shuffle=True)
+    with pytest.raises(DataError, match=r"TensorDataset does not tell them"):
+        validate(torch.utils.data.TensorDataset(torch.zeros(8)))
+    # Before the lengths of samples, of which each rank tells a part.
+    with pytest.raises(DataError, match=r"dataset has a different length on different ranks: \{0: 5, 1: 6\}"):
+        validate(PicturesSoundsAndText(Samples(number=5 + dist.get_rank())))
+    with pytest.raises(ConfigError, match=r"core_attention is a DotProductAttention"):
+        validate(samples, attention="megatron")
+    with pytest.raises(ConfigError, match=r"generate\(\) was given a packed batch"):
+        validate(samples, Generates())
 
 
 def test_epochs_differ_in_their_number_of_rows_and_none_is_lost(rank_pool: RankPool, tmp_path: Path) -> None:
@@ -175,20 +175,5 @@ def test_evaluation_is_that_of_padded_samples(rank_pool: RankPool) -> None:
     rank_pool.run(evaluation_is_that_of_padded_samples, world_size=2)
 
 
-@pytest.mark.parametrize(
-    ("run", "message"),
-    [
-        (shuffled_evaluation, r"DataError.*evaluation has a RandomSampler"),
-        (no_lengths, r"DataError.*TensorDataset does not tell them"),
-        (megatrons_attention, r"ConfigError.*core_attention is a DotProductAttention"),
-        (generates_from_a_packed_batch, r"ConfigError.*generate\(\) was given a packed batch"),
-    ],
-)
-def test_what_cannot_be_packed_is_refused(rank_pool: RankPool, run: Any, message: str) -> None:
-    with pytest.raises(RankFailure, match=f"(?s){message}"):
-        rank_pool.run(run, world_size=2)
-
-
-def test_rows_of_another_budget_are_not_gone_on_with(rank_pool: RankPool, tmp_path: Path) -> None:
-    with pytest.raises(RankFailure, match=r"(?s)DataError.*middle of an epoch.*pack_to=16.*pack_to=17 is set now"):
-        rank_pool.run(other_budget, tmp_path, world_size=2)
+def test_what_cannot_be_packed_is_refused(rank_pool: RankPool) -> None:
+    rank_pool.run(refuse_what_cannot_be_packed, world_size=2)

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_mimo.data import ParquetShards, ShardSampler, TarShards
 from lightning_mimo.data.order import SeededSampler
+from lightning_mimo.data.packing import length_of
+from lightning_mimo.data.sample_costs import SampleCosts
 from lightning_mimo.data.streams.files import shard_files
 from lightning_mimo.data.streams.tar import TarRecord, TarRecords
 from lightning_mimo.errors import ConfigError, DataError
@@ -63,6 +65,30 @@ def test_what_a_rank_does_not_need_is_not_read(tmp_path: Path, monkeypatch: pyte
         assert file.read(20) == bytes([2]) * 10
     assert record.field_of("0002.left.png") == record.field_of("left.png") == "left.png"
     assert record.field_of("0001.left.png") is record.field_of("right.png") is None
+
+
+def test_lengths_and_costs_are_told_from_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = write_shards(tmp_path)
+    dataset = Subset(TarShards(shards, decode, length=lambda record: 1 + int(record["txt"]), cost=work), [6, 2])
+
+    def costs_of(each: Any) -> SampleCosts:
+        costs = SampleCosts.of_dataset(each, modules=("images", "language"))
+        assert costs is not None
+        return costs
+
+    assert [length_of(dataset)(number) for number in range(2)] == [7, 3]
+    monkeypatch.setattr(TarRecord, "open", None)  # no image is read
+    assert costs_of(dataset).of([0, 1])["images"].tolist() == [1, 3]
+    with pytest.raises(DataError, match=r"train-000\.tar, sample 'part/0000': ZeroDivisionError"):
+        costs_of(dataset.dataset).of([0])
+    silent = TarShards(shards, decode)
+    assert SampleCosts.of_dataset(silent, modules=("language",)) is None
+    with pytest.raises(DataError, match=r"TarShards does not tell them\. .*TarShards\(length=\.\.\.\)"):
+        length_of(silent)
+
+
+def work(record: Any) -> dict[str, float]:
+    return {"images": 6 / int(record["txt"]), "language": 1.0}
 
 
 def test_workers_of_every_kind_read_shards(tmp_path: Path) -> None:

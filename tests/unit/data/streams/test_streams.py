@@ -188,7 +188,12 @@ def sample(item: int, modules: frozenset[str]) -> dict[str, Any]:
 
 
 def loader(
-    options: dict[str, Any] | None = None, *, rank: int = 0, stream: Any = None, pack_to: int | None = None
+    options: dict[str, Any] | None = None,
+    *,
+    rank: int = 0,
+    stream: Any = None,
+    pack_to: int | None = None,
+    balance: bool = True,
 ) -> StreamLoader:
     layout = MimoLayout.resolve(
         {"images": ModuleParallelism(dp=2), "language": ModuleParallelism()}, world_size=3, colocate=False
@@ -196,7 +201,9 @@ def loader(
     plan = RankBatchPlan.build(layout, rank, global_batch_size=BATCH, num_microbatches=2)
     given = DataLoader(StreamDataset(Scenes(), sample) if stream is None else stream, **(options or {}))
     ends = EndOfStream(Spans())
-    return shard_stream(given, plan, ends, sample_format=FORMAT, seed=1, training=False, pack_to=pack_to)
+    return shard_stream(
+        given, plan, ends, sample_format=FORMAT, seed=1, training=False, pack_to=pack_to, balance=balance
+    )
 
 
 def ids(batches: Any) -> list[list[list[int]]]:
@@ -281,6 +288,17 @@ def test_what_would_not_be_used_is_refused(stream: Any, options: dict[str, Any],
 def test_samples_of_a_stream_are_not_packed() -> None:
     with pytest.raises(DataError, match=r"pack_to=64\) packs samples.*the stream Scenes tells nothing of a sample"):
         loader(pack_to=64)
+
+
+class Costly(Scenes):
+    def cost(self, index: int) -> float:
+        return float(index)
+
+
+def test_samples_of_a_stream_are_not_balanced() -> None:
+    with pytest.raises(DataError, match=r"The stream Costly has a method cost, but it would not be called.*balance="):
+        loader(stream=StreamDataset(Costly(), sample))
+    assert len(list(loader(stream=StreamDataset(Costly(), sample), balance=False))) == 6
 
 
 def test_arguments_of_a_stream_are_checked() -> None:
