@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mimo.commands.step_table import size_text, step_table
 from lightning_mimo.errors import ConfigError, MimoError
@@ -134,7 +134,7 @@ def first_samples(trainer: pl.Trainer, data: pl.LightningDataModule) -> list[Any
     """The first samples of the training data.
 
     Raises:
-        ConfigError: if ``train_dataloader()`` returns no DataLoader.
+        ConfigError: if ``train_dataloader()`` returns no DataLoader, or one of a stream.
     """
     data.trainer = trainer
     data.prepare_data()
@@ -142,9 +142,14 @@ def first_samples(trainer: pl.Trainer, data: pl.LightningDataModule) -> list[Any
     loader = data.train_dataloader()
     if not isinstance(loader, DataLoader):
         raise ConfigError(
-            f"train_dataloader() returned a {type(loader).__name__}; --dry-run=data needs one DataLoader."
+            f"train_dataloader() returned a {type(loader).__name__}; to look at samples, there must be one DataLoader."
         )
     dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        raise ConfigError(
+            f"The training data is a stream ({type(dataset).__name__}), whose samples differ by rank; plan and "
+            f"estimate with the longest sample, the default."
+        )
     return [dataset[index] for index in range(min(len(dataset), _MOST_SAMPLES))]
 
 

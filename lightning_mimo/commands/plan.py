@@ -70,10 +70,11 @@ class PlanCLI(MimoCLI):
         with one_line():
             arguments = self._get(self.config, "model").init_args
             data = partial(first_samples, self.trainer, self.datamodule) if self.options.from_data else None
-            subject = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            timed_on = device if self.options.measure == "layers" else None
+            subject = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data, timed_on=timed_on)
             hardware = load_hardware(self.options.hardware)
             if self.options.measure:
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
                 hardware = measured(hardware, device, getattr(torch, subject.dtype))
             if self.options.compare is not None:
                 text = self._compare(subject, hardware)
@@ -114,7 +115,7 @@ class PlanCLI(MimoCLI):
             head = f"Planned for {options.gpus[0]} x {hardware.name}: {best.seconds:.3f} s per step.\n{best.candidate}"
             write_config(options.write, self.merged, changes, head=head)
             lines.append(f"Written: {options.write}")
-        return "\n".join([*lines, report.describe_limits(hardware)])
+        return "\n".join([*lines, report.describe_limits(hardware, subject.timing)])
 
     def _best(
         self, subject: PlannedModel, hardware: Hardware, gpus: int
@@ -140,7 +141,8 @@ class PlanCLI(MimoCLI):
             raise ConfigError(f"--spread: there is no module {unknown[0]!r}; there are {', '.join(subject.modules)}.")
         if not any(sigmas.values()):
             return None
-        return SampleSpread(costs=lognormal_costs(sigmas), order=partial(balanced, padded=subject.padded))
+        order = partial(balanced, padded=subject.padded)
+        return SampleSpread(costs=lognormal_costs(sigmas), order=order, padded=subject.padded)
 
     def _curve(self, subject: PlannedModel, hardware: Hardware) -> str:
         """One line per number of devices."""
@@ -159,7 +161,7 @@ class PlanCLI(MimoCLI):
             first = first or each
             numbers = (f"{seconds:.3f}", f"{each * gpus:,.0f}", f"{each:,.0f}", f"{each / first:.0%}")
             rows.append((str(gpus), *numbers, str(best.candidate)))
-        return "\n".join([report.table(rows, left=(5,)), "", report.describe_limits(hardware)])
+        return "\n".join([report.table(rows, left=(5,)), "", report.describe_limits(hardware, subject.timing)])
 
     def _compare(self, subject: PlannedModel, hardware: Hardware) -> str:
         """A trace of a run beside the simulation of the config's own layout."""
@@ -168,13 +170,13 @@ class PlanCLI(MimoCLI):
         candidate = subject.candidate_of_config()
         ranks = read_trace(path)
         check_trace(ranks, candidate.layout, path=path)
-        model = subject.model
+        model = subject.model_of_config
         simulation = simulate_step(candidate, price_stages(candidate, model, hardware), model, hardware)
         lines = [str(candidate), "", describe_comparison(ranks, simulation, compare(ranks, simulation))]
         if self.options.picture is not None:
             draw_timeline(traces_of(simulation), self.options.picture, title=f"simulated: {candidate}")
             lines.append(f"Written: {self.options.picture}")
-        return "\n".join([*lines, "", report.describe_limits(hardware)])
+        return "\n".join([*lines, "", report.describe_limits(hardware, subject.timing)])
 
     def _changes(self, subject: PlannedModel, plan: Plan, hardware: Hardware) -> dict[str, Any]:
         strategy = self.merged.get("trainer", {}).get("strategy", {})
@@ -183,6 +185,9 @@ class PlanCLI(MimoCLI):
             plan.candidate,
             hardware,
             ddp=ddp,
-            recompute=[f"model.init_args.{key}" for key in subject.keys.recompute],
+            recompute={
+                name: [f"model.init_args.{key}" for key in keys] for name, keys in subject.recompute_keys.items()
+            },
+            cleared=[f"model.init_args.{key}" for key in subject.keys.stage_layers],
             sequence_parallel=[f"model.init_args.{key}" for key in subject.keys.sequence_parallel],
         )

@@ -16,7 +16,13 @@ _RECOMPUTE = {"granularity": "full", "method": "uniform", "num_layers": 1}
 
 
 def changes_of(
-    candidate: Candidate, hardware: Hardware, *, ddp: Any, recompute: Sequence[str], sequence_parallel: Sequence[str]
+    candidate: Candidate,
+    hardware: Hardware,
+    *,
+    ddp: Any,
+    recompute: Mapping[str, Sequence[str]],
+    sequence_parallel: Sequence[str],
+    cleared: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The keys of a config that a plan sets, nested as in the file.
 
@@ -24,8 +30,9 @@ def changes_of(
         candidate: the plan.
         hardware: gives the number of devices per node.
         ddp: the config's DDP options, which are kept but for the distributed optimizer.
-        recompute: keys of the model for recomputation, such as ``model.init_args.vision.recompute``.
+        recompute: module -> keys of the model for its recomputation, such as ``model.init_args.vision.recompute``.
         sequence_parallel: keys of the model for sequence parallelism.
+        cleared: keys of the model that are for another layout.
     """
     nodes, devices = _nodes(candidate.layout.world_size, hardware.devices_per_node)
     strategy: dict[str, Any] = {
@@ -43,10 +50,13 @@ def changes_of(
     changes: dict[str, Any] = {
         "trainer": {"devices": devices, "num_nodes": nodes, "strategy": {"init_args": strategy}},
     }
-    for key in recompute:
-        _set(changes, key, dict(_RECOMPUTE) if candidate.variant.recompute else None)
+    for name, keys in recompute.items():
+        for key in keys:
+            _set(changes, key, dict(_RECOMPUTE) if name in candidate.variant.recompute else None)
     for key in sequence_parallel:
         _set(changes, key, candidate.variant.sequence_parallel)
+    for key in cleared:
+        _set(changes, key, None)
     return changes
 
 

@@ -7,15 +7,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MOST_RANKS
 
 USAGE = (
-    "lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--measure]\n"
+    "lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--measure[=rates]]\n"
     "           [--sample=data] [--spread MODULE=SIGMA,...] [--write OUT.yaml] [--picture OUT.png] [--KEY=VALUE ...]\n"
-    "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure] [--sample=data]\n"
-    "           [--KEY=VALUE ...]"
+    "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure[=rates]]\n"
+    "           [--sample=data] [--picture OUT.png] [--KEY=VALUE ...]"
 )
 _UNITS = {"": 1, "B": 1, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
 
@@ -28,7 +29,8 @@ class PlanOptions:
         gpus: numbers of devices to plan for.
         memory: bytes of a device; ``None`` takes the hardware's.
         hardware: name or file of the hardware.
-        measure: whether to measure this machine's device.
+        measure: what to measure of this machine's device: ``rates`` of its operations, ``layers`` of the model as well,
+            or ``None`` for nothing.
         from_data: whether to plan for the largest sample of the training data, not one that the model describes.
         spread: module -> standard deviation of the logarithm of its samples' costs; empty for equal samples.
         write: file for the config of the best plan.
@@ -39,7 +41,7 @@ class PlanOptions:
     gpus: tuple[int, ...]
     memory: float | None
     hardware: str
-    measure: bool
+    measure: Literal["rates", "layers"] | None
     from_data: bool
     spread: dict[str, float]
     write: Path | None
@@ -57,7 +59,13 @@ def parse_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
     parser.add_argument("--gpus", help="devices to plan for; several numbers give a curve")
     parser.add_argument("--memory", help="memory of a device, such as 80GiB; default: the hardware's")
     parser.add_argument("--hardware", default="h100", help="h100, h200, a100, b200, cpu, or a YAML file")
-    parser.add_argument("--measure", action="store_true", help="measure this machine's device in place of its figures")
+    parser.add_argument(
+        "--measure",
+        nargs="?",
+        const="layers",
+        choices=("layers", "rates"),
+        help="measure this machine's device in place of its figures, and time the model's layers unless =rates",
+    )
     parser.add_argument("--sample", choices=("longest", "data"), default="longest", help="what a step is made of")
     parser.add_argument("--spread", help="how much samples differ: images=0.8 is the deviation of log(cost)")
     parser.add_argument("--write", help="write the config with the best plan to this file")

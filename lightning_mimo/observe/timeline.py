@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ _COLOURS = {
     "sum": "#c9c9c9",
     "other": "#f4f4f4",
 }
+_TITLE_WIDTH = 100  # characters on a line
 _GAP = 0.6  # between modules, in rows
 _NARROWEST = 0.018  # fraction of the width that a span needs to show its microbatch number
 
@@ -46,7 +48,7 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
     Args:
         ranks: traces of all ranks for one step.
         path: output file.
-        title: title of the plot.
+        title: title of the plot; a long one takes several lines.
     """
     from matplotlib.figure import Figure
 
@@ -54,7 +56,8 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
     start = min(each.begin for each in ranks)
     width = (max(each.end for each in ranks) - start) * 1000
     height = max(rows.values()) + 1
-    figure = Figure(figsize=(11, 1.5 + 0.42 * height), layout="constrained")
+    lines = textwrap.wrap(title, _TITLE_WIDTH)
+    figure = Figure(figsize=(11, 1.3 + 0.2 * len(lines) + 0.42 * height), layout="constrained")
     axes = figure.add_subplot()
     for each in ranks:
         _draw_rank(axes, each, rows[each.rank], start=start, width=width)
@@ -63,7 +66,7 @@ def draw_timeline(ranks: Sequence[RankTrace], path: Path, *, title: str) -> None
     axes.set_ylim(height - 0.35, -0.95)
     axes.set_xlim(0, width)
     axes.set_xlabel("milliseconds")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title("\n".join(lines), loc="left", fontsize=11)
     axes.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

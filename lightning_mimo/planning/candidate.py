@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_mimo.layout.layout import MimoLayout
@@ -15,11 +15,11 @@ class Variant:
     """Settings of the model that change what its layers cost.
 
     Attributes:
-        recompute: whether all layers are recomputed in the backward pass.
+        recompute: modules all of whose layers are recomputed in the backward pass.
         sequence_parallel: whether the sequence of the language module is divided over its tensor-parallel ranks.
     """
 
-    recompute: bool
+    recompute: frozenset[str]
     sequence_parallel: bool
 
 
@@ -48,8 +48,10 @@ class Candidate:
         text = f"{'colocated' if self.layout.colocated else 'apart'}: {modules}; {self.num_microbatches} microbatches"
         if not self.layout.colocated and len(self.layout.modules) > 1:
             text += f", run-ahead {self.encoder_run_ahead}"
+        recomputed = [name for name in self.layout.modules if name in self.variant.recompute]
+        which = "recompute" if len(recomputed) == len(self.layout.modules) else f"recompute {' and '.join(recomputed)}"
         switches = {
-            "recompute": self.variant.recompute,
+            which: bool(recomputed),
             "sequence parallel": self.variant.sequence_parallel and self.layout.modules[LANGUAGE].tp > 1,
             "distributed optimizer": self.distributed_optimizer,
         }
@@ -66,6 +68,10 @@ CostsOf = Callable[[str, ResolvedParallelism, Variant, int], ModuleCosts]
 """``(module, its sizes, variant, samples of a microbatch on one replica)`` -> costs of the module on one rank."""
 
 
+StageLayers = Callable[[str, int], Sequence[int]]
+"""``(module, pp)`` -> layers of each pipeline stage."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """What is known about a model and its batches.
@@ -76,6 +82,7 @@ class Model:
         tokens: tokens of the language module per sample, padding included.
         dtype: of the matrix products, a key of ``Hardware.flops``.
         trains: module name -> whether anything in it is trained, so that gradients are sent to it.
+        stage_layers: layers of the pipeline stages of modules; ``None`` divides them evenly.
     """
 
     costs: CostsOf
@@ -83,3 +90,4 @@ class Model:
     tokens: float
     dtype: str
     trains: Mapping[str, bool]
+    stage_layers: StageLayers | None = None

@@ -217,6 +217,30 @@ class RankEstimate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassSeconds:
+    """Measured seconds of a rank's own work for one microbatch, without messages.
+
+    Attributes:
+        forward: of the forward pass.
+        backward: of the backward pass, without recomputation.
+    """
+
+    forward: float
+    backward: float
+
+    def least(self, other: PassSeconds) -> PassSeconds:
+        """The least of two measurements, of each pass."""
+        return PassSeconds(forward=min(self.forward, other.forward), backward=min(self.backward, other.backward))
+
+    def towards(self, other: PassSeconds, times: float) -> PassSeconds:
+        """Go from these seconds towards others, or ``times`` as far; more work never takes less."""
+        return PassSeconds(
+            forward=self.forward + times * max(0.0, other.forward - self.forward),
+            backward=self.backward + times * max(0.0, other.backward - self.backward),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class PartCosts:
     """Costs of a part of a module on one rank: of one layer, or of what the first or the last stage has besides layers.
 
@@ -231,6 +255,7 @@ class PartCosts:
         kept: bytes of activations that one microbatch keeps from its forward to its backward pass.
         transient: bytes that are needed besides while the part itself runs forward or backward, at most.
         work: for one microbatch.
+        seconds: that ``work`` takes on this machine's device; ``None`` where it was not measured.
     """
 
     weights: int = 0
@@ -242,6 +267,7 @@ class PartCosts:
     kept: int = 0
     transient: int = 0
     work: ModuleWork = field(default_factory=ModuleWork)
+    seconds: PassSeconds | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism, dp_step_of_experts
 from lightning_mimo.planning.depths import depths_of, transformer_of
 from lightning_mimo.planning.fake_world import Configure, as_rank
 from lightning_mimo.planning.layouts import Degrees, divisors
+
+_MOST_UNEVEN = 16
+"""Largest number of pipeline stages that is tried although it does not divide the layers."""
 
 Check = Callable[[MimoLayout], None]
 """Raises a ConfigError if a model does not fit a layout, as ``MimoModule.check_layout``."""
@@ -55,11 +60,33 @@ def degrees_of(
     return {
         name: Degrees(
             tp=supported(name, "tp", range(2, largest_tp + 1)),
-            pp=supported(name, "pp", divisors(layers.get(name, 1))),
+            pp=supported(name, "pp", _numbers_of_stages(layers.get(name, 1))),
             ep=supported(name, "ep", divisors(experts)) if name == LANGUAGE else (1,),
         )
         for name in names
     }
+
+
+def stage_layers(configure: Configure, pp: Mapping[str, int], module: str) -> tuple[int, ...]:
+    """Layers of each pipeline stage of a module, as megatron-core divides them.
+
+    torch.distributed must not be initialized in this process.
+
+    Args:
+        configure: describes the model, as ``MimoModule.configure_mimo``.
+        pp: pipeline-parallel size of every module, in the order of their ranks.
+        module: one of them, whose layers are alike.
+    """
+    layout = _layout({name: ModuleParallelism(dp=1, pp=size) for name, size in pp.items()})
+    with as_rank(layout, layout.modules[module].ranks.start) as infra:
+        transformer = transformer_of(configure(infra), module)
+    assert transformer is not None, "only modules with layers are asked for"
+    return tuple(get_num_layers_to_build(transformer, pp_rank=stage) for stage in range(pp[module]))
+
+
+def _numbers_of_stages(layers: int) -> list[int]:
+    """Numbers of pipeline stages to try: those that divide the layers, and small ones, whose stages may differ."""
+    return sorted({*divisors(layers), *range(1, min(layers, _MOST_UNEVEN) + 1)})
 
 
 def _layers_and_experts(configure: Configure, layout: MimoLayout, names: list[str]) -> tuple[Mapping[str, int], int]:

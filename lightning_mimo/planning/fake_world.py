@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,13 +39,16 @@ class _OnMeta(TorchFunctionMode):
 
 
 @contextmanager
-def as_rank(layout: MimoLayout, rank: int, *, spans: Spans | None = None) -> Iterator[MimoModelInfra]:
+def as_rank(
+    layout: MimoLayout, rank: int, *, spans: Spans | None = None, device: torch.device | None = None
+) -> Iterator[MimoModelInfra]:
     """Act as one rank of a layout. torch.distributed must not be initialized in this process.
 
     Args:
         layout: resolved layout.
         rank: global rank.
         spans: recorder of the rank's work; ``None`` creates a new one.
+        device: on which the rank computes; ``None`` is a CPU.
     """
     from torch.testing._internal.distributed.fake_pg import (  # on import it registers the backend
         FakeProcessGroup,
@@ -57,7 +60,7 @@ def as_rank(layout: MimoLayout, rank: int, *, spans: Spans | None = None) -> Ite
     options.simulate_uniform_ranks = True  # what is gathered are this rank's values, as often as there are ranks
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size, pg_options=options)
     try:
-        with megatron_on_cpu(), warnings.catch_warnings():
+        with megatron_on_cpu() if device is None or device.type == "cpu" else nullcontext(), warnings.catch_warnings():
             hush_known_warnings()
             destroy_global_memory_buffer()  # scratch space of tensor-parallel layers, which this rank is to make itself
             seed_megatron(layout, rank, seed=0)

@@ -118,13 +118,17 @@ def load_hardware(name: str) -> Hardware:
             f"--hardware={name}: there is no such file and no such hardware; choose {', '.join(shipped())}, or give a "
             f"YAML file."
         )
-    return _parse(name, path.read_text())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hardware={name} cannot be read as text: {error}") from None
+    return _parse(name, text)
 
 
 def _parse(name: str, text: str) -> Hardware:
     try:
         values = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"--hardware={name} is no YAML: {' '.join(str(error).split())}") from None
     known = [field.name for field in fields(Hardware)]
     if not isinstance(values, dict) or set(values) != set(known):

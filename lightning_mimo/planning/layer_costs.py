@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
@@ -15,6 +15,7 @@ from lightning_mimo.data.sample_format import Sample
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism
 from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.costs import ModuleCosts, ModuleWork, PartCosts, Work
 from lightning_mimo.planning.depths import transformer_of, with_layers
@@ -58,6 +59,25 @@ class LayerSettings:
     sequence_parallel: bool | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a module runs with some settings.
+
+    Attributes:
+        layout: resolved layout.
+        rank: a rank of the module.
+        configure: describes the model with these settings.
+    """
+
+    layout: MimoLayout
+    rank: int
+    configure: Configure
+
+
+Watch = Callable[[RaggedMimoModel], None]
+"""Is given a model before it runs."""
+
+
 class LayerCosts:
     """Measures the costs of layers and remembers them.
 
@@ -95,20 +115,28 @@ class LayerCosts:
                 self._known[settings] = self._measure(settings)
         return self._known[settings]
 
-    def _measure(self, settings: LayerSettings) -> ModuleCosts:
+    def place(self, settings: LayerSettings) -> Place:
+        """The smallest layout in which a module runs with some settings. Every other module has a rank of its own."""
         experts = settings.ep * settings.expt_tp
         dp = experts // gcd(experts, settings.tp)
         sizes = {name: ModuleParallelism(dp=1) for name in self._modules}
         own = ModuleParallelism(tp=settings.tp, ep=settings.ep, expt_tp=settings.expt_tp, dp=dp)
         sizes[settings.module] = own
         layout = MimoLayout.resolve(sizes, world_size=sum(each.size for each in sizes.values()))
-        rank = layout.modules[settings.module].ranks[0]
-        configure: Configure = partial(_as_settings, self._program.configure, settings)
+        return Place(
+            layout=layout,
+            rank=layout.modules[settings.module].ranks[0],
+            configure=partial(_as_settings, self._program.configure, settings),
+        )
+
+    def _measure(self, settings: LayerSettings) -> ModuleCosts:
+        place = self.place(settings)
+        layout, rank, configure = place.layout, place.rank, place.configure
         with as_rank(layout, rank) as infra:
             transformer = transformer_of(configure(infra), settings.module)
         layers = 0 if transformer is None else transformer.num_layers
         depths = (_FEW, _MORE) if layers > _MORE else (layers, layers)
-        runs = [self._run(layout, rank, configure, settings, depth) for depth in dict.fromkeys(depths)]
+        runs = [self.run(place, settings, depth) for depth in dict.fromkeys(depths)]
         parts = _parts(runs, depths, settings.module)
         held = self._parameters(layout, rank, configure, settings, depths[0])
 
@@ -126,9 +154,16 @@ class LayerCosts:
             output_bytes=0 if settings.module == LANGUAGE else _output_bytes(runs[0], settings.module),
         )
 
-    def _run(
-        self, layout: MimoLayout, rank: int, configure: Configure, settings: LayerSettings, depth: int
-    ) -> RankRecording:
+    def run(self, place: Place, settings: LayerSettings, depth: int, *, watch: Watch | None = None) -> RankRecording:
+        """Run one microbatch. torch.distributed must not be initialized in this process.
+
+        Args:
+            place: of the settings.
+            settings: module, sizes and samples.
+            depth: layers of the module; 0 for all.
+            watch: is given the model before it runs.
+        """
+        layout, rank, configure = place.layout, place.rank, place.configure
         layers = {settings.module: depth} if depth else {}
         step = StepSettings(
             layout=layout,
@@ -138,6 +173,8 @@ class LayerCosts:
             num_microbatches=1,
         )
         program = replace(self._program, configure=with_layers(configure, layout, layers))
+        if watch is not None:
+            program = replace(program, attach=partial(_attach_and_watch, program.attach, watch))
         if self._flags is None:  # which modules are trained does not depend on how they are divided
             said = Exchange()
             for sizes in layout.modules.values():
@@ -151,6 +188,16 @@ class LayerCosts:
         layers = {settings.module: depth} if depth else {}
         sizes = parameter_sizes(layout, rank, with_layers(configure, layout, layers), self._dtype_policy)
         return frozen_sizes(sizes[settings.module], self._program.frozen)
+
+
+def _attach_and_watch(
+    attach: Callable[[RaggedMimoModel, MimoModelInfra], None],
+    watch: Watch,
+    model: RaggedMimoModel,
+    infra: MimoModelInfra,
+) -> None:
+    attach(model, infra)
+    watch(model)
 
 
 def _as_settings(configure: Configure, settings: LayerSettings, infra: MimoModelInfra) -> MimoModelConfig:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from lightning_mimo.layout.module_parallelism import ResolvedParallelism
 from lightning_mimo.planning.candidate import Variant
 from lightning_mimo.planning.costs import ModuleCosts
-from lightning_mimo.planning.layer_costs import LayerCosts, LayerSettings
+from lightning_mimo.planning.layer_costs import LayerSettings
 
 
 class ModelCosts:
     """Costs of modules, measured without recomputation when they are first asked for."""
 
-    def __init__(self, layer_costs: LayerCosts, *, recomputable: Collection[str]) -> None:
+    def __init__(self, layer_costs: Callable[[LayerSettings], ModuleCosts], *, recomputable: Collection[str]) -> None:
         """
         Args:
-            layer_costs: measures the costs of layers.
+            layer_costs: measures the costs of layers, as ``LayerCosts`` or, with their seconds besides.
             recomputable: modules for which recomputation can be chosen; others do what the model says.
         """
         self._layer_costs, self._recomputable = layer_costs, frozenset(recomputable)
@@ -38,10 +38,10 @@ class ModelCosts:
             samples=samples,
             recompute=False if may_recompute else None,
         )
-        key = settings, may_recompute and variant.recompute
+        key = settings, may_recompute and name in variant.recompute
         if key not in self._known:
             found = self._layer_costs(settings)
-            self._known[key] = recomputed(found) if may_recompute and variant.recompute else found
+            self._known[key] = recomputed(found) if key[1] else found
         return self._known[key]
 
 

@@ -1,8 +1,9 @@
 """Prices a candidate: seconds of passes, transfers, reductions and updates, from costs and hardware.
 
 A kernel takes as long as its arithmetic at the peak times an efficiency, or as long as its bytes, whichever is longer;
-a pass takes at least its kernels times the time to launch one. Collectives of tensor and expert parallelism stand in
-the way of computation; those of data parallelism overlap the last backward pass if the run lets them.
+a pass takes at least its kernels times the time to launch one. Layers that were timed take as long as that. Collectives
+of tensor and expert parallelism stand in the way of computation; those of data parallelism overlap the last backward
+pass if the run lets them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lightning_mimo.layout.module_parallelism import LANGUAGE, ResolvedParallelism
 from lightning_mimo.layout.pass_order import stages_behind
@@ -17,6 +19,8 @@ from lightning_mimo.layout.routes import routes_between
 from lightning_mimo.planning.candidate import Candidate, Model
 from lightning_mimo.planning.costs import Message, ModuleCosts, PartCosts, Work
 from lightning_mimo.planning.hardware import Hardware, Link
+
+Phase = Literal["forward", "backward", "recompute"]
 
 BUCKET_BYTES = 4 * 40_000_000
 """Bytes of gradients that Megatron's DistributedDataParallel reduces at once, if they are float32."""
@@ -83,13 +87,16 @@ def _price_stage(
     candidate: Candidate, name: str, stage: int, costs: ModuleCosts, model: Model, hardware: Hardware
 ) -> StagePrice:
     sizes = candidate.layout.modules[name]
-    parts = list(_parts(costs, stage, sizes.pp))
+    layers = costs.num_layers / sizes.pp
+    if model.stage_layers is not None and costs.num_layers:
+        layers = model.stage_layers(name, sizes.pp)[stage]
+    parts = list(_parts(costs, stage, sizes.pp, layers))
 
     def total(what: str) -> float:
         return sum(times * getattr(part, what) for times, part in parts)
 
-    def seconds(phase: str) -> float:
-        return sum(times * _seconds(getattr(part.work, phase), sizes, model, hardware) for times, part in parts)
+    def seconds(phase: Phase) -> float:
+        return sum(times * _seconds(part, phase, sizes, model, hardware) for times, part in parts)
 
     weights, gradients = total("weights"), total("gradients")
     optimizer = total("optimizer") + total("expert_optimizer")
@@ -113,17 +120,28 @@ def _price_stage(
     )
 
 
-def _parts(costs: ModuleCosts, stage: int, pp: int) -> Iterator[tuple[float, PartCosts]]:
+def _parts(costs: ModuleCosts, stage: int, pp: int, layers: float) -> Iterator[tuple[float, PartCosts]]:
     """How often a stage has each part."""
-    yield costs.num_layers / pp, costs.layer
+    yield layers, costs.layer
     if stage == 0:
         yield 1, costs.first
     if stage == pp - 1:
         yield 1, costs.last
 
 
-def _seconds(work: Work, sizes: ResolvedParallelism, model: Model, hardware: Hardware) -> float:
-    """Seconds of the work of a pass on one rank."""
+def _seconds(part: PartCosts, phase: Phase, sizes: ResolvedParallelism, model: Model, hardware: Hardware) -> float:
+    """Seconds of a pass of a part on one rank."""
+    work: Work = getattr(part.work, phase)
+    messages = sum(_message(each, sizes, hardware) for each in work.messages)
+    if part.seconds is None:
+        return _computing(work, model, hardware) + messages
+    if phase == "recompute":  # forward passes of as many of the layers as are recomputed
+        return part.seconds.forward * work.flops / max(part.work.forward.flops, 1) + messages
+    return getattr(part.seconds, phase) + messages
+
+
+def _computing(work: Work, model: Model, hardware: Hardware) -> float:
+    """Seconds of operations whose time was not measured."""
     peak = hardware.peak(model.dtype)
     rates = {"matmul": peak * hardware.matmul_efficiency, "attention": peak * hardware.attention_efficiency}
     seconds, count = 0.0, 0
@@ -131,7 +149,7 @@ def _seconds(work: Work, sizes: ResolvedParallelism, model: Model, hardware: Har
         computing = each.flops / rates[kind] if kind in rates else 0.0
         seconds += max(computing, each.bytes / hardware.memory_bandwidth)
         count += each.count
-    return max(seconds, count * hardware.launch) + sum(_message(each, sizes, hardware) for each in work.messages)
+    return max(seconds, count * hardware.launch)
 
 
 def _message(message: Message, sizes: ResolvedParallelism, hardware: Hardware) -> float:
@@ -140,11 +158,14 @@ def _message(message: Message, sizes: ResolvedParallelism, hardware: Hardware) -
     if ranks < 2 or not message.count:
         return 0.0
     span = message.ranks[-1] - message.ranks[0] + 1
+    ring = _link_of_group(sizes, ranks, (span - 1) // (ranks - 1), hardware)
     link = hardware.within_node if _in_one_node(sizes, span, hardware) else hardware.between_nodes
     match message.operation:
         case "all_reduce":
-            return link.all_reduce(message.bytes, ranks, messages=message.count)
-        case "all_gather" | "reduce_scatter" | "all_to_all":
+            return ring.all_reduce(message.bytes, ranks, messages=message.count)
+        case "all_gather" | "reduce_scatter":
+            return ring.all_gather(message.bytes, ranks, messages=message.count)
+        case "all_to_all":
             return link.all_gather(message.bytes, ranks, messages=message.count)
         case _:
             return message.count * link.latency + message.bytes / link.bandwidth
@@ -172,7 +193,7 @@ def _reduction(
     for size, ranks, stride in ((dense, sizes.dp, sizes.tp), (experts, sizes.expt_dp, sizes.expt_tp * sizes.ep)):
         if ranks == 1 or not size:
             continue
-        link = _link_of_replicas(sizes, ranks, stride, hardware)
+        link = _link_of_group(sizes, ranks, stride, hardware)
         buckets = math.ceil(size / BUCKET_BYTES)
         if candidate.distributed_optimizer:
             reduce += link.all_gather(size, ranks, messages=buckets)
@@ -183,8 +204,11 @@ def _reduction(
     return reduce, last, gather
 
 
-def _link_of_replicas(sizes: ResolvedParallelism, ranks: int, stride: int, hardware: Hardware) -> Link:
-    """Connection of data-parallel groups. Several ranks of a group in one node use the adapters of all of them."""
+def _link_of_group(sizes: ResolvedParallelism, ranks: int, stride: int, hardware: Hardware) -> Link:
+    """Connection of groups whose ranks are ``stride`` apart, for collectives in rings.
+
+    Several ranks of a group in one node use the adapters of all of them.
+    """
     if _in_one_node(sizes, ranks * stride, hardware):
         return hardware.within_node
     together = min(ranks, max(1, hardware.devices_per_node // stride))

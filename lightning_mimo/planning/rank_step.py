@@ -190,7 +190,7 @@ def _set_up(
             wrap_with_ddp(model, infra, settings.ddp, settings.dtype_policy)
             schedule = _LoneSchedule(model, infra, encoder_run_ahead=settings.encoder_run_ahead)
             _follow_segments(model, infra, recorder)
-            _balance_experts(model)
+            balance_experts(model)
             model.train()
             yield recorder, model, schedule
 
@@ -330,7 +330,7 @@ def _follow_segments(model: RaggedMimoModel, infra: MimoModelInfra, recorder: St
             unwrap_model(module_and_name(model, name)[0]).register_forward_hook(after_module)
 
 
-def _balance_experts(model: RaggedMimoModel) -> None:
+def balance_experts(model: RaggedMimoModel) -> None:
     """Let routers send every expert equally many tokens, because fake tensors do not say which."""
 
     def balanced(router: Any, args: Any, output: Any) -> Any:

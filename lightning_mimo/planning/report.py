@@ -15,7 +15,7 @@ NOT_MODELLED = (
     "the efficiency of small matrix products; clocks that sink under load",
     "memory of the batch itself, of CUDA, communicators and fragmentation, for which "
     f"{1 - USABLE:.0%} of the device is left",
-    "tp over several nodes, expt_tp, cp, and pipeline stages of different length",
+    "expt_tp and cp",
 )
 _HEAD = ("", "layout", "step s", "with data", "tokens/s/GPU", "MFU", "GiB", "bubble", "who waits for whom")
 
@@ -136,9 +136,14 @@ def describe_search(found: Found, seconds: float) -> str:
     )
 
 
-def describe_limits(hardware: Hardware) -> str:
-    """What the prices rest on."""
+def describe_limits(hardware: Hardware, timing: Sequence[str] = ()) -> str:
+    """What the prices rest on.
+
+    Args:
+        hardware: devices.
+        timing: lines on the layers that were timed.
+    """
     lines = [f"Prices are a model of {hardware.name}, not a measurement:"]
-    lines += [f"  {source}" for source in hardware.sources]
+    lines += [*(f"  {source}" for source in hardware.sources), *timing]
     lines += ["Not modelled:", *(f"  {each}" for each in NOT_MODELLED)]
     return "\n".join(lines)

@@ -171,7 +171,7 @@ class _Search:
     def _least_of(self, layout: MimoLayout) -> float:
         """A lower bound for all settings of a layout, from the arithmetic of the fastest variant alone."""
         fastest = math.inf
-        for variant in self._space.variants:
+        for variant in _fastest(self._space.variants):
             for number in microbatch_numbers(layout, global_batch_size=self._model.global_batch_size):
                 candidate = self._candidate(layout, number, variant, distributed=self._space.distributed_optimizer[0])
                 try:
@@ -222,7 +222,8 @@ class _Search:
         for name, sizes in candidate.layout.modules.items():
             node = self._hardware.devices_per_node
             place = sizes.rank_offset % node, (sizes.rank_offset + sizes.size - 1) // node == sizes.rank_offset // node
-            settings = candidate.num_microbatches, candidate.variant, candidate.distributed_optimizer
+            variant = name in candidate.variant.recompute, candidate.variant.sequence_parallel
+            settings = candidate.num_microbatches, *variant, candidate.distributed_optimizer
             key = (name, sizes.shape, sizes.ep, sizes.expt_tp, place, settings)
             if key not in self._prices:
                 try:
@@ -275,6 +276,15 @@ def _distinct(variants: Sequence[Variant], layout: MimoLayout) -> list[Variant]:
         return list(variants)
     same = variants[0].sequence_parallel
     return list(dict.fromkeys(replace(variant, sequence_parallel=same) for variant in variants))
+
+
+def _fastest(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants that recompute least: recomputation never makes a step faster, it only saves memory."""
+    return [
+        one
+        for one in variants
+        if not any(two.recompute < one.recompute and two.sequence_parallel == one.sequence_parallel for two in variants)
+    ]
 
 
 def lower_bound(candidate: Candidate, prices: Sequence[StagePrice], trains: Mapping[str, bool]) -> float:

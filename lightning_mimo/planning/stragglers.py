@@ -35,10 +35,13 @@ class SampleSpread:
     Attributes:
         costs: module -> costs of the same samples, as many for each module, in any unit.
         order: assigns the samples of a batch to its positions; ``None`` keeps them as they come.
+        padded: modules whose samples are padded to the longest of a replica's microbatch, so that all of them cost as
+            much as that one.
     """
 
     costs: Mapping[str, Sequence[float]]
     order: Order | None
+    padded: frozenset[str] = frozenset()
 
 
 def balanced(
@@ -86,7 +89,10 @@ def seconds_with(
 
 
 def draw_factors(samples: SampleSpread, candidate: Candidate, model: Model, generator: random.Random) -> Factors:
-    """Draw a global batch and add up the costs of every replica and microbatch, relative to the batch's mean cost."""
+    """Draw a global batch and add up the costs of every replica and microbatch, relative to the batch's mean cost.
+
+    A mean above 1 over all of them is what padding adds.
+    """
     number = len(next(iter(samples.costs.values())))
     drawn = [generator.randrange(number) for _ in range(model.global_batch_size)]
     of_batch = {name: [costs[i] for i in drawn] for name, costs in samples.costs.items()}
@@ -95,9 +101,10 @@ def draw_factors(samples: SampleSpread, candidate: Candidate, model: Model, gene
     for name, sizes in candidate.layout.modules.items():
         mean = statistics.fmean(of_batch[name]) if name in of_batch else 1.0
         costs = [of_batch[name][i] / mean for i in order] if mean and name in of_batch else [1.0] * len(drawn)
+        together = max if name in samples.padded else statistics.fmean
         factors[name] = [
             [
-                statistics.fmean(
+                together(
                     costs[position]
                     for position in shard(
                         global_batch_size=model.global_batch_size,

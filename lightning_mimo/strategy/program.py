@@ -55,8 +55,10 @@ def training_program(module: MimoModule, trainer: pl.Trainer) -> Iterator[Traini
     strategy = trainer.strategy
     assert isinstance(strategy, MimoStrategy), "checked by the command line"
     before = module._trainer, module.model, strategy.infra, trainer.__class__
+    connected = strategy.lightning_module
     loss = checked_loss(module.loss, type(module).__name__)
     module.trainer = trainer
+    strategy.connect(module)  # data modules ask trainer.lightning_module, as ChatData for its processor
 
     def attach(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
         module.model, strategy.infra = model, infra
@@ -77,6 +79,7 @@ def training_program(module: MimoModule, trainer: pl.Trainer) -> Iterator[Traini
             frozen=module.frozen,
         )
     finally:
+        strategy.connect(connected)  # type: ignore[arg-type]  # None where there was none
         module._trainer, module.model, strategy.infra, trainer.__class__ = before
 
 

@@ -7,6 +7,7 @@ import importlib
 import json
 from pathlib import Path
 
+from tests.benchmarks.quiet_machine import MachineBusyError
 from tests.benchmarks.report import Report, as_json
 from tests.support.rank_pool import RankPool
 
@@ -28,6 +29,9 @@ BENCHMARKS = {
     "attention": "time and memory of a GPT with torch's attention, with Megatron's own, and of a Llama of transformers",
 }
 
+MODELS = ("light", "even", "heavy")
+"""Models of ``plan``, each with another encoder."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", formatter_class=argparse.RawTextHelpFormatter)
@@ -35,13 +39,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which ones; all of them if none is named:\n{names}")
     parser.add_argument("--json", type=Path, default=Path("benchmarks.json"), help="file to write (benchmarks.json)")
     parser.add_argument("--quick", action="store_true", help="few repetitions: shows that it runs, measures little")
+    parser.add_argument("--model", choices=MODELS, help="plan: only the model with this encoder")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.names if name not in BENCHMARKS]:
         parser.error(f"there is no benchmark {', '.join(unknown)}; choose from {', '.join(BENCHMARKS)}")
+    if arguments.model and arguments.names != ["plan"]:
+        parser.error("--model is for plan alone")
     reports: dict[str, Report] = {}
     pool = RankPool(16)
     for name in arguments.names or BENCHMARKS:
-        reports[name] = importlib.import_module(f"tests.benchmarks.{name}").measure(pool, quick=arguments.quick)
+        options = {"model": arguments.model} if arguments.model else {}
+        benchmark = importlib.import_module(f"tests.benchmarks.{name}")
+        try:
+            reports[name] = benchmark.measure(pool, quick=arguments.quick, **options)
+        except MachineBusyError as error:
+            pool.close()
+            parser.exit(1, f"{name}: {error}\n")
         print(reports[name], flush=True)
         arguments.json.write_text(json.dumps(as_json(reports), indent=1) + "\n")
     pool.close()

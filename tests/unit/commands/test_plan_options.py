@@ -7,6 +7,7 @@ import yaml
 
 from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.plan_config import as_yaml, changes_of, write_config
+from lightning_mimo.commands.plan_model import switched_together
 from lightning_mimo.commands.plan_options import parse_options
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
@@ -21,6 +22,11 @@ def test_options_and_the_rest() -> None:
     assert rest == ["--config", "my.yaml", "--data.folder=x"]
     assert options.gpus == (8, 16, 32) and options.memory == 40 * 2**30 and options.spread == {"images": 0.8}
     assert parse_options(["--gpus=8", "--memory=80GB"])[0].memory == 80e9
+    assert [parse_options(["--gpus=8", *each])[0].measure for each in ([], ["--measure"], ["--measure=rates"])] == [
+        None,
+        "layers",
+        "rates",
+    ]
     assert not options.from_data and parse_options(["--gpus=8", "--sample=data"])[0].from_data
 
 
@@ -63,6 +69,14 @@ def test_one_line_from_the_command(
     assert message in line
 
 
+def test_modules_that_one_key_switches_are_recomputed_together() -> None:
+    own = {"images": ("vision.recompute",), "language": ("language.recompute",)}
+    assert switched_together(own) == [{"images"}, {"language"}]
+    assert switched_together({"images": ("recompute",), "language": ("recompute",)}) == [{"images", "language"}]
+    mixed = {"a": ("x",), "b": ("y",), "c": ("x", "y"), "d": ("z",)}
+    assert sorted(switched_together(mixed), key=len) == [{"d"}, {"a", "b", "c"}]
+
+
 def _candidate() -> Candidate:
     modules = {"images": ModuleParallelism(tp=1, dp=4), "language": ModuleParallelism(tp=4, pp=2, dp=1)}
     return Candidate(
@@ -71,7 +85,7 @@ def _candidate() -> Candidate:
         encoder_run_ahead=2,
         distributed_optimizer=True,
         overlap=True,
-        variant=Variant(recompute=True, sequence_parallel=True),
+        variant=Variant(recompute=frozenset({"images"}), sequence_parallel=True),
     )
 
 
@@ -81,7 +95,8 @@ def test_a_written_config_is_the_plan(tmp_path: Path) -> None:
         candidate,
         load_hardware("h100"),
         ddp={"overlap_grad_reduce": True, "bucket_size": 7},
-        recompute=["model.init_args.vision.recompute"],
+        recompute={"images": ["model.init_args.vision.recompute"]},
+        cleared=["model.init_args.language.last_stage_layers"],
         sequence_parallel=["model.init_args.sequence_parallel"],
     )
     assert yaml.safe_load(as_yaml(changes)) == changes

@@ -19,7 +19,7 @@ from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.layout import picture_of
 from lightning_mimo.commands.plan_options import parse_options
 from lightning_mimo.commands.run import DryRunCLI
-from tests.benchmarks.__main__ import BENCHMARKS
+from tests.benchmarks.__main__ import BENCHMARKS, MODELS
 from tests.gpu.parts import parts as gpu_parts
 from tests.support.pages import PAGES, blocks_of, commands_in, commands_of
 
@@ -126,7 +126,7 @@ def _python(words: list[str]) -> None:
     if words[1] == "tests.gpu":
         _expect(set(words[2:]) <= {"--out", "results", "--rehearse", *gpu_parts(Path("results"))}, words)
     elif words[1] == "tests.benchmarks":
-        _expect(set(words[2:]) <= {*BENCHMARKS, "--help"}, words)
+        _expect(set(words[2:]) <= {*BENCHMARKS, "--help", "--model", *MODELS}, words)
     else:
         usage = {"examples.llava.make_tiny": 1, "examples.llava.answer": 3}
         _expect(words[1].startswith("examples.") and len(words[2:]) == usage.get(words[1], 0), words)

@@ -67,7 +67,7 @@ def formula_model(modules: Mapping[str, Transformer], *, global_batch_size: int)
         )
 
     def costs_of(name: str, sizes: ResolvedParallelism, variant: Variant, samples: int) -> ModuleCosts:
-        return costs(name, sizes.tp, variant.recompute, samples)
+        return costs(name, sizes.tp, name in variant.recompute, samples)
 
     return Model(
         costs=costs_of,

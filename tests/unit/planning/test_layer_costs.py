@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from lightning_mimo import ModuleParallelism
+import pytest
+from megatron.core.models.mimo import MimoModelConfig
+
+from lightning_mimo import MimoModelInfra, ModuleParallelism
 from lightning_mimo.models.sizes import Recompute
+from lightning_mimo.planning.degrees import stage_layers
 from lightning_mimo.planning.layer_costs import LayerSettings
-from tests.support.estimates import SIZES, costs_of, estimate
+from tests.support.estimates import SIZES, EstimatedModule, costs_of, estimate
 
 LAYERS = 8
 
@@ -34,3 +38,14 @@ def test_costs_of_layers_add_up_to_an_estimate(recompute: bool) -> None:
     transient = max(part.transient for part in parts)
     # The estimate also holds what the gradients of embeddings and the rest of the rank need.
     assert kept + transient == pytest.approx(language.memory.activations, rel=0.1)
+
+
+def test_stages_that_megatron_divides_unevenly() -> None:
+    class Uneven(EstimatedModule):
+        def configure_mimo(self, infra: MimoModelInfra) -> MimoModelConfig:
+            self._language = replace(self._language, num_layers=7, first_stage_layers=3)
+            return super().configure_mimo(infra)
+
+    configure = Uneven().configure_mimo
+    assert stage_layers(configure, {"images": 1, "language": 3}, "language") == (3, 2, 2)
+    assert stage_layers(configure, {"images": 2, "language": 3}, "images") == (2, 2)

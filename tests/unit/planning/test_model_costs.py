@@ -51,7 +51,7 @@ def test_measured_layers_are_those_of_the_model() -> None:
     tokens, width = SIZES.tokens, SIZES.hidden
     for tp in (1, 2):
         sizes = ResolvedParallelism(tp=tp, dp=1, rank_offset=0)
-        found = costs("language", sizes, Variant(recompute=False, sequence_parallel=False), 1)
+        found = costs("language", sizes, Variant(recompute=frozenset(), sequence_parallel=False), 1)
         assert found.num_layers == 8
         matrices = 12 * width**2
         assert found.layer.weights == pytest.approx(4 * matrices / tp, rel=0.05)
@@ -61,5 +61,5 @@ def test_measured_layers_are_those_of_the_model() -> None:
         assert found.layer.work.backward.operations["matmul"].flops == pytest.approx(2 * expected, rel=1e-6)
         assert bool(found.layer.work.forward.messages) == (tp > 1)
     one = ResolvedParallelism(dp=1, rank_offset=0)
-    images = costs("images", one, Variant(recompute=False, sequence_parallel=False), 2)
+    images = costs("images", one, Variant(recompute=frozenset(), sequence_parallel=False), 2)
     assert images.output_bytes == 2 * SIZES.tokens_per_image * width * 4

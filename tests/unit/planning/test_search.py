@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from lightning_mimo.errors import ConfigError, LayoutError
+from lightning_mimo.layout.module_parallelism import ResolvedParallelism
 from lightning_mimo.planning.candidate import Candidate, Variant
+from lightning_mimo.planning.costs import ModuleCosts, PassSeconds
 from lightning_mimo.planning.hardware import load_hardware
 from lightning_mimo.planning.layouts import Degrees, legal_layouts, microbatch_numbers
 from lightning_mimo.planning.pricing import memory_by_stage, peak_memory, price_stages
@@ -19,7 +21,10 @@ VIT = Transformer(layers=24, hidden=1024, tokens=576, output=4096)
 GPT = Transformer(layers=32, hidden=4096, tokens=2048, output=4096)
 MODEL = formula_model({"images": VIT, "language": GPT}, global_batch_size=32)
 DEGREES = {"images": Degrees(tp=(1, 2), pp=(1, 2)), "language": Degrees(tp=(1, 2, 4), pp=(1, 2, 4))}
-VARIANTS = tuple(Variant(recompute=recompute, sequence_parallel=False) for recompute in (False, True))
+VARIANTS = tuple(
+    Variant(recompute=frozenset(recompute), sequence_parallel=False)
+    for recompute in ((), ("images",), ("language",), ("images", "language"))
+)
 SPACE = Space(degrees=DEGREES, variants=VARIANTS)
 H100 = load_hardware("h100")
 
@@ -57,6 +62,31 @@ def test_bounds_rule_out_no_plan_that_would_win() -> None:
     expected = sorted(best.values())[:5]
     assert [plan.seconds for plan in found.plans] == pytest.approx(expected, rel=2e-3)
     assert found.simulated < found.priced
+
+
+def _timed(name: str, sizes: ResolvedParallelism, variant: Variant, samples: int) -> ModuleCosts:
+    costs = MODEL.costs(name, sizes, variant, samples)
+    return replace(costs, layer=replace(costs.layer, seconds=PassSeconds(forward=0.5, backward=1.25)))
+
+
+@pytest.mark.parametrize("recompute", [frozenset(), frozenset({"language"})], ids=["keep", "recompute"])
+def test_layers_that_were_timed_take_as_long_as_that(recompute: frozenset[str]) -> None:
+    candidate = replace(_all_candidates(4)[0], variant=Variant(recompute=recompute, sequence_parallel=False))
+    for price in price_stages(candidate, replace(MODEL, costs=_timed), H100):
+        layers = {"images": VIT, "language": GPT}[price.module].layers / candidate.layout.modules[price.module].pp
+        assert price.forward == pytest.approx(0.5 * layers)
+        assert price.backward == pytest.approx((1.75 if price.module in recompute else 1.25) * layers)
+
+
+def test_stages_of_different_length() -> None:
+    layouts = legal_layouts(DEGREES, world_size=5, global_batch_size=32)
+    layout = next(each for each in layouts if each.modules["language"].pp == 4 and not each.colocated)
+    model = replace(MODEL, costs=_timed, stage_layers=lambda name, pp: (9, 8, 8, 7) if pp == 4 else (24,))
+    prices = price_stages(replace(_all_candidates(6)[0], layout=layout), model, H100)
+    assert [price.forward for price in prices if price.module == "language"] == pytest.approx([4.5, 4.0, 4.0, 3.5])
+    weights = GPT.hidden**2 * 12 * 2
+    first, _, _, last = (price.state for price in prices if price.module == "language")
+    assert first - last == pytest.approx(2 * weights * (1 + 2 + 6), rel=1e-6)  # weights, gradients, optimizer with dp=1
 
 
 def test_report() -> None:

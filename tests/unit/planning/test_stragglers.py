@@ -36,7 +36,7 @@ def _candidate(colocate: bool, **dp: int) -> Candidate:
         encoder_run_ahead=1,
         distributed_optimizer=True,
         overlap=True,
-        variant=Variant(recompute=False, sequence_parallel=False),
+        variant=Variant(recompute=frozenset(), sequence_parallel=False),
     )
 
 
@@ -91,6 +91,22 @@ def test_factors_are_means_of_the_samples_of_a_replica() -> None:
     assert factors["images"][1][2] == pytest.approx(statistics.fmean(batch[32 + 4 : 32 + 8]) / statistics.fmean(batch))
     assert factors["language"] == [[1.0] * 4] * 2
     assert [len(factors[name]) for name in ("images", "language")] == [4, 2]
+
+
+def test_padded_samples_cost_as_much_as_the_longest_of_their_microbatch() -> None:
+    candidate = LAYOUTS[1]
+    costs = {"images": [1.0, 2.0, 6.0], "language": [1.0, 2.0, 6.0]}
+    spread = SampleSpread(costs=costs, order=None, padded=frozenset({"language"}))
+    factors = draw_factors(spread, candidate, MODEL, random.Random(0))
+    drawn = random.Random(0)
+    batch = [costs["language"][drawn.randrange(3)] for _ in range(64)]
+    mean = statistics.fmean(batch)
+    assert factors["language"][1][2] == pytest.approx(max(batch[32 + 16 : 32 + 24]) / mean)
+    assert factors["images"][1][2] == pytest.approx(statistics.fmean(batch[32 + 4 : 32 + 8]) / mean)
+    prices = price_stages(candidate, MODEL, H100)
+    packed = replace(spread, padded=frozenset())
+    padded, even = (seconds_with(each, candidate, prices, MODEL, H100) for each in (spread, packed))
+    assert padded > 1.5 * even
 
 
 def test_lognormal_costs() -> None:
