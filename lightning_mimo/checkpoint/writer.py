@@ -153,7 +153,12 @@ def _write(directory: Path, path: Path, content: Content, rank: int, ranks: int,
             writing.rename(_note(directory, rank, _FAILED))
         raise
     if rank == 0:
-        _finish(directory, path, content, ranks, timeout)
+        try:
+            _finish(directory, path, content, ranks, timeout)
+        except FileNotFoundError as error:
+            if directory.is_dir():
+                raise
+            raise FileNotFoundError(f"{directory} was removed while the checkpoint was written") from error
 
 
 def _write_files(directory: Path, content: Content, rank: int) -> dict[str, FileEntry]:
@@ -198,7 +203,7 @@ def _check_is_writing(directory: Path, rank: int) -> None:
     if _note(directory, rank, _FAILED).exists():
         raise OSError(f"rank {rank} failed")
     if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} was removed while the checkpoint was written")
+        raise FileNotFoundError(directory)
 
 
 def _clear(directory: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -61,19 +63,24 @@ def needs_of(config: Path) -> list[str]:
     return there if config.stem == "tiny_llava" else []
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], LightningCLI]:
+    """Loads a config, once for all tests that only look at it."""
+    folder = tmp_path_factory.mktemp("logs")
+    moved = [f"--trainer.default_root_dir={folder}", f"--trainer.logger.init_args.save_dir={folder}"]
+    return functools.cache(lambda config: load(config, *moved, *needs_of(config)))
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_config_loads_and_its_layout_can_run(config: Path, tmp_path: Path) -> None:
-    moved = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    cli = load(config, *moved, *needs_of(config))
-    strategy = cli.trainer.strategy
+def test_config_loads_and_its_layout_can_run(config: Path, loaded: Callable[[Path], LightningCLI]) -> None:
+    strategy = loaded(config).trainer.strategy
     assert isinstance(strategy, MimoStrategy)
     assert strategy.validate().world_size == strategy.num_processes * strategy.num_nodes
 
 
 @pytest.mark.parametrize("config", CLUSTER, ids=lambda path: path.stem)
-def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, tmp_path: Path) -> None:
-    moved = [f"--trainer.default_root_dir={tmp_path}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    cli = load(config, *moved, *needs_of(config))
+def test_cluster_size_config_fits_its_layout_and_its_gpus(config: Path, loaded: Callable[[Path], LightningCLI]) -> None:
+    cli = loaded(config)
     strategy = cli.trainer.strategy
     found = memory_estimate(
         strategy.validate(),
