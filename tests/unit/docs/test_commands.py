@@ -141,6 +141,8 @@ def _pytest(words: list[str]) -> None:
             _expect(expression <= MARKERS, expression)
         elif word == "-n":
             _expect(words.pop(0).isdigit(), word)
+        elif word == "--dist":  # of pytest-xdist
+            _expect(words.pop(0) in ("load", "worksteal"), word)
         else:
             _expect(Path(word).exists(), word)
 
@@ -164,7 +166,7 @@ def _torchrun(words: list[str]) -> None:
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 30
-    assert ("uv", "run", "pytest", "-n", "2") in COMMANDS
+    assert ("uv", "run", "pytest", "-n", "2", "--dist", "worksteal") in COMMANDS
     assert ("uv", "run", "lightning-mimo", "fit", "--config", VLM) in COMMANDS
 
 
