@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, override
 
 import torch
@@ -72,16 +74,17 @@ class PlanCLI(MimoCLI):
             data = partial(first_samples, self.trainer, self.datamodule) if self.options.from_data else None
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             timed_on = device if self.options.measure == "layers" else None
-            subject = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data, timed_on=timed_on)
             hardware = load_hardware(self.options.hardware)
-            if self.options.measure:
-                hardware = measured(hardware, device, getattr(torch, subject.dtype))
-            if self.options.compare is not None:
-                text = self._compare(subject, hardware)
-            elif len(self.options.gpus) > 1:
-                text = self._curve(subject, hardware)
-            else:
-                text = self._plan(subject, hardware)
+            model = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data, timed_on=timed_on)
+            with closing(model) as subject:
+                if self.options.measure:
+                    hardware = measured(hardware, device, getattr(torch, subject.dtype))
+                if self.options.compare is not None:
+                    text = self._compare(subject, hardware)
+                elif len(self.options.gpus) > 1:
+                    text = self._curve(subject, hardware)
+                else:
+                    text = self._plan(subject, hardware)
         print_report(text)
 
     def _module_with(self, values: Mapping[str, Any]) -> MimoModule:
@@ -109,11 +112,13 @@ class PlanCLI(MimoCLI):
         lines += [report.describe_memory(best, options.memory or hardware.memory), "", as_yaml(changes), ""]
         if options.picture is not None:
             title = f"simulated step: {best.seconds * 1000:.0f} ms, {best.candidate}"
-            draw_timeline(traces_of(best.simulation), options.picture, title=title)
+            with _writing("--picture", options.picture):
+                draw_timeline(traces_of(best.simulation), options.picture, title=title)
             lines.append(f"Written: {options.picture}")
         if options.write is not None:
             head = f"Planned for {options.gpus[0]} x {hardware.name}: {best.seconds:.3f} s per step.\n{best.candidate}"
-            write_config(options.write, self.merged, changes, head=head)
+            with _writing("--write", options.write):
+                write_config(options.write, self.merged, changes, head=head)
             lines.append(f"Written: {options.write}")
         return "\n".join([*lines, report.describe_limits(hardware, subject.timing)])
 
@@ -174,7 +179,8 @@ class PlanCLI(MimoCLI):
         simulation = simulate_step(candidate, price_stages(candidate, model, hardware), model, hardware)
         lines = [str(candidate), "", describe_comparison(ranks, simulation, compare(ranks, simulation))]
         if self.options.picture is not None:
-            draw_timeline(traces_of(simulation), self.options.picture, title=f"simulated: {candidate}")
+            with _writing("--picture", self.options.picture):
+                draw_timeline(traces_of(simulation), self.options.picture, title=f"simulated: {candidate}")
             lines.append(f"Written: {self.options.picture}")
         return "\n".join([*lines, "", report.describe_limits(hardware, subject.timing)])
 
@@ -191,3 +197,12 @@ class PlanCLI(MimoCLI):
             cleared=[f"model.init_args.{key}" for key in subject.keys.stage_layers],
             sequence_parallel=[f"model.init_args.{key}" for key in subject.keys.sequence_parallel],
         )
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Refuse a file that cannot be written by the name of its option."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}={path} cannot be written: {error.strerror or error}.") from None

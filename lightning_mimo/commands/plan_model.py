@@ -142,8 +142,16 @@ class PlannedModel:
         self._open = ExitStack()
         self._program = self._open.enter_context(training_program(self._module, trainer))
         self._is_of_data = data is not None
-        self._example = self._longest(without) if data is None else _largest(data(), without)
+        try:
+            self._example = self._longest(without) if data is None else _largest(data(), without)
+        except BaseException:
+            self.close()
+            raise
         self._degrees: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def close(self) -> None:
+        """Detach the module from the trainer."""
+        self._open.close()
 
     def _describe(self, module: MimoModule) -> MimoModelConfig:
         """The model in one process."""

@@ -73,7 +73,7 @@ class TimedLayerCosts:
         """As :meth:`LayerCosts.__call__`."""
         costs = self._layer_costs(settings)
         if not costs.num_layers:
-            self.priced[settings.module] = "it has no transformer layers"
+            self.priced[settings.module] = "the module has no TransformerConfig of several layers"
             return costs
         few, more = (self._seconds(replace(settings, samples=samples)) for samples in (_FEW, _MORE))
         if few is None or more is None:

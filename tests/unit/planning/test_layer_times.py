@@ -81,4 +81,4 @@ def test_what_is_too_slow_or_has_no_layers_is_priced(seen: list[Any], monkeypatc
         assert len(seen) == runs, "nothing more is tried for the module"
     with timed(layers=1) as costs:
         assert costs(LayerSettings(module="images")).layer.seconds is None
-        assert costs.priced == {"images": "it has no transformer layers"}
+        assert costs.priced == {"images": "the module has no TransformerConfig of several layers"}
