@@ -141,13 +141,14 @@ class _Reader:
     def _message(self, message: Any, field: str) -> dict[str, Any]:
         if not isinstance(message, Mapping):
             raise self._error(field, f"is {_short(message)}, but must be a dict with 'role' and 'content'.")
-        message = {key: value for key, value in message.items() if value is not None}  # tables have every key
+        if None in message.values():  # tables have every key
+            message = {key: value for key, value in message.items() if value is not None}
         key = self._one_of(message, _ROLE_KEYS, field)
         given = message[key]
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise self._error(f"{field}.{key}", f"is {_short(given)}; known are {', '.join(_ROLES)}.")
-        others = {key: value for key, value in message.items() if key not in _KEYS}
+        others = {key: message[key] for key in message if key not in _KEYS}
         for key in others:
             if not self._is_used(key):
                 raise self._error(f"{field}.{key}", "is a key that the chat template does not look at. Leave it out.")
@@ -168,7 +169,7 @@ class _Reader:
         key = self._one_of(message, _CONTENT_KEYS, field)
         content, field = message[key], f"{field}.{key}"
         if isinstance(content, str):
-            return list(self._split(content, field))
+            return list(self._split(content, field)) if "<" in content else _text(content)
         if not isinstance(content, Sequence):
             raise self._error(field, f"is {_short(content)}, but must be a string or a list.")
         return [self._part(part, f"{field}[{number}]") for number, part in enumerate(content)]

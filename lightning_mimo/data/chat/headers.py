@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import BinaryIO, NamedTuple
 
+_AT_ONCE = 1024  # bytes that are read first; as a rule the size is in them
 _PNG = b"\x89PNG\r\n\x1a\n"
 _FIRST_CHUNK = 8 + 25  # after the signature and the chunk IHDR
 _PNG_TEXT = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that may say that the image is to be turned
@@ -27,21 +28,20 @@ def plain_size(file: BinaryIO) -> Size | None:
     Args:
         file: at its beginning. It may be read in part.
     """
-    head = file.read(24)
+    head = file.read(_AT_ONCE)
     size = None
     if head.startswith(_JPEG):
-        size = _of_jpeg(file)
-    elif head.startswith(_PNG) and head[12:16] == b"IHDR" and len(head) == 24 and _is_plain_png(file):
-        width, height = struct.unpack(">II", head[16:])
+        size = _of_jpeg(file, head)
+    elif head.startswith(_PNG) and head[12:16] == b"IHDR" and _is_plain_png(file, head):
+        width, height = struct.unpack_from(">II", head, 16)
         size = Size(height, width)
     return size if size is not None and all(size) else None
 
 
-def _of_jpeg(file: BinaryIO) -> Size | None:
+def _of_jpeg(file: BinaryIO, head: bytes) -> Size | None:
     position = len(_JPEG)
     while True:
-        file.seek(position)
-        found = file.read(9)
+        found = _read(file, head, position, 9)
         if len(found) < 9 or found[0] != 0xFF:
             return None
         kind, length, _, height, width = struct.unpack(">xBHBHH", found)
@@ -52,14 +52,22 @@ def _of_jpeg(file: BinaryIO) -> Size | None:
         position += 2 + length
 
 
-def _is_plain_png(file: BinaryIO) -> bool:
+def _is_plain_png(file: BinaryIO, head: bytes) -> bool:
     """Whether nothing that may speak of orientation stands before the pixels."""
     position = _FIRST_CHUNK
     while True:
-        file.seek(position)
-        found = file.read(8)
+        found = _read(file, head, position, 8)
         if len(found) < 8 or found[4:] in _PNG_TEXT:
             return False
         if found[4:] == b"IDAT":
             return True
         position += 12 + int.from_bytes(found[:4])
+
+
+def _read(file: BinaryIO, head: bytes, position: int, size: int) -> bytes:
+    """Some bytes of a file that begins with ``head``."""
+    found = head[position : position + size]
+    if len(found) < size:
+        file.seek(position)
+        found = file.read(size)
+    return found
