@@ -9,12 +9,13 @@ that transfer and computation overlap.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from lightning_mimo.comm.first_wait import OnFirstWait
 from lightning_mimo.errors import DataError
 from lightning_mimo.layout.routes import Routes
 from lightning_mimo.observe.spans import BACKWARD, FORWARD, SpanInfo, Spans
@@ -40,32 +41,6 @@ _DATA, _ANNOUNCEMENT, _MORE_NUMBERS = 1, 2, 3
 _DIMENSIONS = 3  # of an announced tensor
 
 
-class OnFirstWait:
-    """Runs an action once per training pass, before the rank waits for its first receive."""
-
-    def __init__(self, action: Callable[[], None] | None = None) -> None:
-        """
-        Args:
-            action: the action; must not raise and must not wait for other ranks. ``None`` does nothing.
-        """
-        self._action = action
-        self._is_due = False
-
-    def begin(self, *, is_due: bool) -> None:
-        """Begin a pass.
-
-        Args:
-            is_due: whether the action runs in this pass.
-        """
-        self._is_due = is_due
-
-    def do(self) -> None:
-        """Run the action if it is due and has not run in this pass."""
-        if self._is_due and self._action is not None:
-            self._is_due = False
-            self._action()
-
-
 @dataclass(frozen=True, kw_only=True)
 class P2PLink:
     """Connection over which one rank exchanges activations and gradients with another module or stage.
@@ -76,7 +51,8 @@ class P2PLink:
         module: module of this rank.
         routes: routes to the other side.
         dtype: dtype of the transferred tensors.
-        in_flight: maximum number of microbatches that are sent but not received; a further send waits.
+        in_flight: maximum number of microbatches whose activations are sent but not received; a further send waits.
+        gradients_in_flight: the same for gradients.
         forward_group: process group of all ranks, for activations only.
         backward_group: process group of all ranks, for gradients only. With separate groups, NCCL orders each direction
             independently, and neither waits for the other.
@@ -92,6 +68,7 @@ class P2PLink:
     routes: Routes
     dtype: torch.dtype
     in_flight: int
+    gradients_in_flight: int
     forward_group: dist.ProcessGroup
     backward_group: dist.ProcessGroup
     announcement_group: dist.ProcessGroup | None
@@ -130,6 +107,7 @@ class SendChannel:
         self._info = link.span_info("send", direction, link.routes.receivers)
         self._waiting = link.span_info("finish sending", direction, link.routes.receivers)
         self._direction = direction
+        self._in_flight = link.in_flight if direction == FORWARD else link.gradients_in_flight
         self._flying: deque[list[tuple[dist.Work, torch.Tensor]]] = deque()
         self._shapes: Sequence[Shapes | DynamicShape | None] = ()
         self._number = 0
@@ -156,7 +134,7 @@ class SendChannel:
         """
         if not self._info.peers:
             return
-        if len(self._flying) >= self._link.in_flight:
+        if len(self._flying) >= self._in_flight:
             self._wait_for_oldest()
         with self._link.spans.span(self._info, self._number):
             shapes = self._shapes[self._number]
@@ -166,6 +144,11 @@ class SendChannel:
             else:
                 self._flying.append(self._parts(tensor, [tuple(tensor.shape)] if shapes is None else shapes))
         self._number += 1
+
+    def let_go(self, number: int) -> None:
+        """Keep the tensors of a microbatch and of those before it no longer, because the other side has them."""
+        while self._flying and self._number - len(self._flying) <= number:
+            self._wait_for_oldest()
 
     def finish(self) -> None:
         """End the pass: wait until everything has been received."""
@@ -185,7 +168,7 @@ class SendChannel:
                 f"but the other side expects {whole} for this microbatch. Return one row of hidden_size values for "
                 f"each placeholder token; between pipeline stages of the language module, (sequence, batch, hidden)."
             )
-        parts = tensor.detach().split([shape[0] for shape in shapes])
+        parts = _alone(tensor.detach()).split([shape[0] for shape in shapes])
         return [
             self._post(part.contiguous(), peer, _DATA)
             for part, peers in zip(parts, self._link.routes.sends, strict=True)
@@ -203,7 +186,7 @@ class SendChannel:
             if more.numel():
                 posted.append(self._post(more, peer, _MORE_NUMBERS))
             if tensor.numel():
-                posted.append(self._post(tensor.detach().contiguous(), peer, _DATA))
+                posted.append(self._post(_alone(tensor.detach()).contiguous(), peer, _DATA))
         return posted
 
     def _post(self, tensor: torch.Tensor, peer: int, tag: int) -> tuple[dist.Work, torch.Tensor]:
@@ -216,6 +199,7 @@ class ReceiveChannel:
     """Receives microbatches in order.
 
     Attributes:
+        received: number of microbatches of this pass that were received.
         numbers: integers that were announced with the last dynamic shape.
         more_numbers: further integers that followed the data.
     """
@@ -228,7 +212,7 @@ class ReceiveChannel:
         self._ahead = 1 if dist.get_backend(link.group(direction, _DATA)) == "gloo" else 0
         self._posted: deque[tuple[list[torch.Tensor], list[dist.Work]]] = deque()
         self._shapes: list[Shapes | DynamicShape | None] = []
-        self._number = 0
+        self.received = 0
         self.numbers: tuple[int, ...] = ()
         self.more_numbers: tuple[int, ...] = ()
 
@@ -239,7 +223,7 @@ class ReceiveChannel:
             shapes: shapes of each microbatch; ``None`` if :meth:`set_shape` gives them before it is received.
         """
         assert not self._posted, "the pass before was not finished"
-        self._shapes, self._number = list(shapes), 0
+        self._shapes, self.received = list(shapes), 0
         self._post_up_to(self._ahead)
 
     def set_shape(self, shape: Shape) -> None:
@@ -249,19 +233,19 @@ class ReceiveChannel:
 
     def receive(self) -> torch.Tensor:
         """Return the next microbatch, with its parts concatenated along the first dimension. Waits for the data."""
-        with self._link.spans.span(self._info, self._number):
-            self._post_up_to(self._number + 1 + self._ahead)
+        with self._link.spans.span(self._info, self.received):
+            self._post_up_to(self.received + 1 + self._ahead)
             parts, works = self._posted.popleft()
             self._link.on_first_wait.do()
             for work in works:
                 work.wait()
-            if isinstance(self._shapes[self._number], DynamicShape):
+            if isinstance(self._shapes[self.received], DynamicShape):
                 parts = [self._receive_announced(*parts)]
-        self._number += 1
+        self.received += 1
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _post_up_to(self, end: int) -> None:
-        for shapes in self._shapes[self._number + len(self._posted) : end]:
+        for shapes in self._shapes[self.received + len(self._posted) : end]:
             if shapes is None:
                 return
             self._posted.append(self._post(shapes))
@@ -291,6 +275,14 @@ class ReceiveChannel:
                 self._irecv(each, self._info.peers[0], tag).wait()
         self.more_numbers = tuple(more.tolist()) if size else ()
         return part
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that is a small part of its storage, all of which would be kept until it is received.
+
+    Example: the gradient of the embeddings of images is a part of the gradient of all embeddings.
+    """
+    return tensor.clone() if tensor.untyped_storage().nbytes() >= 2 * tensor.nbytes else tensor
 
 
 def _backward_shapes(shapes: Sequence[Shapes | DynamicShape]) -> list[Shapes | None]:
@@ -341,7 +333,11 @@ class Sender:
         self._forward.send(activations)
 
     def recv_backward(self) -> torch.Tensor | None:
-        return None if self._backward is None else self._backward.receive()
+        if self._backward is None:
+            return None
+        gradients = self._backward.receive()
+        self._forward.let_go(self._backward.received - 1)
+        return gradients
 
     def send_forward_recv_backward(self, activations: torch.Tensor) -> torch.Tensor | None:
         self.send_forward(activations)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.multimodule_communicator import MultiModulePipelineCommunicator, RankModuleInfo
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
+from lightning_mimo.comm.first_wait import OnFirstWait
+from lightning_mimo.comm.p2p import DynamicShape, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.layout.pass_order import stages_behind
 from lightning_mimo.layout.routes import routes_between
@@ -114,8 +115,7 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         is the number of later stages, so a larger distance from the end lets encoders run ahead.
         """
         name, place = next(iter(self.rank_module_map.items()))
-        modules = self._infra.layout.modules
-        return self.total_stages - 1 - stages_behind(modules, name, place.pp_rank, encoder_run_ahead=self._run_ahead)
+        return self.total_stages - 1 - self._behind(name, place.pp_rank)
 
     def begin(self, microbatches: Sequence[Microbatch], *, forward_only: bool) -> None:
         """Prepare a pass. Call it before every pass.
@@ -189,6 +189,9 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
         shapes_of = self._language_stage if name == LANGUAGE else partial(_announced_by, name)
         return self._keep(kind(link, source=name, gradients=self._needs_gradient(name, first)), shapes_of)
 
+    def _behind(self, name: str, stage: int) -> int:
+        return stages_behind(self._infra.layout.modules, name, stage, encoder_run_ahead=self._run_ahead)
+
     def _language_stage(self, microbatch: Microbatch) -> Shapes:
         samples, length = microbatch["input_ids"].shape
         ranks = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
@@ -196,14 +199,18 @@ class MimoPipelineCommunicator(MultiModulePipelineCommunicator):
 
     def _link(self, kind: str, label: str, mine: str, theirs: str, stage: int) -> P2PLink:
         modules = self._infra.layout.modules
+        own = modules[mine].coordinates(dist.get_rank())["pp"]
+        distance = abs(self._behind(mine, own) - self._behind(theirs, stage))
         return P2PLink(
             kind=kind,
             label=label,
             module=mine,
             routes=routes_between(modules[mine], modules[theirs], rank=dist.get_rank(), stage=stage),
             dtype=self.config.pipeline_dtype,
-            # 1F1B itself never exceeds this limit in either direction; it takes effect if no gradient is sent back.
+            # 1F1B itself never exceeds this limit; it takes effect if no gradient is sent back.
             in_flight=self.total_stages + self._run_ahead,
+            # A stage that has sent activations `distance + 1` later than those of a gradient has received the gradient.
+            gradients_in_flight=distance + 1,
             forward_group=self._forward_group,
             backward_group=self._backward_group,
             announcement_group=self._announcement_group,

@@ -21,6 +21,7 @@ from lightning_mimo.planning.costs import ModuleCosts, ModuleWork, PartCosts, Wo
 from lightning_mimo.planning.depths import transformer_of, with_layers
 from lightning_mimo.planning.fake_world import Configure, as_rank
 from lightning_mimo.planning.memory_estimate import ParameterSize, frozen_sizes, parameter_sizes
+from lightning_mimo.planning.operation_cache import OperationCache
 from lightning_mimo.planning.rank_step import (
     RankRecording,
     StepSettings,
@@ -98,6 +99,7 @@ class LayerCosts:
         self._modules, self._dtype_policy = tuple(modules), dtype_policy
         self._known: dict[LayerSettings, ModuleCosts] = {}
         self._flags: list[list[bool]] | None = None
+        self._operations = OperationCache()
 
     def __call__(self, settings: LayerSettings) -> ModuleCosts:
         """Return the costs of a module. torch.distributed must not be initialized in this process.
@@ -176,11 +178,12 @@ class LayerCosts:
         if watch is not None:
             program = replace(program, attach=partial(_attach_and_watch, program.attach, watch))
         if self._flags is None:  # which modules are trained does not depend on how they are divided
-            said = Exchange()
+            said = Exchange(operations=self._operations)
             for sizes in layout.modules.values():
                 collect_flags(step, program, sizes.ranks[0], said)
             self._flags = said.flags
-        return run_microbatch(step, program, rank, Exchange(flags=self._flags), sample=self._sample)
+        exchange = Exchange(flags=self._flags, operations=self._operations)
+        return run_microbatch(step, program, rank, exchange, sample=self._sample)
 
     def _parameters(
         self, layout: MimoLayout, rank: int, configure: Configure, settings: LayerSettings, depth: int

@@ -19,6 +19,7 @@ from lightning_mimo.data.sample_format import Sample
 from lightning_mimo.layout.batch_plan import RankBatchPlan
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE
+from lightning_mimo.layout.pass_order import stages_behind
 from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.dtypes import DtypePolicy
 from lightning_mimo.mimo.freezing import freeze
@@ -125,9 +126,7 @@ def run_rank(
         exchange: shared by all ranks.
         sample: of which every microbatch is made.
     """
-    stages = max((s.pp for name, s in settings.layout.modules.items() if name != LANGUAGE), default=0)
-    in_flight = settings.layout.modules[LANGUAGE].pp + stages + settings.encoder_run_ahead
-    number = min(settings.num_microbatches, 2 if settings.layout.colocated else in_flight + 2)
+    number = min(settings.num_microbatches, _until_steady(settings, rank))
     with _set_up(settings, program, rank, exchange) as (recorder, model, schedule):
         optimizer = program.optimizer()
         for microbatches in (1, number):
@@ -141,16 +140,39 @@ def run_rank(
             optimizer.reduction = _train(schedule, program, recorder, batch, optimizer)
             optimizer.step()
             if not recorder.counting:
-                _assign_state(recorder, model, optimizer)
+                _assign_optimizer(recorder, optimizer)
+                _assign_state(recorder, model)
         peaks = dict(recorder.ledger.peaks)
     return RankRecording(peaks=peaks, recorder=recorder, microbatches=number)
+
+
+def _until_steady(settings: StepSettings, rank: int) -> int:
+    """Microbatches after which a rank holds no more with every further one.
+
+    By then it has as many in flight as it has stages behind it, and holds as many gradients that are being sent as it
+    ever does; see :class:`lightning_mimo.comm.p2p.P2PLink`.
+    """
+    layout, ahead = settings.layout, settings.encoder_run_ahead
+    if layout.colocated:
+        return 2
+    (name,) = layout.modules_on(rank)
+    stage = layout.modules[name].coordinates(rank)["pp"]
+    behind = stages_behind(layout.modules, name, stage, encoder_run_ahead=ahead)
+    if stage:
+        sending = 2
+    elif name == LANGUAGE:
+        sending = 2 + ahead
+    else:
+        sending = 0
+    return behind + 1 + sending
 
 
 def run_microbatch(
     settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange, *, sample: Sample
 ) -> RankRecording:
     """Run forward and backward of one microbatch, without an optimizer; as :func:`run_rank` otherwise."""
-    with _set_up(settings, program, rank, exchange) as (recorder, _, schedule):
+    with _set_up(settings, program, rank, exchange) as (recorder, model, schedule):
+        _assign_state(recorder, model)
         batch = _batch(settings, program, rank, sample, number=1)
         recorder.ledger.assign(_tensors_of(batch), "batch")
         recorder.counting = True
@@ -182,8 +204,9 @@ def _set_up(
     spans = Spans()
     with as_rank(settings.layout, rank, spans=spans) as infra:
         model = build_on_meta(program.configure, infra, settings.dtype_policy)
-        recorder = StepRecorder(spans, exchange, _axes_of(infra))
-        with FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        recorder = StepRecorder(mode, spans, exchange, _axes_of(infra))
+        with mode, recorder:
             _make_fake(model)
             freeze(model, infra, program.frozen)
             program.attach(model, infra)
@@ -263,14 +286,19 @@ def _make_fake(model: torch.nn.Module) -> None:
                     held[name] = fake(value)
 
 
-def _assign_state(recorder: StepRecorder, model: RaggedMimoModel, optimizer: MimoTorchOptimizer) -> None:
-    """Tell the ledger what tensors are kept from step to step."""
+def _assign_optimizer(recorder: StepRecorder, optimizer: MimoTorchOptimizer) -> None:
+    """Tell the ledger what tensors the optimizer keeps from step to step."""
     ledger = recorder.ledger
     for _, inner in optimizer.mimo._inner():
         for group in inner.optimizer.param_groups:
             ledger.assign(group["params"], "optimizer")
         for state in inner.optimizer.state.values():
             ledger.assign((value for value in state.values() if isinstance(value, torch.Tensor)), "optimizer")
+
+
+def _assign_state(recorder: StepRecorder, model: RaggedMimoModel) -> None:
+    """Tell the ledger which tensors are weights and their gradients."""
+    ledger = recorder.ledger
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             for buffer in (*module.buffers, *module.expert_parallel_buffers):

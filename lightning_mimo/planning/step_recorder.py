@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,12 +12,12 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils.flop_counter import flop_registry
 
 from lightning_mimo.observe.spans import BACKWARD, FORWARD, Spans
 from lightning_mimo.planning.costs import Message, OperationKind, Operations, Work
 from lightning_mimo.planning.memory_ledger import ACTIVATIONS, MemoryLedger
-from lightning_mimo.upstream.torch import FakeTensor, TorchDispatchMode, unset_fake_temporarily
+from lightning_mimo.planning.operation_cache import Effort, OperationCache, effort_of, tensors_in
+from lightning_mimo.upstream.torch import FakeTensor, FakeTensorMode, TorchDispatchMode, unset_fake_temporarily
 
 Segment = Literal["before", "layers", "after"]
 """Part of a module's pass: before, in or after its transformer layers."""
@@ -30,6 +30,7 @@ _Place = tuple[str, str, Segment]
 
 _aten = torch.ops.aten
 _c10d = torch.ops.c10d
+_DEVICE = torch.ops.prim.device.default  # what `tensor.device` runs, more often than any operation
 # Integers up to this number of elements keep their values, so that code may read them: sizes of images, numbers of
 # tokens of experts, token ids.
 _MOST_REAL = 2**22
@@ -82,11 +83,13 @@ class Exchange:
         flags: what ranks have said in each collective of yes-or-no flags of a set-up, in order; any yes counts.
         collecting: whether ranks only say their flags; the answer is then always yes.
         sent: (source, destination) -> small integer tensors that were sent, in order.
+        operations: what operations on fake tensors gave on any rank.
     """
 
     flags: list[list[bool]] = field(default_factory=list)
     collecting: bool = False
     sent: dict[tuple[int, int], list[torch.Tensor]] = field(default_factory=dict)
+    operations: OperationCache = field(default_factory=OperationCache)
 
 
 class StepRecorder(TorchDispatchMode):
@@ -104,9 +107,16 @@ class StepRecorder(TorchDispatchMode):
         layer_output: bytes of what the layers gave in the last forward pass.
     """
 
-    def __init__(self, spans: Spans, exchange: Exchange, axes: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        mode: FakeTensorMode,
+        spans: Spans,
+        exchange: Exchange,
+        axes: Mapping[str, tuple[str, tuple[int, ...]]],
+    ) -> None:
         """
         Args:
+            mode: the mode inside of which this one is entered.
             spans: the rank's spans.
             exchange: shared by all ranks of a layout.
             axes: name of a process group -> name of the axis, and its ranks.
@@ -126,6 +136,9 @@ class StepRecorder(TorchDispatchMode):
         self._operations: dict[_Place, dict[OperationKind, list[int]]] = {}
         self._messages: dict[_Place, dict[tuple[str, str, tuple[int, ...]], list[int]]] = {}
         self._hooks: list[Any] = []
+        self._mode = mode
+        self._handles: dict[Any, tuple[bool, Any]] = {}  # operation -> whether it returns tensors as well, the handle
+        self._phase: tuple[tuple[int, Segment], Phase] | None = None
 
     def __enter__(self) -> Self:
         self._hooks = [
@@ -168,50 +181,35 @@ class StepRecorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE and isinstance(args[0], FakeTensor):
+            return args[0].fake_device
         kwargs = kwargs or {}
-        tensors = list(_tensors_in((*args, *kwargs.values())))
+        tensors = list(tensors_in((*args, *kwargs.values())))
         is_fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if func.namespace == "c10d":
             return self._communicate(func, args, kwargs, is_fake=is_fake)
         if not is_fake and (tensors or _makes_whole_numbers(func, args, kwargs)):
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
+            effort = effort_of(func, args, kwargs, tensors, out)
         elif func._overloadpacket is _aten._local_scalar_dense:
             return False if args[0].dtype == torch.bool else 0.0 if args[0].dtype.is_floating_point else 0
         else:
-            out = self._run_fake(func, args, kwargs)
-        self._count(func, args, kwargs, tensors, out)
+            func, args, tensors = _with_known_shape(func, args, tensors)
+            out, effort = self._exchange.operations.run(func, args, kwargs, tensors, self._mode)
+        self._count(effort, out)
         return out
 
-    def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        packet = func._overloadpacket
-        if packet is _aten.masked_select and not isinstance(args[1], FakeTensor):
-            return args[0].new_empty(int(args[1].broadcast_to(args[0].shape).sum()))
-        if packet in (_aten.index, _aten.index_put, _aten.index_put_):
-            args = (args[0], [each for index in args[1] for each in _as_numbers(index)], *args[2:])
-        return func(*args, **kwargs)
-
-    def _count(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor], out: Any
-    ) -> None:
-        made = list(_tensors_in((out,)))
+    def _count(self, effort: Effort, out: Any) -> None:
         phase = self.phase()
-        for tensor in made:
+        for tensor in tensors_in((out,)):
             self.ledger.add(tensor, phase)
-        if not self.counting or _is_view(func):
+        if not self.counting or not effort.bytes:
             return
-        packet = func._overloadpacket
-        flops = 0
-        kind: OperationKind = "elementwise"
-        if packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-            kind = "attention" if "attention" in packet.__name__ else "matmul"
-            if _is_causal(func, args, kwargs):
-                flops //= 2
-        size = sum(min(each.nbytes, each.untyped_storage().nbytes()) for each in (*tensors, *made))
-        totals = self._operations.setdefault(self._place(), {}).setdefault(kind, [0, 0, 0])
-        for i, number in enumerate((flops, size, 1)):
-            totals[i] += number
+        totals = self._operations.setdefault(self._place(), {}).setdefault(effort.kind, [0, 0, 0])
+        totals[0] += effort.flops
+        totals[1] += effort.bytes
+        totals[2] += 1
 
     def end_segment(self, segment: Segment) -> None:
         """Note what a forward pass keeps at the end of one of its segments."""
@@ -219,6 +217,12 @@ class StepRecorder(TorchDispatchMode):
 
     def phase(self) -> Phase:
         """What the rank is doing."""
+        now = self.spans.changes, self.segment
+        if self._phase is None or self._phase[0] != now:
+            self._phase = now, self._new_phase()
+        return self._phase[1]
+
+    def _new_phase(self) -> Phase:
         span = self.spans.current()
         if span is None:
             return Phase("", "", None, "")
@@ -256,15 +260,23 @@ class StepRecorder(TorchDispatchMode):
             return works[-1]
         self._note(name, args)
         if is_fake:
-            return func(*args, **kwargs)
+            return self._communicate_nothing(func, args, kwargs)
         with unset_fake_temporarily():
             out = func(*args, **kwargs)
-        tensors = list(_tensors_in(args))
+        tensors = list(tensors_in(args))
         if name == "allreduce_" and len(tensors) == 1 and tensors[0].dtype == torch.int32:
             self._exchange_flags(tensors[0])
         elif name in ("send", "recv_"):
             self._exchange_numbers(name, tensors[0], args)
         return out
+
+    def _communicate_nothing(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Of fake tensors nothing is sent. One handle stands for all, because making them takes long."""
+        if func not in self._handles:
+            out = func(*args, **kwargs)
+            self._handles[func] = isinstance(out, tuple), out[-1] if isinstance(out, tuple) else out
+        gives_tensors, handle = self._handles[func]
+        return (args[0], handle) if gives_tensors else handle
 
     def _exchange_flags(self, flags: torch.Tensor) -> None:
         """Flags are the one thing for which a set-up asks other ranks; any yes counts."""
@@ -288,20 +300,14 @@ class StepRecorder(TorchDispatchMode):
                 return
             number = self._received[peer, me]
             self._received[peer, me] += 1
-            if (peer, me) in self._exchange.sent:
-                tensor.copy_(self._exchange.sent[peer, me][number])
-            elif (me, peer) in self._exchange.sent:
-                # A later stage, which has not been run, will announce the shapes of the gradients: those that it was
-                # sent, and nothing else.
-                told = self._exchange.sent[me, peer][number]
-                tensor.copy_(told[: tensor.numel()])
-                tensor[3:] = 0
+            told = self._exchange.sent[peer, me]
+            tensor.copy_(told[number % len(told)])  # of every microbatch the same
 
     def _note(self, name: str, args: tuple[Any, ...]) -> None:
         if not self.counting or name not in _OPERATIONS:
             return
         group = _group_of(args)
-        sizes = [sum(each.nbytes for each in _tensors_in((arg,))) for arg in args[:2]]
+        sizes = [sum(each.nbytes for each in tensors_in((arg,))) for arg in args[:2]]
         axis, ranks = self._axes.get(group.group_name, ("other", tuple(dist.get_process_group_ranks(group))))
         place, span = self._place(), self.spans.current()
         if len(ranks) == 1:
@@ -323,14 +329,6 @@ def _group_of(args: tuple[Any, ...]) -> dist.ProcessGroup:
     return dist.ProcessGroup.unbox(next(arg for arg in args if isinstance(arg, torch.ScriptObject)))
 
 
-def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors_in(value)
-
-
 def _makes_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether an operation without tensors makes a small one of whole numbers."""
     dtype = kwargs.get("dtype")
@@ -343,23 +341,23 @@ def _makes_whole_numbers(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, 
     return dtype in _WHOLE and not on_meta and math.prod(shape) <= _MOST_REAL
 
 
+def _with_known_shape(
+    func: Any, args: tuple[Any, ...], tensors: list[torch.Tensor]
+) -> tuple[Any, tuple[Any, ...], list[torch.Tensor]]:
+    """An operation whose result's shape depends on real numbers, as one where it depends on shapes only."""
+    packet = func._overloadpacket
+    if packet is _aten.masked_select and not isinstance(args[1], FakeTensor):
+        number = int(args[1].broadcast_to(args[0].shape).sum())
+        return _aten.new_empty.default, (args[0], [number]), [args[0]]
+    if packet in (_aten.index, _aten.index_put, _aten.index_put_):
+        args = (args[0], [each for index in args[1] for each in _as_numbers(index)], *args[2:])
+        return func, args, list(tensors_in(args))
+    return func, args, tensors
+
+
 def _as_numbers(index: Any) -> list[Any]:
     """An index of booleans as indices of numbers, whose length is known."""
     if isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor):
         with unset_fake_temporarily():
             return list(index.nonzero(as_tuple=True))
     return [index]
-
-
-def _is_view(func: Any) -> bool:
-    """Whether an operation moves no data."""
-    returns = func._schema.returns
-    return bool(returns) and all(each.alias_info is not None and not each.alias_info.is_write for each in returns)
-
-
-def _is_causal(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    names = [argument.name for argument in func._schema.arguments]
-    if "is_causal" not in names:
-        return False
-    place = names.index("is_causal")
-    return bool(args[place] if place < len(args) else kwargs.get("is_causal", False))

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -15,6 +20,7 @@ IMPORTED = {
     "_BatchNorm": "base class of all batch norms, which are refused",
     "FakeTensor": "tensors without memory, on which an estimate runs a step",
     "FakeTensorMode": "makes them",
+    "in_kernel_invocation_manager": "runs an operation on the shapes of fake tensors alone",
     "unset_fake_temporarily": "for what an estimate must compute",
     "TorchDispatchMode": "sees every operation, to count it",
     "_disable_current_modes": "for samples, which are real",
@@ -36,6 +42,7 @@ ATTRIBUTES = (
     ),
     Attribute("torch.distributed.distributed_c10d", "_set_pg_timeout", "the name of set_timeout before it was public"),
     Attribute("torch.ops.aten", "_local_scalar_dense", "the operation with which code reads a number"),
+    Attribute("torch.ops.aten", "_unsafe_view", "a view that its schema does not call one"),
     Attribute("torch.ops.c10d", "_allgather_base_", "the operation of all_gather_into_tensor"),
     Attribute("torch.ops.c10d", "_reduce_scatter_base_", "the operation of reduce_scatter_tensor"),
     Attribute("torch.UntypedStorage", "_cdata", "tells storages apart"),

@@ -116,13 +116,14 @@ def strategy_of(
     ddp: Mapping[str, Any] | None = None,
     precision: str = "32-true",
     encoder_run_ahead: int = 1,
+    num_microbatches: int = SIZES.num_microbatches,
     **options: Any,
 ) -> MimoStrategy:
     """The strategy of a run or an estimate."""
     return MimoStrategy(
         dict(modules),
-        SIZES.samples_per_microbatch * SIZES.num_microbatches,
-        SIZES.num_microbatches,
+        SIZES.samples_per_microbatch * num_microbatches,
+        num_microbatches,
         colocate=colocate,
         ddp=DistributedDataParallelConfig(**(ddp or {})),
         encoder_run_ahead=encoder_run_ahead,
@@ -157,12 +158,18 @@ def estimate(
     ddp: Mapping[str, Any] | None = None,
     precision: str = "32-true",
     encoder_run_ahead: int = 1,
+    num_microbatches: int = SIZES.num_microbatches,
     all_layers: bool = False,
     **model: Any,
 ) -> tuple[RankEstimate, ...]:
     """Estimate a step of an EstimatedModule in a layout."""
     strategy = strategy_of(
-        modules, colocate=colocate, ddp=ddp, precision=precision, encoder_run_ahead=encoder_run_ahead
+        modules,
+        colocate=colocate,
+        ddp=ddp,
+        precision=precision,
+        encoder_run_ahead=encoder_run_ahead,
+        num_microbatches=num_microbatches,
     )
     trainer = trainer_of(strategy, ranks=ranks_of(modules, colocate=colocate), max_steps=2)
     sample = EqualSamples(audio="audio" in modules)[0]

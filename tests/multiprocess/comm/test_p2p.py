@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_mimo.comm.p2p import DynamicShape, OnFirstWait, P2PLink, Receiver, Sender, Shapes
+from lightning_mimo.comm.first_wait import OnFirstWait
+from lightning_mimo.comm.p2p import DynamicShape, P2PLink, Receiver, Sender, Shapes
 from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.layout.routes import Routes
 from lightning_mimo.observe.spans import Spans
@@ -25,6 +26,7 @@ def link(routes: Routes, groups: list[dist.ProcessGroup], *, in_flight: int = 8)
         routes=routes,
         dtype=torch.float64,
         in_flight=in_flight,
+        gradients_in_flight=in_flight,
         forward_group=groups[0],
         backward_group=groups[1],
         announcement_group=groups[2] if len(groups) > 2 else None,

@@ -74,6 +74,9 @@ CASES = {
     ),
     "bf16-true": Case(modules={"images": cut(), "language": cut()}, run={"precision": "bf16-true"}),
     "two_encoders": Case(modules={"images": cut(), "audio": cut(), "language": cut(pp=2)}),
+    "apart-pp2-32_microbatches": Case(
+        modules={"images": cut(), "language": cut(pp=2)}, run={"num_microbatches": 32, "encoder_run_ahead": 0}
+    ),
     "colocated-one_rank": Case(modules={"images": cut(), "language": cut()}, colocate=True),
 }
 BY_DEFAULT = ("apart-1f1b-run_ahead_2",)

@@ -36,8 +36,9 @@ def test_costs_of_layers_add_up_to_an_estimate(recompute: bool) -> None:
         assert found == pytest.approx(getattr(language.work["language"], what).flops, rel=1e-6)
     kept = sum(part.kept for part in parts)
     transient = max(part.transient for part in parts)
-    # The estimate also holds what the gradients of embeddings and the rest of the rank need.
-    assert kept + transient == pytest.approx(language.memory.activations, rel=0.1)
+    # The estimate also holds scratch space and gradients that are being sent; where layers are recomputed, these count.
+    assert kept + transient <= language.memory.activations
+    assert kept + transient == pytest.approx(language.memory.activations, rel=0.16 if recompute else 0.03)
 
 
 def test_stages_that_megatron_divides_unevenly() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from lightning_mimo import ModuleParallelism
 from lightning_mimo.models.sizes import Recompute
+from lightning_mimo.planning import rank_step
 from lightning_mimo.planning.costs import RankEstimate
 from tests.support.estimates import SIZES, estimate
 
@@ -58,6 +59,26 @@ def test_messages_are_named_by_axis_and_edge(
     assert {message.over for message in second.work["language"].backward.messages} >= {
         "language stage 0 -> 1, backward"
     }
+
+
+def test_stages_of_an_encoder_tell_each_other_shapes() -> None:
+    layout = {"images": ModuleParallelism(dp=1, pp=2), "language": ModuleParallelism(dp=1)}
+    first, second, _ = estimate(layout, layers=2)
+    sent = {message.over: message for message in first.work["images"].forward.messages}
+    patches = SIZES.samples_per_microbatch * 64  # of 32 x 32 pixels, 4 x 4 each
+    assert sent["images stage 0 -> 1"].bytes >= patches * SIZES.hidden * 4
+    assert "images -> language" in {message.over for message in second.work["images"].forward.messages}
+    back = {message.over for message in second.work["images"].backward.messages}
+    assert "images stage 0 -> 1, backward" in back
+
+
+def test_few_microbatches_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1, pp=2)}
+    few = estimate(modules, layers=2, num_microbatches=12)
+    monkeypatch.setattr(rank_step, "_until_steady", lambda settings, rank: settings.num_microbatches)
+    for one, other in zip(few, estimate(modules, layers=2, num_microbatches=12), strict=True):
+        assert one.peak_at == other.peak_at
+        assert one.memory.total == pytest.approx(other.memory.total, rel=1e-4)  # losses of all microbatches are kept
 
 
 def test_the_process_is_left_as_it_was(estimated: tuple[RankEstimate, ...]) -> None:
