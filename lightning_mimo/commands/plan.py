@@ -73,12 +73,14 @@ class PlanCLI(MimoCLI):
             arguments = self._get(self.config, "model").init_args
             data = partial(first_samples, self.trainer, self.datamodule) if self.options.from_data else None
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            timed_on = device if self.options.measure == "layers" else None
             hardware = load_hardware(self.options.hardware)
-            model = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data, timed_on=timed_on)
+            model = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data)
             with closing(model) as subject:
                 if self.options.measure:
                     hardware = measured(hardware, device, getattr(torch, subject.dtype))
+                if self.options.measure == "layers":
+                    flops = hardware.peak(subject.dtype) * hardware.matmul_efficiency
+                    subject.time_layers(device, flops=flops)
                 if self.options.compare is not None:
                     text = self._compare(subject, hardware)
                 elif len(self.options.gpus) > 1:

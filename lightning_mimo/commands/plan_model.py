@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -106,7 +106,6 @@ class PlannedModel:
         keys: ModelKeys,
         *,
         data: Callable[[], Sequence[Any]] | None = None,
-        timed_on: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -115,14 +114,14 @@ class PlannedModel:
             keys: keys of the config.
             data: returns samples of the training data, the largest of which is planned for; ``None`` plans for the
                 longest sample that the model describes.
-            timed_on: device of this machine on which layers are timed; ``None`` prices them.
 
         Raises:
             ConfigError: if the shapes of a sample are unknown.
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MimoStrategy), "MimoCLI refuses any other"
-        self._strategy, self.keys, self._timed_on = strategy, keys, timed_on
+        self._strategy, self.keys = strategy, keys
+        self._time_layers: Callable[[LayerCosts], TimedLayerCosts] | None = None
         self._timed: TimedLayerCosts | None = None
         self._ddp = tuple(strategy.ddp_by_module.values())
         # Costs are those of a whole optimizer, which a distributed one divides by the replicas of a layout.
@@ -148,6 +147,16 @@ class PlannedModel:
             self.close()
             raise
         self._degrees: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def time_layers(self, device: torch.device, *, flops: float) -> None:
+        """Time layers instead of pricing them; before :attr:`model` is asked for.
+
+        Args:
+            device: of this machine.
+            flops: FLOP/s of its matrix products.
+        """
+        policy = self._strategy.precision_plugin.dtype_policy
+        self._time_layers = partial(TimedLayerCosts, device=device, flops=flops, dtype_policy=policy)
 
     def close(self) -> None:
         """Detach the module from the trainer."""
@@ -195,8 +204,8 @@ class PlannedModel:
         """Costs and batches."""
         policy = self._strategy.precision_plugin.dtype_policy
         layer_costs = LayerCosts(self._program, self._example.sample, modules=self.modules, dtype_policy=policy)
-        if self._timed_on is not None:
-            self._timed = TimedLayerCosts(layer_costs, self._timed_on, policy)
+        if self._time_layers is not None:
+            self._timed = self._time_layers(layer_costs)
         costs = ModelCosts(self._timed or layer_costs, recomputable=self.recompute_keys)
         variant, whole = (
             Variant(recompute=frozenset(), sequence_parallel=False),
@@ -212,7 +221,7 @@ class PlannedModel:
             trains={n: any(part.gradients for part in (c.layer, c.first, c.last)) for n, c in measured.items()},
         )
 
-    def _stage_layers(self, name: str, pp: int) -> tuple[int, ...]:
+    def _stage_layers(self, name: str, pp: int) -> tuple[int, ...] | None:
         sizes = {each: pp if each == name else 1 for each in self.modules}
         return stage_layers(self._module.configure_mimo, sizes, name)
 
@@ -222,7 +231,7 @@ class PlannedModel:
         sizes = {name: each.pp for name, each in self.layout.modules.items()}
 
         @cache
-        def layers(name: str, pp: int) -> tuple[int, ...]:
+        def layers(name: str, pp: int) -> tuple[int, ...] | None:
             return stage_layers(self._given_module.configure_mimo, sizes, name)
 
         return replace(self.model, stage_layers=layers)
@@ -264,12 +273,10 @@ class PlannedModel:
     @property
     def timing(self) -> list[str]:
         """Which layers were timed, in words; empty if none were to be."""
-        if self._timed is None or self._timed_on is None:
+        if self._timed is None:
             return []
         timed = [name for name in self.modules if name not in self._timed.priced]
-        lines = (
-            [f"  layers of {' and '.join(timed)} were timed on this machine's {self._timed_on.type}"] if timed else []
-        )
+        lines = [f"  layers of {' and '.join(timed)} were timed on this machine"] if timed else []
         lines += [f"  layers of {name} were not timed: {why}" for name, why in self._timed.priced.items()]
         return lines
 

@@ -68,8 +68,8 @@ CostsOf = Callable[[str, ResolvedParallelism, Variant, int], ModuleCosts]
 """``(module, its sizes, variant, samples of a microbatch on one replica)`` -> costs of the module on one rank."""
 
 
-StageLayers = Callable[[str, int], Sequence[int]]
-"""``(module, pp)`` -> layers of each pipeline stage."""
+StageLayers = Callable[[str, int], Sequence[int] | None]
+"""``(module, pp)`` -> layers of each pipeline stage; ``None`` divides them evenly."""
 
 
 @dataclass(frozen=True, kw_only=True)

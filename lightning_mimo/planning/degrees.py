@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import LANGUAGE, ModuleParallelism, dp_step_of_experts
-from lightning_mimo.planning.depths import depths_of, transformer_of
+from lightning_mimo.planning.depths import depths_of, transformer_of, transformers_of
 from lightning_mimo.planning.fake_world import Configure, as_rank
 from lightning_mimo.planning.layouts import Degrees, divisors
 
@@ -67,20 +67,23 @@ def degrees_of(
     }
 
 
-def stage_layers(configure: Configure, pp: Mapping[str, int], module: str) -> tuple[int, ...]:
-    """Layers of each pipeline stage of a module, as megatron-core divides them.
+def stage_layers(configure: Configure, pp: Mapping[str, int], module: str) -> tuple[int, ...] | None:
+    """Layers of each pipeline stage of a module, as megatron-core divides them; ``None`` if its stages do not tell.
 
     torch.distributed must not be initialized in this process.
 
     Args:
         configure: describes the model, as ``MimoModule.configure_mimo``.
         pp: pipeline-parallel size of every module, in the order of their ranks.
-        module: one of them, whose layers are alike.
+        module: one of them.
     """
     layout = _layout({name: ModuleParallelism(dp=1, pp=size) for name, size in pp.items()})
     with as_rank(layout, layout.modules[module].ranks.start) as infra:
-        transformer = transformer_of(configure(infra), module)
-    assert transformer is not None, "only modules with layers are asked for"
+        found = transformers_of(configure(infra), module)
+    # A projector's config has as many layers as there are stages, because megatron-core accepts no fewer.
+    transformer = max(found, key=lambda each: each.num_layers, default=None)
+    if transformer is None:
+        return None
     return tuple(get_num_layers_to_build(transformer, pp_rank=stage) for stage in range(pp[module]))
 
 

@@ -93,8 +93,14 @@ def _spec_of(config: MimoModelConfig, module: str) -> ModuleSpec:
 
 def transformer_of(config: MimoModelConfig, module: str) -> TransformerConfig | None:
     """The config of a module's only transformer with several layers."""
+    found = transformers_of(config, module)
+    return found[0] if len(found) == 1 else None
+
+
+def transformers_of(config: MimoModelConfig, module: str) -> list[TransformerConfig]:
+    """The configs of a module with several layers."""
     found = {id(each): each for each in _of_type(TransformerConfig, _spec_of(config, module)) if each.num_layers > 1}
-    return next(iter(found.values())) if len(found) == 1 else None
+    return list(found.values())
 
 
 def _blocks_in(spec: ModuleSpec) -> list[TransformerBlockSubmodules]:

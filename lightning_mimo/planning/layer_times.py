@@ -57,15 +57,19 @@ class TimedLayerCosts:
         timed: number of layers that were timed.
     """
 
-    def __init__(self, layer_costs: LayerCosts, device: torch.device, dtype_policy: DtypePolicy) -> None:
+    def __init__(
+        self, layer_costs: LayerCosts, *, device: torch.device, flops: float, dtype_policy: DtypePolicy
+    ) -> None:
         """
         Args:
             layer_costs: everything else that layers cost.
             device: of this machine.
+            flops: FLOP/s of its matrix products. Layers that would take too long with these are not tried.
             dtype_policy: dtypes of the run.
         """
         self.priced: dict[str, str] = {}
         self.timed = 0
+        self._flops = flops
         self._layer_costs, self._timer, self._dtype_policy = layer_costs, _LayerTimer(device), dtype_policy
         self._known: dict[LayerSettings, PassSeconds | None] = {}
 
@@ -89,6 +93,11 @@ class TimedLayerCosts:
         return self._known[settings]
 
     def _measure(self, settings: LayerSettings) -> PassSeconds | None:
+        work = self._layer_costs(settings).layer.work
+        if (expected := (work.forward.flops + work.backward.flops) / self._flops) > LONGEST:
+            what = f"{settings.samples} samples, tp={settings.tp}"
+            self.priced[settings.module] = f"one would take about {expected:.0f} s here ({what})"
+            return None
         place, name = self._layer_costs.place(settings), settings.module
         calls: list[LayerCall] = []
         self._layer_costs.run(place, settings, depth=1, watch=partial(_note_first_call, calls, name))

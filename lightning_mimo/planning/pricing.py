@@ -87,9 +87,8 @@ def _price_stage(
     candidate: Candidate, name: str, stage: int, costs: ModuleCosts, model: Model, hardware: Hardware
 ) -> StagePrice:
     sizes = candidate.layout.modules[name]
-    layers = costs.num_layers / sizes.pp
-    if model.stage_layers is not None and costs.num_layers:
-        layers = model.stage_layers(name, sizes.pp)[stage]
+    known = model.stage_layers(name, sizes.pp) if model.stage_layers is not None and costs.num_layers else None
+    layers = costs.num_layers / sizes.pp if known is None else known[stage]
     parts = list(_parts(costs, stage, sizes.pp, layers))
 
     def total(what: str) -> float:

@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 
 @contextmanager
-def timed(*, precision: str = "32-true", **model: Any) -> Iterator[TimedLayerCosts]:
+def timed(*, precision: str = "32-true", flops: float = 1e15, **model: Any) -> Iterator[TimedLayerCosts]:
     modules = {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)}
     strategy = strategy_of(modules, precision=precision)
     with training_program(EstimatedModule(**model), trainer_of(strategy, ranks=2, max_steps=2)) as program:
         policy = strategy.precision_plugin.dtype_policy
         costs = LayerCosts(program, EqualSamples()[0], modules=modules, dtype_policy=policy)
-        yield TimedLayerCosts(costs, CPU, policy)
+        yield TimedLayerCosts(costs, device=CPU, flops=flops, dtype_policy=policy)
 
 
 @pytest.fixture
@@ -79,6 +79,9 @@ def test_what_is_too_slow_or_has_no_layers_is_priced(seen: list[Any], monkeypatc
         runs = len(seen)
         assert costs(LayerSettings(module="language", tp=2)).layer.seconds is None
         assert len(seen) == runs, "nothing more is tried for the module"
+    with timed(flops=1e3) as costs:  # a slow device on which nothing is tried
+        assert costs(LayerSettings(module="language")).layer.seconds is None
+        assert "one would take about" in costs.priced["language"] and len(seen) == runs
     with timed(layers=1) as costs:
         assert costs(LayerSettings(module="images")).layer.seconds is None
         assert costs.priced == {"images": "the module has no TransformerConfig of several layers"}
