@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mimo.commands.step_table import size_text, step_table
 from lightning_mimo.errors import ConfigError, MimoError
-from lightning_mimo.layout.communicators import communicators
+from lightning_mimo.layout.communicators import largest_buffers
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
@@ -187,9 +187,8 @@ def _communicator_lines(found: MemoryEstimate, layout: MimoLayout) -> list[str]:
     frozen = [name for name, count in found.trained.items() if count == 0]
     lines = ["on GPUs also, for NCCL's communicators (as reported for A100; not measured):"]
     for ranks in dict.fromkeys(stage.ranks for stage in found.stages):
-        made = [communicators(layout, rank, frozen=frozen) for rank in ranks]
-        size, number = max((sum(each.nbytes for each in of_rank), len(of_rank)) for of_rank in made)
-        lines.append(f"  {size_text(size)} on {span_of(ranks)}, {number} communicators")
+        size, made = largest_buffers(layout, ranks, frozen=frozen)
+        lines.append(f"  {size_text(size)} on {span_of(ranks)}, {len(made)} communicators")
     return lines
 
 

@@ -8,7 +8,18 @@ from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
 from lightning_mimo.planning.costs import Message, RankEstimate, add_messages
 
-_HEAD = ("ranks", "module", "weights", "gradients", "optimizer", "batch", "activations", "at most", "TFLOP")
+_HEAD = (
+    "ranks",
+    "module",
+    "weights",
+    "gradients",
+    "optimizer",
+    "batch",
+    "activations",
+    "communicators",
+    "at most",
+    "TFLOP",
+)
 
 
 def step_table(estimates: Sequence[RankEstimate], layout: MimoLayout) -> str:
@@ -35,9 +46,9 @@ def size_text(count: int) -> str:
 
 def _row(estimate: RankEstimate, layout: MimoLayout) -> tuple[str, ...]:
     memory = estimate.memory
-    sizes = (memory.weights, memory.gradients, memory.optimizer, memory.batch, memory.activations, memory.total)
+    tensors = (memory.weights, memory.gradients, memory.optimizer, memory.batch, memory.activations)
     flops = estimate.forward_flops + estimate.backward_flops + estimate.recompute_flops
-    cells = [size_text(size) for size in sizes]
+    cells = [size_text(size) for size in (*tensors, memory.communicators, memory.total)]
     return (span_of(estimate.ranks), _name(estimate, layout), *cells, f"{flops / 1e12:.1f}")
 
 
@@ -53,6 +64,8 @@ def _name(estimate: RankEstimate, layout: MimoLayout) -> str:
 
 
 def _notes(estimates: Sequence[RankEstimate], layout: MimoLayout) -> Iterator[str]:
+    if any(each.memory.communicators for each in estimates):
+        yield "communicators are NCCL's, on GPUs only: as reported for A100, not measured"
     for each in estimates:
         share = each.recompute_flops / (each.forward_flops + each.backward_flops + each.recompute_flops or 1)
         again = f", {share:.0%} of its arithmetic is recomputed" if share else ""

@@ -1,4 +1,4 @@
-"""NCCL communicators that training needs on a rank, in an order in which all ranks can make them. No torch."""
+"""NCCL communicators that a rank needs, in an order in which all ranks can make them. No torch."""
 
 from __future__ import annotations
 
@@ -60,8 +60,9 @@ def communicators(
     frozen: Collection[str] = (),
     tied: bool = False,
     needs_gradient: Callable[[str, int], bool] | None = None,
+    training: bool = True,
 ) -> Sequence[Communicator]:
-    """Return the communicators of a rank in training, with those of the checks before the first step.
+    """Return the communicators of a rank in training, with those of the checks before the first step, or in evaluation.
 
     Sorted, so if all ranks make theirs in this order, one at a time, no two ranks wait for each other.
 
@@ -76,26 +77,52 @@ def communicators(
         tied: whether the word embeddings are tied, so that the first and the last stage reduce their gradients.
         needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; ``None`` if
             every one does.
+        training: whether the run trains; otherwise it validates, tests or predicts, and the three arguments before
+            this one mean nothing.
     """
     if experts is None:
         experts = [name for name, sizes in layout.modules.items() if sizes.ep > 1 or sizes.expt_tp > 1]
     found = {Communicator(ranks=tuple(range(layout.world_size)), module="", use="world")}
     for name in layout.modules_on(rank):
         sizes = layout.modules[name]
-        found.update(_of_model(name, sizes, rank, has_experts=name in experts))
-        if name not in frozen:
+        found.update(_of_model(name, sizes, rank, has_experts=name in experts, training=training))
+        if training and name not in frozen:
             found.update(_of_gradients(name, sizes, rank, has_experts=name in experts, tied=tied))
-        if layout.colocated and name != LANGUAGE:
+        # Gradients cross where the language module has more replicas; nothing does where both have as many.
+        crosses = training or sizes.dp > layout.modules[LANGUAGE].dp
+        if layout.colocated and name != LANGUAGE and crosses:
             shared = _bridge_ranks(sizes, layout.modules[LANGUAGE], rank)
             found.add(Communicator(ranks=shared, module=name, use="bridge"))
     if not layout.colocated:
-        for use, peer in _transfers(layout, rank, needs_gradient):
+        for use, peer in _transfers(layout, rank, needs_gradient if training else _never):
             found.add(Communicator(ranks=(min(rank, peer), max(rank, peer)), module="", use=use))
     return sorted(each for each in found if len(each.ranks) > 1)
 
 
-def _of_model(name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool) -> Iterator[Communicator]:
-    axes = [("tp",), ("tp", "dp")]  # the second compares replicas before the first step
+def largest_buffers(
+    layout: MimoLayout, ranks: Collection[int], *, frozen: Collection[str] = ()
+) -> tuple[int, Sequence[Communicator]]:
+    """Bytes and communicators of the rank, of those given, whose communicators take the most in training.
+
+    Args:
+        layout: a resolved layout.
+        ranks: global ranks, at least one.
+        frozen: modules that have no trained parameter.
+    """
+    made = [communicators(layout, rank, frozen=frozen) for rank in ranks]
+    return max(((sum(each.nbytes for each in of_rank), of_rank) for of_rank in made), key=lambda item: item[0])
+
+
+def _never(module: str, stage: int) -> bool:
+    return False
+
+
+def _of_model(
+    name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool, training: bool
+) -> Iterator[Communicator]:
+    axes: list[tuple[str, ...]] = [("tp",)]
+    if training:
+        axes.append(("tp", "dp"))  # compares replicas before the first step
     yield from (Communicator(ranks=_ranks_along(sizes, rank, each), module=name, use="model") for each in axes)
     if has_experts:
         ranks = _ranks_along(sizes, rank, ("expt_tp", "ep"), of_experts=True)

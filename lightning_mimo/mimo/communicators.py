@@ -1,4 +1,4 @@
-"""Communicators that the training of a model needs on this rank."""
+"""Communicators that a model needs on this rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_mimo.mimo.model import RaggedMimoModel, module_and_name
 from lightning_mimo.parallel.infra import MimoModelInfra
 
 
-def communicators_of(model: RaggedMimoModel, infra: MimoModelInfra) -> Sequence[Communicator]:
+def communicators_of(model: RaggedMimoModel, infra: MimoModelInfra, *, training: bool) -> Sequence[Communicator]:
     """Return what :func:`lightning_mimo.layout.communicators.communicators` returns for this model and rank.
 
     Collective over the world.
@@ -21,6 +21,7 @@ def communicators_of(model: RaggedMimoModel, infra: MimoModelInfra) -> Sequence[
     Args:
         model: the model, wrapped or not, its parameters frozen as they are in training.
         infra: layout and process groups of this rank.
+        training: whether the run trains.
     """
     layout, rank = infra.layout, dist.get_rank()
     flow = GradientFlow.build(model, infra)
@@ -36,6 +37,7 @@ def communicators_of(model: RaggedMimoModel, infra: MimoModelInfra) -> Sequence[
         frozen=[name for name in modules if not flow.trained[name][layout.modules[name].coordinates(rank)["pp"]]],
         tied=LANGUAGE in modules and _is_tied(modules[LANGUAGE]),
         needs_gradient=flow.leaves,
+        training=training,
     )
 
 

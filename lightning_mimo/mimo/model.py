@@ -329,9 +329,9 @@ def build_mimo_model(
             transformer.init_method = transformer.output_layer_init_method = transformer.embedding_init_method = _leave
     with default_generators_kept(), torch.device("cpu"), RecordInitializers() as initializers:
         model = construct_mimo_model(config, infra, seed=seed, dtype_policy=dtype_policy)
+    check_stages({name: module_and_name(model, name)[0] for name in infra.participating_modules}, infra)
     for name in infra.participating_modules:
         module, prefix = module_and_name(model, name)
-        check_stages(name, module, infra)
         under = None
         if initialize is not None:
             under = [prefix + each.removeprefix(name) for each in initialize if each.partition(".")[0] == name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -76,19 +76,35 @@ def check_batch_norm(model: MimoModel) -> None:
             )
 
 
-def check_stages(name: str, module: torch.nn.Module, infra: MimoModelInfra) -> None:
-    """Check that pipeline stages hold different parameters. Collective over a module's stages."""
-    groups = infra.pg_collections[name]
-    if groups.pp.size() == 1:
+def check_stages(modules: Mapping[str, torch.nn.Module], infra: MimoModelInfra) -> None:
+    """Check that pipeline stages hold different parameters. Collective over the world.
+
+    Args:
+        modules: name -> module, of those on this rank.
+        infra: process groups of this rank.
+    """
+    divided = {name: sizes for name, sizes in infra.layout.modules.items() if sizes.pp > 1}
+    if not divided:
         return
-    parameters = global_named_parameters(module, prefix=name, groups=groups)
-    mine = {path for path, parameter in parameters if not getattr(parameter, "shared_embedding", False)}
-    stages: list[set[str]] = [set()] * groups.pp.size()
-    dist.all_gather_object(stages, mine, group=groups.pp)
+    mine: dict[str, set[str]] = {}
+    for name in modules.keys() & divided.keys():
+        groups = infra.pg_collections[name]
+        if groups.tp.rank() == groups.dp.rank() == 0:
+            parameters = global_named_parameters(modules[name], prefix=name, groups=groups)
+            mine[name] = {path for path, parameter in parameters if not getattr(parameter, "shared_embedding", False)}
+    # Of all ranks, not of those of a pipeline: on GPUs that would make a communicator for this alone.
+    held: list[dict[str, set[str]]] = [{}] * infra.layout.world_size
+    dist.all_gather_object(held, mine)
+    for name, sizes in divided.items():
+        _check_divided(name, [held[sizes.rank_at(tp=0, dp=0, pp=stage)][name] for stage in range(sizes.pp)])
+
+
+def _check_divided(name: str, stages: Sequence[set[str]]) -> None:
+    """Check that no stage of a module holds a parameter of an earlier one."""
     for stage, held in enumerate(stages[1:], start=1):
         if both := sorted(held & set().union(*stages[:stage])):
             raise DataError(
-                f"Module {name!r}: pp={groups.pp.size()}, but stage {stage} holds {both[0]!r}"
+                f"Module {name!r}: pp={len(stages)}, but stage {stage} holds {both[0]!r}"
                 f"{f' and {len(both) - 1} more' if len(both) > 1 else ''}, which an earlier stage holds too: it is not "
                 f"divided into pipeline stages. Set pp=1, or let each stage build its own layers only, as "
                 f"lightning_mimo.models.vision does."

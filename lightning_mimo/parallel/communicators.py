@@ -1,7 +1,8 @@
 """Makes the communicators of a rank before the first step.
 
 NCCL makes a communicator when a process group is first used: in the first step, in an order that follows the schedule,
-while other ranks may already wait in another one, and taking memory that activations have left.
+while other ranks may already wait in another one, and taking memory that activations have left. torch says on stderr,
+once for sends and once for receives, that one of two ranks is made; afterwards it has no reason to.
 """
 
 from __future__ import annotations

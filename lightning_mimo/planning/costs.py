@@ -154,7 +154,7 @@ class ModuleWork:
 
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
-    """Bytes of tensors on one rank at the moment of a step when they are most.
+    """Bytes of tensors on one rank at the moment of a step when they are most, and of communicators.
 
     Attributes:
         weights: parameters and buffers of the model.
@@ -162,7 +162,8 @@ class StepMemory:
         optimizer: moments and, in mixed precision, float32 copies of the weights.
         batch: this rank's microbatches of the global batch, all of which are on the device.
         activations: everything else: what the backward passes need, and what kernels work on at that moment.
-        communicators: buffers of the communication library; 0 where they are not counted.
+        communicators: buffers of NCCL, which there are on GPUs only, see
+            :attr:`lightning_mimo.layout.communicators.Communicator.nbytes`.
     """
 
     weights: int = 0
@@ -173,9 +174,14 @@ class StepMemory:
     communicators: int = 0
 
     @property
+    def tensors(self) -> int:
+        """Bytes of all tensors."""
+        return self.weights + self.gradients + self.optimizer + self.batch + self.activations
+
+    @property
     def total(self) -> int:
         """Sum of all bytes."""
-        return self.weights + self.gradients + self.optimizer + self.batch + self.activations + self.communicators
+        return self.tensors + self.communicators
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,11 +89,13 @@ class RankRecording:
         peaks: phase -> bytes by purpose at the peak of that phase.
         recorder: operations and messages of ``microbatches`` microbatches.
         microbatches: microbatches that were run; fewer than in a real step where memory no longer grows.
+        frozen: modules that have no trained parameter on this rank.
     """
 
     peaks: Mapping[Hashable, Mapping[str, int]]
     recorder: StepRecorder
     microbatches: int
+    frozen: tuple[str, ...] = ()
 
 
 class _LoneSchedule(GlobalBatchSchedule):
@@ -143,7 +145,8 @@ def run_rank(
                 _assign_optimizer(recorder, optimizer)
                 _assign_state(recorder, model)
         peaks = dict(recorder.ledger.peaks)
-    return RankRecording(peaks=peaks, recorder=recorder, microbatches=number)
+        frozen = tuple(name for name in settings.layout.modules_on(rank) if not _is_trained(model, name))
+    return RankRecording(peaks=peaks, recorder=recorder, microbatches=number, frozen=frozen)
 
 
 def _until_steady(settings: StepSettings, rank: int) -> int:
@@ -253,6 +256,10 @@ def _batch(
         each["modality_inputs"] = tree_map(partial(fake, to=dtype), microbatch["modality_inputs"])
         made.append(each)
     return made
+
+
+def _is_trained(model: RaggedMimoModel, name: str) -> bool:
+    return any(parameter.requires_grad for parameter in module_and_name(model, name)[0].parameters())
 
 
 def _tensors_of(batch: Any) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from lightning_mimo.data.sample_format import Sample
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.layout.communicators import largest_buffers
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.planning.costs import ModuleWork, RankEstimate, StepMemory, Work
 from lightning_mimo.planning.depths import Depth, depths_of, with_layers
@@ -134,6 +135,7 @@ class _Runs:
         factors = {name: depth.factor for name, depth in depths.items()}
         phase, peak = _peak(base, more, factors)
         memory = {purpose: max(0, round(size)) for purpose, size in peak.items()}
+        memory["communicators"], _ = largest_buffers(self._settings.layout, kind.ranks, frozen=base.frozen)
         memory["batch"] = memory["batch"] * self._settings.num_microbatches // base.microbatches
         work = {
             name: ModuleWork(

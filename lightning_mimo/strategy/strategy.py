@@ -239,8 +239,8 @@ class MimoStrategy(ParallelStrategy):
         self._open.callback(
             world.start_watchdog(infra, self.launcher, self.root_device, self.local_rank, self.monitoring.timeout).stop
         )
+        world.connect_ranks(module.mimo_model, infra, training=is_fitting)
         if is_fitting:
-            world.connect_ranks(module.mimo_model, infra)
             set_up_optimizer(self, trainer)
         self.setup_precision_plugin()
 

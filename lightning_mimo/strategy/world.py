@@ -185,17 +185,18 @@ def build_infra(
     return infra, plan
 
 
-def connect_ranks(model: RaggedMimoModel, infra: MimoModelInfra) -> None:
-    """Make the communicators that training will use. Collective over the world.
+def connect_ranks(model: RaggedMimoModel, infra: MimoModelInfra, *, training: bool) -> None:
+    """Make the communicators that the run will use, before its first batch. Collective over the world.
 
     Does nothing with gloo, whose ranks are connected when a group is created.
 
     Args:
-        model: the model, wrapped for training.
+        model: the model, wrapped for training if it is to be trained.
         infra: process groups, the bridges included.
+        training: whether the run trains; otherwise it validates, tests or predicts.
     """
     if dist.get_backend() != "gloo":
-        make_communicators(infra, communicators_of(model, infra))
+        make_communicators(infra, communicators_of(model, infra, training=training))
 
 
 def start_watchdog(

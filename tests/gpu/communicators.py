@@ -33,8 +33,10 @@ class MeasuredCommunicators:
         """Take the place of the strategy's function, for the rest of the process."""
         world.connect_ranks = self._connect
 
-    def _connect(self, model: RaggedMimoModel, infra: MimoModelInfra) -> None:
-        needed = communicators_of(model, infra)
+    def _connect(self, model: RaggedMimoModel, infra: MimoModelInfra, *, training: bool) -> None:
+        if self.result:  # of the training; what follows it has them
+            return
+        needed = communicators_of(model, infra, training=training)
         _meet("before communicators")
         before, began = _used(), time.perf_counter()
         make_communicators(infra, needed)

@@ -29,7 +29,9 @@ def test_table_has_a_line_for_each_kind_of_rank() -> None:
     first = RankEstimate(
         stages={"language": 0},
         ranks=range(2),
-        memory=StepMemory(weights=2**30, gradients=2**31, optimizer=2**30, batch=2**16, activations=2**29),
+        memory=StepMemory(
+            weights=2**30, gradients=2**31, optimizer=2**30, batch=2**16, activations=2**29, communicators=2**28
+        ),
         peak_at="backward of language, microbatch 1",
         work={
             "language": ModuleWork(
@@ -41,10 +43,11 @@ def test_table_has_a_line_for_each_kind_of_rank() -> None:
     )
     lines = step_table([first], layout).splitlines()
     assert lines[2].split()[:3] == ["0-1", "language", "1/2"]
-    assert lines[2].split()[3::2] == ["1.00", "2.00", "1.00", "64.00", "512.00", "4.50", "16.0"]
-    assert lines[2].split()[4::2] == ["GiB", "GiB", "GiB", "KiB", "MiB", "GiB"]
-    assert lines[4].endswith("in backward of language, microbatch 1, 25% of its arithmetic is recomputed")
-    assert lines[5] == "  sends in a step: tp of language 2.00 GiB, language stage 0 -> 1 1.00 GiB"
+    assert lines[2].split()[3::2] == ["1.00", "2.00", "1.00", "64.00", "512.00", "256.00", "4.75", "16.0"]
+    assert lines[2].split()[4::2] == ["GiB", "GiB", "GiB", "KiB", "MiB", "MiB", "GiB"]
+    assert lines[4].startswith("communicators are NCCL's")
+    assert lines[5].endswith("in backward of language, microbatch 1, 25% of its arithmetic is recomputed")
+    assert lines[6] == "  sends in a step: tp of language 2.00 GiB, language stage 0 -> 1 1.00 GiB"
 
 
 def test_largest_sample_has_the_most_tokens_and_items() -> None:

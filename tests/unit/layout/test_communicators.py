@@ -6,7 +6,7 @@ import pytest
 
 from lightning_mimo import MimoLayout
 from lightning_mimo import ModuleParallelism as Cut
-from lightning_mimo.layout.communicators import Communicator, communicators
+from lightning_mimo.layout.communicators import Communicator, communicators, largest_buffers
 
 LAYOUTS = {
     "apart": ({"images": Cut(tp=2, dp=2), "language": Cut(tp=2, pp=2, dp=2)}, 12, False),
@@ -17,13 +17,15 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_member_lists_each_communicator_in_the_same_order(name: str) -> None:
+def test_every_member_lists_each_communicator_in_the_same_order(name: str, training: bool) -> None:
     modules, world_size, colocate = LAYOUTS[name]
     layout = MimoLayout.resolve(modules, world_size=world_size, colocate=colocate)
-    found = {rank: communicators(layout, rank) for rank in range(world_size)}
+    found = {rank: communicators(layout, rank, training=training) for rank in range(world_size)}
     for rank, listed in found.items():
         assert list(listed) == sorted(set(listed))
+        assert training or set(listed) <= set(communicators(layout, rank))
         for each in listed:
             assert rank in each.ranks
             assert all(each in found[member] for member in each.ranks), f"{each} of rank {rank}"
@@ -44,6 +46,26 @@ def test_ranks_of_a_small_layout() -> None:
         "world",
         "model",
     ]
+    assert [each.use for each in communicators(layout, 0, training=False)] == [
+        "activations sent",
+        "world",
+        "activations sent",
+    ]
+    assert [each.use for each in communicators(layout, 2, training=False)] == ["world", "activations sent", "model"]
+
+
+def test_bridge_is_needed_in_evaluation_where_encoders_have_more_replicas() -> None:
+    for images, language, uses in ((Cut(dp=2), Cut(tp=2, dp=1), ["bridge"]), (Cut(tp=2), Cut(dp=2), [])):
+        layout = MimoLayout.resolve({"images": images, "language": language}, world_size=2, colocate=True)
+        made = communicators(layout, 0, training=False)
+        assert [each.use for each in made if each.use == "bridge"] == uses
+
+
+def test_largest_buffers_are_those_of_one_rank() -> None:
+    layout = MimoLayout.resolve({"images": Cut(), "language": Cut(tp=2, dp=1)}, world_size=3)
+    size, made = largest_buffers(layout, range(1, 3))
+    assert made == communicators(layout, 1)
+    assert size == sum(each.nbytes for each in made)
 
 
 def test_bytes_depend_on_the_number_of_ranks_only() -> None:
