@@ -29,7 +29,7 @@ class Case:
         sequence_parallel: of the language module.
         stages: what is done besides training.
         steps: optimizer steps; rules about steps need two, and three with validation, which leaves metrics behind once.
-        faults: names of functions in ``faults.py``, each of which breaks a rule.
+        faults: names of functions in ``faults.py``, which break rules; of those that change the loss, the last first.
     """
 
     modules: Mapping[str, ModuleParallelism]
@@ -65,7 +65,11 @@ def _apart(images: Mapping[str, int], language: Mapping[str, int]) -> dict[str, 
 CASES: dict[str, Case] = {
     "apart": Case(modules=_apart({}, {}), stages=("validate",), steps=3),
     "colocated, fan-in, float16": Case(
-        modules=_apart({"dp": 2}, {"tp": 2}), colocate=True, sequence_parallel=True, precision="16-mixed"
+        modules=_apart({"dp": 2}, {"tp": 2}),
+        colocate=True,
+        sequence_parallel=True,
+        precision="16-mixed",
+        num_microbatches=1,
     ),
     "pp of both sides": Case(modules=_apart({"pp": 2}, {"pp": 2})),
     "two encoders": Case(
@@ -74,7 +78,11 @@ CASES: dict[str, Case] = {
     "experts": Case(modules=_apart({"dp": 2}, {"dp": 2, "ep": 2}), colocate=True, experts=True, num_microbatches=1),
     "frozen": Case(modules=_apart({}, {}), frozen=("images.encoders", "language")),
     "distributed optimizer, both overlaps, checkpoints": Case(
-        modules=_apart({"dp": 2}, {"dp": 2}), colocate=True, ddp=_OVERLAPPING, stages=("save", "resume")
+        modules=_apart({"dp": 2}, {"dp": 2}),
+        colocate=True,
+        ddp=_OVERLAPPING,
+        num_microbatches=1,
+        stages=("save", "resume"),
     ),
     "one rank, bfloat16 without main parameters": Case(
         modules=_apart({}, {}), colocate=True, precision="bf16-true", num_microbatches=1
@@ -91,11 +99,18 @@ def _with_faults(*faults: str, ranks: int, steps: int = 2) -> Case:
 
 FAULTS: dict[str, Case] = {
     "careless": _with_faults("reads_in_forward", "copies_and_waits", "multiplies_in_float32", "keeps_outputs", ranks=1),
-    "tensor on the CPU": _with_faults("has_tensor_on_cpu", ranks=1),
-    "other order": _with_faults("sends_in_another_order", "uses_first_gpu", ranks=2, steps=1),
+    "other order": _with_faults(
+        "sends_in_another_order", "ends_after_forward", "uses_first_gpu", "uses_new_communicator", ranks=2, steps=1
+    ),
     "circle": _with_faults("sends_before_receiving", ranks=2, steps=1),
 }
 """Runs in which functions of ``faults.py`` break rules, by name."""
+
+FAILING: dict[str, Case] = {
+    "tensor on the CPU": _with_faults("has_tensor_on_cpu", ranks=1),
+    "barrier": _with_faults("has_barrier_without_device", ranks=1, steps=1),
+}
+"""The same, of those that end with an error."""
 
 EXHAUSTIVE: dict[str, Case] = {
     "distributed optimizer, accumulation": Case(

@@ -14,6 +14,10 @@ from lightning_mimo.strategy.module import MimoModule
 Loss = tuple[torch.Tensor, torch.Tensor, Any]
 
 
+class Enough(Exception):  # noqa: N818  (nothing is wrong)
+    """Ends a run of which the rest would show nothing."""
+
+
 def _with_loss(module: MimoModule, change: Callable[[torch.Tensor], torch.Tensor]) -> MimoModule:
     """Let a module compute its loss from what becomes of the output."""
     loss = module.loss
@@ -75,6 +79,13 @@ def keeps_outputs(module: MimoModule) -> MimoModule:
     return _with_loss(module, change)
 
 
+def ends_after_forward(module: MimoModule) -> MimoModule:
+    def change(output: torch.Tensor) -> torch.Tensor:
+        raise Enough
+
+    return _with_loss(module, change)
+
+
 def sends_before_receiving(module: MimoModule) -> MimoModule:
     """Both ranks send first, which over NCCL neither comes out of."""
 
@@ -83,9 +94,31 @@ def sends_before_receiving(module: MimoModule) -> MimoModule:
         other = 1 - dist.get_rank()
         dist.send(torch.zeros(4, device=device), dst=other)  # fault: order
         dist.recv(torch.zeros(4, device=device), src=other)
+        raise Enough
 
     module.on_train_batch_start = lambda *_: exchange()  # type: ignore[method-assign]
     return module
+
+
+def has_barrier_without_device(module: MimoModule) -> MimoModule:
+    """torch takes the GPU under the current context, and warns."""
+
+    def wait() -> None:
+        dist.barrier()  # fault: barrier
+
+    module.on_train_batch_start = lambda *_: wait()  # type: ignore[method-assign]
+    return module
+
+
+def uses_new_communicator(module: MimoModule) -> MimoModule:
+    """NCCL makes the communicator of a group in the middle of a step."""
+
+    def change(output: torch.Tensor) -> torch.Tensor:
+        group = dist.new_group(backend="nccl")
+        dist.all_reduce(output.detach().sum(), group=group)  # fault: communicator
+        return output
+
+    return _with_loss(module, change)
 
 
 def sends_in_another_order(module: MimoModule) -> MimoModule:

@@ -15,6 +15,9 @@ from itertools import zip_longest
 
 from tests.fake_cuda.records import Message, RankRecord
 
+_MAKER = "lightning_mimo/parallel/communicators.py"
+"""Where communicators are made, before the first batch."""
+
 Communicator = tuple[str, tuple[int, ...]]
 """Name of the process group, and the ranks that it connects."""
 
@@ -26,6 +29,25 @@ def problems_of(records: Sequence[RankRecord]) -> list[str]:
     for communicator, queues in sorted(_by_communicator(by_rank).items()):
         problems += _differences(communicator, queues)
     return problems or list(_deadlock({rank: record.messages for rank, record in by_rank.items()}))
+
+
+def late_communicators(records: Sequence[RankRecord]) -> list[str]:
+    """First uses of communicators that are not among those made before the first batch.
+
+    If NCCL has no communicator to make later, torch has no reason to say that an unbatched send or receive makes one.
+    """
+    found = []
+    for record in records:
+        made: set[Communicator] = set()
+        late: dict[Communicator, Message] = {}
+        for message in record.messages:
+            communicator = _communicator(message)
+            if message.where.startswith(_MAKER):
+                made.add(communicator)
+            elif len(communicator[1]) > 1 and not message.of_hosts:
+                late.setdefault(communicator, message)
+        found += [f"rank {record.rank}: {each}" for name, each in late.items() if name not in made]
+    return found
 
 
 def _different_groups(records: Sequence[RankRecord]) -> Iterator[str]:

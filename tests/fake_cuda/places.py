@@ -57,6 +57,16 @@ def describe(place: Place | None) -> str:
     return f"{file}:{line} {code.co_name}"
 
 
+def raised_at(error: BaseException) -> str:
+    """The innermost line outside of torch and of this folder that raised an error: ``file:line function``."""
+    place, step = None, error.__traceback__
+    while step is not None:
+        if _counts(step.tb_frame.f_code):
+            place = step.tb_frame.f_code, step.tb_lineno
+        step = step.tb_next
+    return "a line of torch" if place is None else describe(place)
+
+
 def _counts(code: CodeType) -> bool:
     file = code.co_filename
     # Modes, such as the one that counts operations, stand between an operation and the line that asks for it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from megatron.core.distributed import DistributedDataParallelConfig
 
@@ -16,6 +18,7 @@ from lightning_mimo import MimoStrategy
 from tests.fake_cuda import faults
 from tests.fake_cuda.cases import Case
 from tests.fake_cuda.model import TinyModule, loader_of
+from tests.fake_cuda.places import raised_at
 from tests.fake_cuda.recorder import Recorder, tensors_of
 from tests.fake_cuda.records import RankRecord
 from tests.fake_cuda.world import FakeRank
@@ -51,6 +54,18 @@ class _Node(LightningEnvironment):
 
     def teardown(self) -> None:
         pass
+
+
+class _Raise(logging.Handler):
+    """Turns what is logged into an error, as pytest's filters do with warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError(f"{record.name} says: {record.getMessage()}")
+
+
+def raise_what_torch_logs() -> None:
+    """Let warnings that torch.distributed logs be errors, for the rest of the process."""
+    logging.getLogger("torch.distributed").addHandler(_Raise(logging.WARNING))
 
 
 class _Phases(pl.Callback):
@@ -125,7 +140,7 @@ def _misplaced(trainer: pl.Trainer, module: Any, dtype: torch.dtype) -> Iterator
 
 
 def run_rank(case: Case, rank: int, port: int, directory: Path) -> RankRecord:
-    """Run a case as one of its ranks, in a process that has not used CUDA before.
+    """Run a case as one of its ranks, in a process that has been no other rank before.
 
     Args:
         case: what is run.
@@ -140,8 +155,9 @@ def run_rank(case: Case, rank: int, port: int, directory: Path) -> RankRecord:
         with fake.entered():
             _run(case, fake.recorder, phases, _Node(rank, case.world_size, port), directory)
             fake.wire.leave()
-    except BaseException:
-        record.error = traceback.format_exc()
+            dist.destroy_process_group()
+    except BaseException as error:
+        record.error = f"{type(error).__name__} at {raised_at(error)}\n{traceback.format_exc()}"
     record.events = fake.recorder.events
     record.messages, record.groups = fake.messages, fake.groups
     record.memory, record.grown, record.misplaced = phases.memory, phases.grown, phases.misplaced
@@ -154,7 +170,10 @@ def _run(case: Case, recorder: Recorder, phases: _Phases, node: _Node, directory
     for fault in case.faults:
         module = getattr(faults, fault)(module)
     trainer = _trainer(case, node, phases, steps=case.steps)
-    trainer.fit(module, loader, loader if "validate" in case.stages else None)
+    try:
+        trainer.fit(module, loader, loader if "validate" in case.stages else None)
+    except faults.Enough:
+        return
     recorder.phase = "after training"
     checkpoint = directory / "checkpoint"
     if "save" in case.stages:

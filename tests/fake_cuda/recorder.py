@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tests.fake_cuda.places import Place, describe, innermost, where
 from tests.fake_cuda.records import Event, Kind
 
 aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default
 _FLOAT64_LIMIT = 4096  # elements; more than the figures of a step have
 # Their result has a size that only the device knows, so the host waits for it.
 _SIZED_BY_VALUES = (
@@ -32,6 +34,12 @@ _FEW = 4096  # elements that are remembered
 _BLOCK = 512  # bytes; torch's allocator rounds up to it
 
 Communicate = Callable[[torch._ops.OpOverload, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@functools.cache
+def _fake_mode() -> FakeTensorMode:
+    """One for the whole process: tensors of two must not meet, and some are kept from case to case."""
+    return FakeTensorMode()
 
 
 class Recorder(TorchDispatchMode):
@@ -64,7 +72,7 @@ class Recorder(TorchDispatchMode):
         self.dtype: torch.dtype | None = None
         self.communicate: Communicate
         self._device = device
-        self._fake = FakeTensorMode()
+        self._fake = _fake_mode()
         self._storages: set[int] = set()
 
     def note(self, kind: Kind, what: str) -> None:
@@ -80,6 +88,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _DEVICE:  # more than half of all calls: every ``tensor.device``
+            return args[0].fake_device
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self.communicate(func, args, kwargs)

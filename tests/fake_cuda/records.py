@@ -48,6 +48,7 @@ class Message:
         sends: of an exchange of all with all, rows for each member.
         receives: of an exchange of all with all, rows from each member.
         dtype: of the tensors; empty for objects.
+        of_hosts: whether hosts exchange it, over gloo.
         waits: whether what the rank issues next has to wait until this is complete.
         phase: as for Event.
         where: as for Event.
@@ -64,6 +65,7 @@ class Message:
     sends: tuple[int, ...] = ()
     receives: tuple[int, ...] = ()
     dtype: str
+    of_hosts: bool = False
     waits: bool
     phase: str
     where: str

@@ -18,10 +18,12 @@ _FAULTS: dict[str, tuple[str, _Rule]] = {
     "copy": ("careless", rules.slow_copies),
     "dtype": ("careless", rules.wrong_dtypes),
     "leak": ("careless", rules.leaks),
+    "barrier": ("barrier", rules.failures),
     "device": ("tensor on the CPU", rules.wrong_places),
     "other device": ("other order", rules.wrong_places),
     "size": ("other order", matching.problems_of),
     "order": ("circle", matching.problems_of),
+    "communicator": ("other order", matching.late_communicators),
 }
 """Mark of a line in ``faults.py`` -> the case in which it is run, and the rule that it breaks."""
 

@@ -20,6 +20,7 @@ _RULES: dict[str, Callable[[Sequence[RankRecord]], list[str]]] = {
     "all copies pinned and asynchronous": rules.slow_copies,
     "memory returns to its level": rules.leaks,
     "messages match": matching.problems_of,
+    "communicators made before the first batch": matching.late_communicators,
 }
 
 

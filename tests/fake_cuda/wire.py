@@ -142,6 +142,7 @@ class Wire:
             group=group,
             members=tuple(members),
             size=0 if is_uneven else sum(each.nbytes for each in tensors),
+            of_hosts=group in self.host_groups,
             dtype=" ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors})),
             phase=self._recorder.phase,
             where=where(),

@@ -42,9 +42,8 @@ class FakeRank:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Be this rank within the context, in a process that has not used CUDA before."""
+        """Be this rank within the context, in a process that has been no other rank before."""
         assert torch.cuda.is_available(), "the stubs of CUDA must be preloaded"
-        torch.cuda.set_device(self.rank)
         with contextlib.ExitStack() as stack:
             replace = _Replacer(stack)
             self._replace_process_groups(replace)
@@ -64,7 +63,7 @@ class FakeRank:
             assert backend == "nccl", f"on a GPU the backend is NCCL, not {backend}"
             options.pop("pg_options", None)
             options.pop("device_id", None)
-            original("fake", *args, **options)
+            original("cuda:fake", *args, **options)
             store = dist.distributed_c10d._get_default_store()
             self._wire = Wire(self.recorder, self.messages, store.clone(), self.rank, self.world_size)
 
@@ -72,14 +71,14 @@ class FakeRank:
             is_of_hosts = options.get("backend") == "gloo"
             assert is_of_hosts or options.get("backend") in (None, "nccl"), "a group is NCCL's, or of hosts"
             self.groups.append(tuple(range(self.world_size) if ranks is None else ranks))
-            group = original(ranks, *args, **{**options, "backend": "fake", "pg_options": None})
+            backend = "cpu:fake" if is_of_hosts else "cuda:fake"
+            group = original(ranks, *args, **{**options, "backend": backend, "pg_options": None})
             if is_of_hosts and isinstance(group, dist.ProcessGroup):
                 self.wire.host_groups.add(group.group_name)
             return group
 
         def get_backend(group: Any = None, *, original: Any) -> str:
-            is_of_hosts = self.wire.identify(group)[0] in self.wire.host_groups
-            return "gloo" if is_of_hosts else "nccl" if original(group) == "fake" else original(group)
+            return {"cuda:fake": "nccl", "cpu:fake": "gloo"}[original(group)]
 
         def send(*args: Any, original: Any, **options: Any) -> Any:
             with sends_that_wait(self.wire):
