@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import lightning.pytorch as pl
 import torch
@@ -19,7 +23,7 @@ from tests.gpu.bare import BareLoop
 from tests.gpu.checkpoints import TimeCheckpoints
 from tests.gpu.communicators import MeasuredCommunicators
 from tests.gpu.measure import StepMeter
-from tests.gpu.model import CopiedText, build_module
+from tests.gpu.model import CopiedText, build_module, data_of
 from tests.gpu.run import Run
 from tests.gpu.under_ddp import train_llama
 
@@ -95,6 +99,7 @@ def build_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
             run.batch,
             run.microbatches,
             colocate=run.colocate,
+            pack_to=run.pack_to,
             ddp=ddp,
             saving=Saving(asynchronous=run.checkpoint is not None),
             monitoring=Monitoring(timeout=timedelta(seconds=run.timeout)),
@@ -122,10 +127,10 @@ def train(run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     module, communicators = build_module(run), MeasuredCommunicators()
     communicators.replace()
-    loader = DataLoader(CopiedText(run), batch_size=run.batch, num_workers=2)
+    loader = DataLoader(data_of(run), batch_size=run.batch, num_workers=2)
     meter = StepMeter(run)
     observer = Observer(run, meter)
-    held_out = DataLoader(Subset(CopiedText(run), range(90_000, 90_008)), batch_size=run.batch)
+    held_out = _held_out(run)
     saving = [] if run.checkpoint is None else [TimeCheckpoints(run.checkpoint, checksums)]
     trainer = build_trainer(run, [observer, *saving])
     trainer.fit(module, loader, held_out if run.evaluate else None)
@@ -149,6 +154,34 @@ def train(run: Run) -> dict[str, Any]:
     return result | ({"checkpoint": saving[0].result} if saving else {})
 
 
+def _held_out(run: Run) -> DataLoader:
+    return DataLoader(Subset(CopiedText(run), range(90_000, 90_008)), batch_size=run.batch)
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Validate initial weights and predict, each by a Trainer that has not trained."""
+    pl.seed_everything(1)
+    module, communicators = build_module(run), MeasuredCommunicators()
+    communicators.replace()
+    trainer = build_trainer(run, [])
+    loss = trainer.validate(module, _held_out(run), verbose=False)[0]["val/loss"]
+    answers = trainer.predict(module, _held_out(run))
+    predicted = [row["tokens"][:4] for batch in answers for row in batch]
+    return {"losses": [loss], "predicted": predicted[:4], "communicators": communicators.result}
+
+
+def check_attention(run: Run) -> dict[str, Any]:
+    """By the tests of attention, the kernel for packed sequences included, with warnings as errors."""
+    with tempfile.TemporaryDirectory() as directory:
+        report, file = Path(directory) / "report.xml", Path(__file__).parent / "test_attention.py"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", str(file)]
+        code = subprocess.run(command, check=False).returncode
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    assert suite is not None, "pytest has written its report"
+    counts = {what: int(suite.attrib[what]) for what in ("tests", "skipped", "failures", "errors")}
+    return {"code": code, **counts}
+
+
 def train_bare(run: Run) -> dict[str, Any]:
     """By megatron-core's own schedule and optimizer, on the model that the strategy builds."""
     pl.seed_everything(1)
@@ -161,7 +194,13 @@ def train_bare(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     run = Run.from_json(sys.argv[1])
-    loops = {"trainer": train, "bare": train_bare, "transformers": train_llama}
+    loops = {
+        "trainer": train,
+        "bare": train_bare,
+        "transformers": train_llama,
+        "evaluation": evaluate,
+        "attention": check_attention,
+    }
     result = loops[run.loop](run)
     print(RESULT + json.dumps(result), flush=True)
 

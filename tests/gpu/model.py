@@ -41,6 +41,28 @@ class CopiedText(torch.utils.data.Dataset):
         }
 
 
+class Sentences(CopiedText):
+    """The same, of different lengths, and with what each is for the modules."""
+
+    def __len__(self) -> int:
+        return 2_000
+
+    def length(self, index: int) -> int:
+        return self._run.length * (4 + index % 5) // 8
+
+    def cost(self, index: int) -> dict[str, float]:
+        return {"images": 1.0, "language": float(self.length(index))}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample, length = super().__getitem__(index), self.length(index)
+        return sample | {key: sample[key][:length] for key in ("input_ids", "labels", "loss_mask")}
+
+
+def data_of(run: Run) -> CopiedText:
+    """The training data of a run."""
+    return CopiedText(run) if run.pack_to is None else Sentences(run)
+
+
 def build_module(run: Run) -> LlavaModule:
     """The model of a run: a ViT of at most 12 layers of width 1024, and a Llama of the run's size."""
     recompute = Recompute() if run.recompute else None

@@ -13,11 +13,13 @@ from typing import Any
 from tests.gpu.model import flops_of_step
 from tests.gpu.ranks import Ended, run_ranks
 from tests.gpu.run import Run
+from tests.gpu.warned import unexpected_warnings
 
 Figures = dict[str, Any]
 _PEAK_FLOPS = 989e12  # bfloat16 without sparsity, of an H100 or H200 (SXM), by the datasheet
 
 _HANGS = 1  # rank
+_REHEARSAL = 600.0  # seconds, on CPUs that others use, too
 
 SMALL = Run()
 LARGE = Run(
@@ -88,8 +90,31 @@ def judge_curve(ended: Mapping[str, Ended]) -> Figures:
 
 
 def judge_evaluation(ended: Mapping[str, Ended]) -> Figures:
-    result = ended["evaluate"].result()
-    return {"val/loss": result["validation"]["val/loss"], "predicted": str(result["predicted"][:2])}
+    result, alone, apart = (ended[name].result() for name in ("evaluate", "alone", "alone, apart"))
+    return {
+        "val/loss": result["validation"]["val/loss"],
+        "predicted": str(result["predicted"][:2]),
+        "without training, two ranks: loss, difference from one rank": _close(apart["losses"], alone["losses"], 1e-3),
+        "without training, two ranks: communicators of rank 0": _communicators(apart["communicators"]),
+    }
+
+
+def judge_packed(ended: Mapping[str, Ended]) -> Figures:
+    cpu = ended["cpu"].result()["losses"]
+    return {
+        f"{name} loss, largest difference from float32 on the CPU": _close(
+            ended[name].result()["losses"], cpu, 0.05 if name == "bf16" else 1e-3
+        )
+        for name in ended
+        if name != "cpu"
+    }
+
+
+def judge_attention(ended: Mapping[str, Ended]) -> Figures:
+    result = ended["attention"].result()
+    if result["code"]:
+        raise ValueError(f"pytest ended with code {result['code']}: {result}")
+    return result
 
 
 def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
@@ -113,21 +138,13 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
                 figures[f"{name}: weights"] = "the same on both replicas at the start and at the end"
         except (RuntimeError, ValueError) as error:
             figures[f"{name}: FAILED"] = str(error)
-    return figures | {"warnings in training": sorted(_warnings(ended))}
+    return figures
 
 
 def _communicators(made: Figures) -> str:
     memory = "" if made["mib_on_gpu"] is None else f", {made['mib_on_gpu']:.0f} MiB for all ranks on this GPU"
     planned = f"{made['planned_mib']:.0f} MiB planned for this rank"
     return f"{made['number']} made in {made['seconds']:.2f} s{memory}; {planned}"
-
-
-def _warnings(ended: Mapping[str, Ended]) -> set[str]:
-    """What was warned of after the imports, by Python or by torch's C++."""
-    logs = (log.read_text(errors="replace") for each in ended.values() for log in each.logs)
-    lines = (line for text in logs for line in text.partition("Seed set to")[2].splitlines())
-    said = {line[line.index("arning: ") + 8 :][:150] for line in lines if "arning: " in line}
-    return {re.sub(r"pid=\d+", "pid", each) for each in said}
 
 
 def judge_hang(ended: Mapping[str, Ended]) -> Figures:
@@ -193,7 +210,11 @@ def find_out(name: str, part: Part, directory: Path) -> Figures:
 
     try:
         with ThreadPoolExecutor(max_workers=len(part.runs) if part.together else 1) as pool:
-            figures = part.judge(dict(pool.map(start, part.runs.items())))
+            ended = dict(pool.map(start, part.runs.items()))
+        figures = part.judge(ended)
+        ours = [each for key, each in ended.items() if part.runs[key].loop != "transformers"]
+        if said := unexpected_warnings(log.read_text(errors="replace") for each in ours for log in each.logs):
+            figures["warnings: FAILED"] = said
     except Exception as error:
         figures = {"FAILED": f"{type(error).__name__}: {error}"}
     return figures | {"seconds of this part": time.monotonic() - began}
@@ -203,7 +224,7 @@ def rehearsed(part: Part) -> Part:
     """The same on CPUs, with a model that is small everywhere."""
     small = {"hidden": 64, "layers": 2, "heads": 4, "vocabulary": 512, "length": 192, "batch": 4}
     runs = {name: replace(run, accelerator="cpu", **small) for name, run in part.runs.items()}
-    return replace(part, runs=runs, together=False)
+    return replace(part, runs=runs, together=False, limit=_REHEARSAL)
 
 
 def parts(directory: Path) -> dict[str, Part]:
@@ -214,6 +235,7 @@ def parts(directory: Path) -> dict[str, Part]:
     """
     mixed = replace(SMALL, precision="bf16-mixed")
     two = replace(SMALL, ranks=2)
+    packed = replace(SMALL, pack_to=2 * SMALL.length)
     return {
         "curve": Part(
             runs={
@@ -226,7 +248,26 @@ def parts(directory: Path) -> dict[str, Part]:
             judge=judge_curve,
             limit=100,
         ),
-        "evaluation": Part(runs={"evaluate": replace(SMALL, evaluate=True)}, judge=judge_evaluation, limit=100),
+        "attention": Part(runs={"attention": replace(SMALL, loop="attention")}, judge=judge_attention, limit=100),
+        "evaluation": Part(
+            runs={
+                "evaluate": replace(SMALL, evaluate=True),
+                "alone": replace(SMALL, loop="evaluation"),
+                "alone, apart": replace(two, loop="evaluation", colocate=False),
+            },
+            judge=judge_evaluation,
+            limit=100,
+        ),
+        "packed": Part(
+            runs={
+                "cpu": replace(packed, accelerator="cpu"),
+                "float32": packed,
+                "bf16": replace(packed, precision="bf16-mixed", distributed=True),
+                "dp2 balanced": replace(packed, ranks=2, modules={"images": {"dp": 2}, "language": {"dp": 2}}),
+            },
+            judge=judge_packed,
+            limit=100,
+        ),
         "ranks": Part(
             runs={
                 "one": SMALL,

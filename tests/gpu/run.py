@@ -14,13 +14,15 @@ class Run:
 
     Attributes:
         loop: ``trainer`` is MimoStrategy; ``bare`` is megatron-core's own schedule and optimizer around the same model;
-            ``transformers`` is a Llama of the language module's size under Lightning's DDPStrategy.
+            ``transformers`` is a Llama of the language module's size under Lightning's DDPStrategy; ``evaluation`` is
+            MimoStrategy without training; ``attention`` runs the tests of attention on a GPU, and trains nothing.
         modules: name -> arguments of ModuleParallelism.
         attention: of both transformers, if the package lets one choose.
         distributed: the distributed optimizer with both overlaps.
         steps: optimizer steps; the first and last few are not timed.
         batch: samples of a step.
-        length: tokens of a sample, those of its image included.
+        length: tokens of a sample, those of its image included; of the longest with ``pack_to``.
+        pack_to: tokens of a row into which samples of different lengths are packed, balanced over replicas.
         timeout: seconds that a rank may wait for another.
         hangs: rank that stops in its third step.
         evaluate: validate and predict after training.
@@ -42,6 +44,7 @@ class Run:
     heads: int = 4
     vocabulary: int = 512
     length: int = 192
+    pack_to: int | None = None
     batch: int = 8
     microbatches: int = 2
     steps: int = 12
