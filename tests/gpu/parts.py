@@ -252,8 +252,8 @@ def parts(directory: Path) -> dict[str, Part]:
         "evaluation": Part(
             runs={
                 "evaluate": replace(SMALL, evaluate=True),
-                "alone": replace(SMALL, loop="evaluation"),
-                "alone, apart": replace(two, loop="evaluation", colocate=False),
+                "alone": replace(SMALL, loop="evaluation", evaluate=True),
+                "alone, apart": replace(two, loop="evaluation", evaluate=True, colocate=False),
             },
             judge=judge_evaluation,
             limit=100,
