@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import get_args
 from lightning_mimo.commands.layout import check_config_files, picture_of
 from lightning_mimo.commands.new import new_project
 from lightning_mimo.commands.report import print_report
+from lightning_mimo.commands.sizes import memory_size
 from lightning_mimo.errors import CheckpointError, ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
-       lightning-mimo fit --dry-run[=step|=data] --config FILE [--KEY=VALUE ...]
+       lightning-mimo fit --dry-run[=step|=data] [--memory 80GiB] --config FILE [--KEY=VALUE ...]
        lightning-mimo verify --config FILE [--layers 2] [--ranks 8] [--as-is] [--KEY=VALUE ...]
        lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--write OUT.yaml]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
@@ -147,4 +149,16 @@ def _run_lightning() -> None:
     kinds = {"--dry-run": "weights", **{f"--dry-run={kind}": kind for kind in get_args(DryRun)}}
     if unknown := [argument for argument in given if argument not in kinds]:
         raise ConfigError(f"{unknown[0]}: write --dry-run, or one of {', '.join(list(kinds)[1:])}.")
-    run(dry_run=kinds[given[-1]] if given else None)
+    kind = kinds[given[-1]] if given else None
+    memory = _take_memory()
+    if memory is not None and kind not in ("step", "data"):
+        raise ConfigError("--memory says whether a step fits on a device: it works with --dry-run=step and =data.")
+    run(dry_run=kind, memory=None if memory is None else memory_size(memory))
+
+
+def _take_memory() -> str | None:
+    """The value of ``--memory``, which is removed from the command line."""
+    parser = argparse.ArgumentParser(prog="lightning-mimo", add_help=False, allow_abbrev=False)
+    parser.add_argument("--memory", nargs="?", const="")
+    found, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
+    return found.memory

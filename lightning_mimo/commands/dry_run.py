@@ -42,6 +42,7 @@ def dry_run_report(
     training: bool,
     kind: DryRun = "weights",
     data: Callable[[], Sequence[Any]] | None = None,
+    memory: float | None = None,
 ) -> str:
     """Check a run in one process, and return its layout and estimated memory as text.
 
@@ -55,6 +56,7 @@ def dry_run_report(
         training: whether to count gradients and optimizer state, and to estimate a step.
         kind: what to estimate.
         data: returns samples of the training data; for ``data`` only.
+        memory: bytes of a device, to say whether an estimated step fits; ``None`` if it is not known.
 
     Raises:
         ConfigError: if the run is invalid.
@@ -86,7 +88,7 @@ def dry_run_report(
     )
     text = f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
     if training:
-        text += _step_report(module, trainer, layout, kind, data)
+        text += _step_report(module, trainer, layout, kind, data, memory)
     return text if missing is None else f"{text}\n\nnot checked: the weights. {missing}"
 
 
@@ -96,6 +98,7 @@ def _step_report(
     layout: MimoLayout,
     kind: DryRun,
     data: Callable[[], Sequence[Any]] | None,
+    memory: float | None,
 ) -> str:
     """Build the optimizer of each kind of rank, and describe a step where it is to be estimated."""
     strategy = trainer.strategy
@@ -116,7 +119,7 @@ def _step_report(
         estimates = step_estimate(settings, program, sample)
     items = " and one item for each encoder" if kind == "step" else ""
     lines += ["", f"one step, if every sample has {len(sample['input_ids'])} tokens{items}:"]
-    return "\n".join([*lines, "", step_table(estimates, layout)])
+    return "\n".join([*lines, "", step_table(estimates, layout, memory=memory)])
 
 
 def _checked_set_up(settings: StepSettings, program: TrainingProgram) -> str:

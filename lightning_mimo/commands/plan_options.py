@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lightning_mimo.commands.sizes import memory_size
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MOST_RANKS
 
@@ -18,7 +18,6 @@ USAGE = (
     "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure[=rates]]\n"
     "           [--sample=data] [--picture OUT.png] [--KEY=VALUE ...]"
 )
-_UNITS = {"": 1, "B": 1, "GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ def parse_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
         raise ConfigError("--compare takes the layout of the config; --write and --spread do not apply.")
     options = PlanOptions(
         gpus=() if found.gpus is None else _gpus(found.gpus),
-        memory=None if found.memory is None else _memory(found.memory),
+        memory=None if found.memory is None else memory_size(found.memory),
         hardware=found.hardware,
         measure=found.measure,
         from_data=found.sample == "data",
@@ -95,13 +94,6 @@ def _gpus(text: str) -> tuple[int, ...]:
     if not all(number.isdecimal() and 1 <= int(number) <= MOST_RANKS for number in numbers):
         raise ConfigError(f"--gpus={text}: write whole numbers from 1 to {MOST_RANKS:,}, separated by commas.")
     return tuple(sorted({int(number) for number in numbers}))
-
-
-def _memory(text: str) -> float:
-    match = re.fullmatch(r"([0-9]+\.?[0-9]*)\s*([A-Za-z]*)", text)
-    if match is None or match[2] not in _UNITS or not (size := float(match[1]) * _UNITS[match[2]]):
-        raise ConfigError(f"--memory={text}: write a size such as 80GiB or 80GB.")
-    return size
 
 
 def _spread(text: str) -> dict[str, float]:

@@ -38,9 +38,11 @@ class MimoCLI(LightningCLI):
 
     Attributes:
         dry_run: what to estimate instead of running; ``None`` to run.
+        memory: bytes of a device, for a dry run; ``None`` if it is not known.
     """
 
     dry_run: DryRun | None = None
+    memory: float | None = None
 
     @staticmethod
     @override
@@ -102,9 +104,15 @@ class MimoCLI(LightningCLI):
         with one_line(lambda: self.trainer.fit_loop.epoch_loop.batch_progress.total.ready > 0):
             if self.dry_run:
                 data = partial(first_samples, self.trainer, self.datamodule)
-                print_report(
-                    dry_run_report(self.model, self.trainer, training=subcommand == "fit", kind=self.dry_run, data=data)
+                report = dry_run_report(
+                    self.model,
+                    self.trainer,
+                    training=subcommand == "fit",
+                    kind=self.dry_run,
+                    data=data,
+                    memory=self.memory,
                 )
+                print_report(report)
             else:
                 super()._run_subcommand(subcommand)
 
@@ -127,17 +135,18 @@ class DryRunCLI(MimoCLI):
     dry_run: DryRun | None = "weights"
 
 
-def run(*, dry_run: DryRun | None) -> None:
+def run(*, dry_run: DryRun | None, memory: float | None = None) -> None:
     """Run the command in ``sys.argv``.
 
     Args:
         dry_run: what to estimate instead of running; ``None`` to run.
+        memory: bytes of a device, to say whether an estimated step fits.
 
     Raises:
         SystemExit: with code 2 and one line on stderr, if the config is invalid.
     """
     if dry_run is not None:
-        DryRunCLI.dry_run = dry_run
+        DryRunCLI.dry_run, DryRunCLI.memory = dry_run, memory
     run_cli(DryRunCLI if dry_run else MimoCLI)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
 from lightning_mimo.planning.costs import Message, RankEstimate, add_messages
+from lightning_mimo.planning.search import USABLE
 
 _HEAD = (
     "ranks",
@@ -22,18 +23,20 @@ _HEAD = (
 )
 
 
-def step_table(estimates: Sequence[RankEstimate], layout: MimoLayout) -> str:
+def step_table(estimates: Sequence[RankEstimate], layout: MimoLayout, *, memory: float | None = None) -> str:
     """A table with a line for each kind of rank, and below it when the peak is and what is sent in a step.
 
     Args:
         estimates: of all kinds of ranks.
         layout: of the run.
+        memory: bytes of a device, to say which ranks fit; ``None`` if it is not known.
     """
     rows = [_HEAD, *(_row(each, layout) for each in estimates)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
     lines = ["  ".join(_aligned(row[i], width, i) for i, width in enumerate(widths)) for row in rows]
     lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*(line.rstrip() for line in lines), "", *_notes(estimates, layout)])
+    notes = [*_notes(estimates, layout), *([] if memory is None else ["", _fit(estimates, layout, memory)])]
+    return "\n".join([*(line.rstrip() for line in lines), "", *notes])
 
 
 def size_text(count: int) -> str:
@@ -42,6 +45,15 @@ def size_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
+
+
+def _fit(estimates: Sequence[RankEstimate], layout: MimoLayout, memory: float) -> str:
+    """Which kinds of ranks fit a device, of which a plan leaves as much free."""
+    sizes = ", ".join(f"{_name(each, layout)} {each.memory.total / 2**30:.1f}" for each in estimates)
+    too_large = [_name(each, layout) for each in estimates if each.memory.total > USABLE * memory]
+    verdict = f"{', '.join(too_large)} {'do' if len(too_large) > 1 else 'does'} not fit" if too_large else "all fit"
+    limit = f"the {USABLE:.0%} of it that are not left for CUDA and its allocator"
+    return f"memory of a rank in GiB, of {memory / 2**30:.1f}: {sizes}\n{verdict} in {limit}"
 
 
 def _row(estimate: RankEstimate, layout: MimoLayout) -> tuple[str, ...]:

@@ -48,6 +48,10 @@ def test_table_has_a_line_for_each_kind_of_rank() -> None:
     assert lines[4].startswith("communicators are NCCL's")
     assert lines[5].endswith("in backward of language, microbatch 1, 25% of its arithmetic is recomputed")
     assert lines[6] == "  sends in a step: tp of language 2.00 GiB, language stage 0 -> 1 1.00 GiB"
+    kept_free = "in the 92% of it that are not left for CUDA and its allocator"
+    for size, verdict in ((8, "all fit"), (4.5, "language 1/2 does not fit")):
+        fit = step_table([first], layout, memory=size * 2**30).splitlines()[-2:]
+        assert fit == [f"memory of a rank in GiB, of {size:.1f}: language 1/2 4.8", f"{verdict} {kept_free}"]
 
 
 def test_largest_sample_has_the_most_tokens_and_items() -> None:
@@ -64,6 +68,9 @@ def test_largest_sample_has_the_most_tokens_and_items() -> None:
     ("arguments", "message"),
     [
         (["--dry-run", "--model.init_args.lr=-1"], "OptimizerConfig(lr=-1.0) must be a number of at least 0."),
+        (["--dry-run=step", "--memory=-8GiB"], "--memory=-8GiB: write a size such as 80GiB or 80GB."),
+        (["--dry-run=step", "--memory"], "--memory=: write a size such as 80GiB or 80GB."),
+        (["--dry-run", "--memory", "80GiB"], "--memory says whether a step fits on a device: it works with"),
         (["--dry-run=all"], "--dry-run=all: write --dry-run, or one of --dry-run=weights, --dry-run=step"),
     ],
 )
@@ -88,8 +95,9 @@ def test_dry_run_estimates_a_step(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    main(["fit", "--config", VLM, f"--dry-run={kind}"])
+    main(["fit", "--config", VLM, f"--dry-run={kind}", "--memory", "80GiB"])
     printed = capsys.readouterr().out
     assert "one step, if every sample has" in printed
     assert ("samples have" in printed) == (kind == "data")
     assert "the most memory is used in" in printed
+    assert "memory of a rank in GiB, of 80.0: images 0.0, language 0.0\nall fit in" in printed
