@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
@@ -69,7 +71,10 @@ def run_blocks(page: Path) -> dict[str, Any]:
     Returns:
         The names that they define.
     """
-    names: dict[str, Any] = {"__name__": f"block of {page}"}
+    # A module that can be imported: parsers of command lines look for all subclasses of a class by their names.
+    module = ModuleType(f"blocks_of_{re.sub(r'[^a-z]', '_', str(page).lower())}")
+    sys.modules[module.__name__] = module
+    names = vars(module)
     for block in blocks_of(page, "python"):
         # Empty lines, so that a traceback shows the line of the page.
         exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), names)
