@@ -74,20 +74,21 @@ def communicators(
         rank: global rank.
         experts: modules with experts; ``None`` stands for those with ep or expt_tp above 1.
         frozen: modules that have no trained parameter on this rank.
-        tied: whether the word embeddings are tied, so that the first and the last stage reduce their gradients.
+        tied: whether the word embeddings are tied, so that the first and the last stage agree on the weights when the
+            model is built, and reduce their gradients.
         needs_gradient: ``(module, pipeline stage)`` -> whether the output of that stage needs a gradient; ``None`` if
             every one does.
-        training: whether the run trains; otherwise it validates, tests or predicts, and the three arguments before
-            this one mean nothing.
+        training: whether the run trains; otherwise it validates, tests or predicts, and ``frozen`` and
+            ``needs_gradient`` mean nothing.
     """
     if experts is None:
         experts = [name for name, sizes in layout.modules.items() if sizes.ep > 1 or sizes.expt_tp > 1]
     found = {Communicator(ranks=tuple(range(layout.world_size)), module="", use="world")}
     for name in layout.modules_on(rank):
         sizes = layout.modules[name]
-        found.update(_of_model(name, sizes, rank, has_experts=name in experts, training=training))
+        found.update(_of_model(name, sizes, rank, has_experts=name in experts, tied=tied, training=training))
         if training and name not in frozen:
-            found.update(_of_gradients(name, sizes, rank, has_experts=name in experts, tied=tied))
+            found.update(_of_gradients(name, sizes, rank, has_experts=name in experts))
         # Gradients cross where the language module has more replicas; nothing does where both have as many.
         crosses = training or sizes.dp > layout.modules[LANGUAGE].dp
         if layout.colocated and name != LANGUAGE and crosses:
@@ -118,7 +119,7 @@ def _never(module: str, stage: int) -> bool:
 
 
 def _of_model(
-    name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool, training: bool
+    name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool, tied: bool, training: bool
 ) -> Iterator[Communicator]:
     axes: list[tuple[str, ...]] = [("tp",)]
     if training:
@@ -127,18 +128,16 @@ def _of_model(
     if has_experts:
         ranks = _ranks_along(sizes, rank, ("expt_tp", "ep"), of_experts=True)
         yield Communicator(ranks=ranks, module=name, use="model")
+    stages = _ranks_along(sizes, rank, ("pp",))
+    if tied and name == LANGUAGE and sizes.pp > 1 and rank in (stages[0], stages[-1]):
+        yield Communicator(ranks=(stages[0], stages[-1]), module=name, use="model")
 
 
-def _of_gradients(
-    name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool, tied: bool
-) -> Iterator[Communicator]:
+def _of_gradients(name: str, sizes: ResolvedParallelism, rank: int, *, has_experts: bool) -> Iterator[Communicator]:
     yield Communicator(ranks=_ranks_along(sizes, rank, ("dp",)), module=name, use="gradients")
     if has_experts:
         ranks = _ranks_along(sizes, rank, ("expt_dp",), of_experts=True)
         yield Communicator(ranks=ranks, module=name, use="expert gradients" if sizes.ep > 1 else "gradients")
-    stages = _ranks_along(sizes, rank, ("pp",))
-    if tied and name == LANGUAGE and sizes.pp > 1 and rank in (stages[0], stages[-1]):
-        yield Communicator(ranks=(stages[0], stages[-1]), module=name, use="model")
 
 
 def _ranks_along(

@@ -50,15 +50,19 @@ class RecordsGroups(TorchDispatchMode):
 
 
 class Compare(pl.Callback):
-    """Records what making the communicators uses, and what the run uses from its first batch on."""
+    """Records what making the communicators uses, and what the run does, building the model included."""
 
     def __init__(self) -> None:
         self.needed: list[Communicator] = []
         self.made: Used = set()
-        self.run = RecordsGroups()
+        self.run, self.build = RecordsGroups(), RecordsGroups()
         self.listed: dict[tuple[str, tuple[int, ...]], Communicator] = {}
 
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
+        self.build.__enter__()  # the model is built between the hooks
+
     def begin(self, trainer: pl.Trainer, pl_module: Any, *, training: bool = False) -> None:
+        self.build.__exit__(None, None, None)
         infra = trainer.strategy.infra
         self.needed = list(communicators_of(pl_module.model, infra, training=training))
         self.listed = {(infra.group_of(each).group_name, each.ranks): each for each in self.needed}
@@ -78,12 +82,13 @@ class Compare(pl.Callback):
 
     def differences(self) -> dict[str, list[str]]:
         """Communicators that are not in all three: those that are listed, made and used."""
+        used = self.build.used | self.run.used
         found = defaultdict(list)
         names = {key: f"{each.use} {each.module} {each.ranks}" for key, each in self.listed.items()}
         for what, keys in {
             "listed, but not made": set(self.listed) - self.made,
-            "made, but not used": self.made - self.run.used,
-            "used, but not made": self.run.used - self.made,
+            "made, but not used": self.made - used,
+            "used, but not made": used - self.made,
         }.items():
             for key in sorted(keys):
                 found[what].append(names.get(key, f"{dist.distributed_c10d._world.pg_names} {key}"))
@@ -158,6 +163,7 @@ CASES = {
     "colocated": (task(), together(Cut(dp=4), Cut(tp=2, dp=2), num_microbatches=3)),
     "experts": (task(experts=4, precision="32-true"), apart(Cut(), Cut(tp=2, dp=2, ep=2), sequence_parallel=True)),
     "frozen": (task(frozen=("images",)), apart(Cut(dp=2), Cut(pp=2, dp=2))),
+    "tied_and_frozen": (task(tied=True, frozen=("language",)), apart(Cut(), Cut(pp=2))),
 }
 
 
@@ -173,7 +179,7 @@ def test_made_are_those_that_training_uses(rank_pool: RankPool, name: str) -> No
 EVALUATED = {
     "apart": (task(), apart(Cut(), Cut(tp=2))),
     "fan-in": (task(), together(Cut(dp=2), Cut(tp=2))),
-    **{name: CASES[name] for name in ("pipeline", "colocated", "experts")},
+    **{name: CASES[name] for name in ("pipeline", "colocated", "experts", "tied")},
 }
 
 
