@@ -15,6 +15,7 @@ from lightning_mimo.layout.communicators import largest_buffers
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
+from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
 from lightning_mimo.planning.rank_step import StepSettings, TrainingProgram
 from lightning_mimo.planning.samples import longest_sample, look_at, special_tokens
@@ -43,6 +44,7 @@ def dry_run_report(
     kind: DryRun = "weights",
     data: Callable[[], Sequence[Any]] | None = None,
     memory: float | None = None,
+    device_type: DeviceType = "cpu",
 ) -> str:
     """Check a run in one process, and return its layout and estimated memory as text.
 
@@ -57,6 +59,7 @@ def dry_run_report(
         kind: what to estimate.
         data: returns samples of the training data; for ``data`` only.
         memory: bytes of a device, to say whether an estimated step fits; ``None`` if it is not known.
+        device_type: of the run's devices.
 
     Raises:
         ConfigError: if the run is invalid.
@@ -88,22 +91,20 @@ def dry_run_report(
     )
     text = f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
     if training:
-        text += _step_report(module, trainer, layout, kind, data, memory)
+        text += _step_report(module, trainer, step_settings(strategy, layout, device_type), kind, data, memory)
     return text if missing is None else f"{text}\n\nnot checked: the weights. {missing}"
 
 
 def _step_report(
     module: MimoModule,
     trainer: pl.Trainer,
-    layout: MimoLayout,
+    settings: StepSettings,
     kind: DryRun,
     data: Callable[[], Sequence[Any]] | None,
     memory: float | None,
 ) -> str:
     """Build the optimizer of each kind of rank, and describe a step where it is to be estimated."""
-    strategy = trainer.strategy
-    assert isinstance(strategy, MimoStrategy), "checked by the command line"
-    settings, lines = step_settings(strategy, layout), [""]
+    lines = [""]
     with training_program(module, trainer) as program:
         if kind == "weights":
             return _checked_set_up(settings, program)
@@ -119,7 +120,7 @@ def _step_report(
         estimates = step_estimate(settings, program, sample)
     items = " and one item for each encoder" if kind == "step" else ""
     lines += ["", f"one step, if every sample has {len(sample['input_ids'])} tokens{items}:"]
-    return "\n".join([*lines, "", step_table(estimates, layout, memory=memory)])
+    return "\n".join([*lines, "", step_table(estimates, settings.layout, memory=memory)])
 
 
 def _checked_set_up(settings: StepSettings, program: TrainingProgram) -> str:

@@ -74,7 +74,9 @@ class PlanCLI(MimoCLI):
             data = partial(first_samples, self.trainer, self.datamodule) if self.options.from_data else None
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             hardware = load_hardware(self.options.hardware)
-            model = PlannedModel(self._module_with, self.trainer, keys_in(arguments), data=data)
+            model = PlannedModel(
+                self._module_with, self.trainer, keys_in(arguments), device_type=hardware.device_type, data=data
+            )
             with closing(model) as subject:
                 if self.options.measure:
                     hardware = measured(hardware, device, getattr(torch, subject.dtype))

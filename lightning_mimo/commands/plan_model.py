@@ -22,6 +22,7 @@ from lightning_mimo.planning.degrees import degrees_of, stage_layers
 from lightning_mimo.planning.depths import transformer_of
 from lightning_mimo.planning.example_sample import ExampleSample, example_sample
 from lightning_mimo.planning.fake_world import as_rank
+from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.layer_costs import LayerCosts
 from lightning_mimo.planning.layer_times import TimedLayerCosts
@@ -105,6 +106,7 @@ class PlannedModel:
         trainer: pl.Trainer,
         keys: ModelKeys,
         *,
+        device_type: DeviceType = "cuda",
         data: Callable[[], Sequence[Any]] | None = None,
     ) -> None:
         """
@@ -112,6 +114,7 @@ class PlannedModel:
             module_with: makes the module.
             trainer: trainer with a MimoStrategy.
             keys: keys of the config.
+            device_type: of the devices that are planned for.
             data: returns samples of the training data, the largest of which is planned for; ``None`` plans for the
                 longest sample that the model describes.
 
@@ -120,7 +123,7 @@ class PlannedModel:
         """
         strategy = trainer.strategy
         assert isinstance(strategy, MimoStrategy), "MimoCLI refuses any other"
-        self._strategy, self.keys = strategy, keys
+        self._strategy, self.keys, self._device_type = strategy, keys, device_type
         self._time_layers: Callable[[LayerCosts], TimedLayerCosts] | None = None
         self._timed: TimedLayerCosts | None = None
         self._ddp = tuple(strategy.ddp_by_module.values())
@@ -191,7 +194,7 @@ class PlannedModel:
         if isinstance(found, ExampleSample):
             return found
         # The description does not tell what the encoders take, but they may.
-        sample = longest_sample(step_settings(self._strategy, self.layout), self._program)
+        sample = longest_sample(step_settings(self._strategy, self.layout, self._device_type), self._program)
         if isinstance(sample, str):
             raise ConfigError(
                 f"plan cannot tell the shapes of a sample from the model: {sample}. --sample=data takes the largest "
@@ -203,7 +206,13 @@ class PlannedModel:
     def model(self) -> Model:
         """Costs and batches."""
         policy = self._strategy.precision_plugin.dtype_policy
-        layer_costs = LayerCosts(self._program, self._example.sample, modules=self.modules, dtype_policy=policy)
+        layer_costs = LayerCosts(
+            self._program,
+            self._example.sample,
+            modules=self.modules,
+            dtype_policy=policy,
+            device_type=self._device_type,
+        )
         if self._time_layers is not None:
             self._timed = self._time_layers(layer_costs)
         costs = ModelCosts(self._timed or layer_costs, recomputable=self.recompute_keys)

@@ -24,6 +24,7 @@ from lightning_mimo.commands.report import print_report
 from lightning_mimo.commands.root_dir import follow_root_dir
 from lightning_mimo.errors import ConfigError, MimoError
 from lightning_mimo.launch.cluster import check_slurm_tasks
+from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.strategy import MimoStrategy
 
@@ -43,6 +44,7 @@ class MimoCLI(LightningCLI):
 
     dry_run: DryRun | None = None
     memory: float | None = None
+    _device_type: DeviceType = "cpu"  # of the config; a dry run itself uses no device
 
     @staticmethod
     @override
@@ -111,6 +113,7 @@ class MimoCLI(LightningCLI):
                     kind=self.dry_run,
                     data=data,
                     memory=self.memory,
+                    device_type=self._device_type,
                 )
                 print_report(report)
             else:
@@ -125,6 +128,7 @@ class MimoCLI(LightningCLI):
                 f"trainer.devices={trainer.devices!r}: for a dry run the number must be known; give "
                 f"--trainer.devices=N, the devices of one node."
             )
+        self._device_type = "cpu" if trainer.accelerator == "cpu" else "cuda"
         trainer.accelerator, trainer.devices = "cpu", int(devices)
         trainer.logger, trainer.plugins, trainer.profiler = False, None, None
 

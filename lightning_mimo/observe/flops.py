@@ -6,7 +6,7 @@ module: operations per row (matrix products and convolutions) and per pair of po
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,6 +20,15 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.microbatch import Microbatch, Ragged
 from lightning_mimo.observe.spans import BACKWARD, COMPUTING, Spans
 from lightning_mimo.upstream.torch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_FLASH = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+}
+FLOP_FORMULAS = ChainMap(flop_registry, {one: flop_registry[other] for one, other in _FLASH.items()})
+"""Operation -> torch's formula of its floating-point operations. torch 2.11 has none for the CPU's flash attention,
+whose first arguments are those of the GPU's."""
 
 _BATCHED = ("bmm", "baddbmm")
 
@@ -167,8 +176,8 @@ class _Counter(TorchDispatchMode):
         counts, name = self.counts[work.module], getattr(operation, "__name__", "")
         if "varlen_attn" in name:
             counts.per_pair += _per_pair_of_packed(func, name, args, kwargs)
-        elif operation in flop_registry:
-            flops = flop_registry[operation](*args, **kwargs, out_val=result)
+        elif operation in FLOP_FORMULAS:
+            flops = FLOP_FORMULAS[operation](*args, **kwargs, out_val=result)
             if "attention" in name:
                 counts.of_pairs += flops * _needed_of_attention(_given(func, args, kwargs), name)
             elif name in _BATCHED:

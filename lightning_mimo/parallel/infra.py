@@ -160,9 +160,12 @@ class MimoModelInfra:
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
-    """Set the timeout of one group; newer torch versions have a public function for it."""
-    function = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    function(timeout, group)
+    """Set the timeout of one group. torch 2.11 has no public function for it, and its private one skips gloo here."""
+    if hasattr(dist, "set_timeout"):
+        dist.set_timeout(timeout, group)
+        return
+    for device in group._device_types:
+        group._get_backend(device)._set_default_timeout(timeout)
 
 
 def _build_grid(name: str, sizes: ResolvedParallelism, pool: GroupPool) -> PooledGrid:

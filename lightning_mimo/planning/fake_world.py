@@ -57,7 +57,8 @@ def as_rank(
 
     assert not dist.is_initialized(), "this process already belongs to a world"
     options = FakeProcessGroup.Options()
-    options.simulate_uniform_ranks = True  # what is gathered are this rank's values, as often as there are ranks
+    if hasattr(options, "simulate_uniform_ranks"):  # torch 2.11 does not ask
+        options.simulate_uniform_ranks = True  # what is gathered are this rank's values, as often as there are ranks
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size, pg_options=options)
     try:
         with megatron_on_cpu() if device is None or device.type == "cpu" else nullcontext(), warnings.catch_warnings():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from lightning_mimo.errors import ConfigError
+from lightning_mimo.planning.gpu_kernels import DeviceType
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -61,6 +62,7 @@ class Hardware:
         step_overhead: seconds of a step in which no device works: the Trainer's loop, callbacks, logging.
         within_node: connection of devices of one node.
         between_nodes: connection of devices of different nodes, per device.
+        device_type: of torch, ``cuda`` or ``cpu``; what some operations read, write and keep depends on it.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Hardware:
     step_overhead: float
     within_node: Link
     between_nodes: Link
+    device_type: DeviceType = "cuda"
 
     def link(self, span: int) -> Link:
         """Connection within a group that spans ``span`` consecutive ranks, from a node's first one."""
@@ -131,9 +134,10 @@ def _parse(name: str, text: str) -> Hardware:
     except yaml.YAMLError as error:
         raise ConfigError(f"--hardware={name} is no YAML: {' '.join(str(error).split())}") from None
     known = [field.name for field in fields(Hardware)]
-    if not isinstance(values, dict) or set(values) != set(known):
+    needed = {field.name for field in fields(Hardware) if field.default is MISSING}
+    if not isinstance(values, dict) or not needed <= set(values) <= set(known):
         given = set(values) if isinstance(values, dict) else set()
-        problem = f"lacks {', '.join(sorted(set(known) - given))}" if set(known) - given else "has unknown keys"
+        problem = f"lacks {', '.join(sorted(needed - given))}" if needed - given else "has unknown keys"
         if unknown := sorted(map(str, given - set(known))):
             problem += f" ({', '.join(unknown)})" if problem.startswith("has") else f", and knows {', '.join(unknown)}"
         raise ConfigError(f"--hardware={name} {problem}; a hardware file has the keys {', '.join(known)}.")
@@ -151,6 +155,10 @@ def _parse(name: str, text: str) -> Hardware:
             raise ConfigError(f"--hardware={name}: {key}={values[key]:g} is a share of the peak, at most 1.")
     for key in ("devices_per_node", "memory"):
         values[key] = int(_number(name, key, values[key]))
+    if values.get("device_type", "cuda") not in get_args(DeviceType):
+        raise ConfigError(
+            f"--hardware={name}: device_type={values['device_type']!r} is not one of {', '.join(get_args(DeviceType))}."
+        )
     values["sources"] = tuple(map(str, values["sources"] or ()))
     return Hardware(**values)
 

@@ -20,6 +20,7 @@ from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.costs import ModuleCosts, ModuleWork, PartCosts, Work
 from lightning_mimo.planning.depths import transformer_of, with_layers
 from lightning_mimo.planning.fake_world import Configure, as_rank
+from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.planning.memory_estimate import ParameterSize, frozen_sizes, parameter_sizes
 from lightning_mimo.planning.operation_cache import OperationCache
 from lightning_mimo.planning.rank_step import (
@@ -86,7 +87,13 @@ class LayerCosts:
     """
 
     def __init__(
-        self, program: TrainingProgram, sample: Sample, *, modules: Iterable[str], dtype_policy: DtypePolicy
+        self,
+        program: TrainingProgram,
+        sample: Sample,
+        *,
+        modules: Iterable[str],
+        dtype_policy: DtypePolicy,
+        device_type: DeviceType = "cpu",
     ) -> None:
         """
         Args:
@@ -94,8 +101,9 @@ class LayerCosts:
             sample: of which every microbatch is made.
             modules: names of all modules of the model.
             dtype_policy: dtypes of the run.
+            device_type: of the run's devices, whose kernels are counted.
         """
-        self._program, self._sample = program, sample
+        self._program, self._sample, self._device_type = program, sample, device_type
         self._modules, self._dtype_policy = tuple(modules), dtype_policy
         self._known: dict[LayerSettings, ModuleCosts] = {}
         self._flags: list[list[bool]] | None = None
@@ -173,6 +181,7 @@ class LayerCosts:
             ddp={name: DistributedDataParallelConfig() for name in layout.modules},
             samples=settings.samples * layout.modules[settings.module].dp,
             num_microbatches=1,
+            device_type=self._device_type,
         )
         program = replace(self._program, configure=with_layers(configure, layout, layers))
         if watch is not None:

@@ -8,8 +8,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import flop_registry
 
+from lightning_mimo.observe.flops import FLOP_FORMULAS
 from lightning_mimo.planning.costs import OperationKind
 from lightning_mimo.upstream.torch import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 
@@ -107,8 +107,8 @@ def effort_of(
     packet = func._overloadpacket
     flops = 0
     kind: OperationKind = "elementwise"
-    if packet in flop_registry:
-        flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+    if packet in FLOP_FORMULAS:
+        flops = int(FLOP_FORMULAS[packet](*args, **kwargs, out_val=out))
         kind = "attention" if "attention" in packet.__name__ else "matmul"
         if _is_causal(func, args, kwargs):
             flops //= 2

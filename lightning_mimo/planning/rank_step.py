@@ -30,6 +30,7 @@ from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.optim.step_reduction import DeviceReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
+from lightning_mimo.planning.gpu_kernels import DeviceType, kernels_of
 from lightning_mimo.planning.step_recorder import Exchange, Segment, StepRecorder
 from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSchedule, LossFunction
 from lightning_mimo.upstream.torch import FakeTensorMode, _disable_current_modes, tree_map
@@ -71,6 +72,7 @@ class StepSettings:
         samples: samples of a microbatch over all ranks: global batch size / microbatches.
         num_microbatches: microbatches of a step.
         encoder_run_ahead: as for MimoStrategy.
+        device_type: of the run's devices, whose kernels are counted.
     """
 
     layout: MimoLayout
@@ -79,6 +81,7 @@ class StepSettings:
     samples: int
     num_microbatches: int
     encoder_run_ahead: int = 1
+    device_type: DeviceType = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +212,7 @@ def _set_up(
         model = build_on_meta(program.configure, infra, settings.dtype_policy)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = StepRecorder(mode, spans, exchange, _axes_of(infra))
-        with mode, recorder:
+        with kernels_of(settings.device_type), mode, recorder:
             _make_fake(model)
             freeze(model, infra, program.frozen)
             program.attach(model, infra)

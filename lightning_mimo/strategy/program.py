@@ -17,6 +17,7 @@ from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.mimo.model import RaggedMimoModel
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.parallel.infra import MimoModelInfra
+from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.planning.rank_step import StepSettings, TrainingProgram
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.run import the_only
@@ -27,12 +28,13 @@ from lightning_mimo.strategy.strategy import MimoStrategy
 _ANY_NUMBER_OF_STEPS = 1000
 
 
-def step_settings(strategy: MimoStrategy, layout: MimoLayout) -> StepSettings:
+def step_settings(strategy: MimoStrategy, layout: MimoLayout, device_type: DeviceType) -> StepSettings:
     """Settings of a step of a strategy.
 
     Args:
         strategy: the strategy.
         layout: its resolved layout, or another one for the same model.
+        device_type: of the run's devices; the strategy of a dry run has an accelerator of this machine.
     """
     return StepSettings(
         layout=layout,
@@ -41,6 +43,7 @@ def step_settings(strategy: MimoStrategy, layout: MimoLayout) -> StepSettings:
         samples=strategy.global_batch_size // strategy.num_microbatches,
         num_microbatches=strategy.num_microbatches,
         encoder_run_ahead=strategy.encoder_run_ahead,
+        device_type=device_type,
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
+from lightning_mimo.observe.flops import FLOP_FORMULAS
 from tests.fake_cuda.places import Place, describe, innermost, where
 from tests.fake_cuda.records import Event, Kind
 
@@ -123,7 +123,7 @@ class Recorder(TorchDispatchMode):
         """The elements of integers in a result, as if all floating-point numbers were zero; None if there are none."""
         if not tensors or func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags:
             return None
-        if func._overloadpacket in flop_registry or any(each.numel() > _FEW for each in tensors):
+        if func._overloadpacket in FLOP_FORMULAS or any(each.numel() > _FEW for each in tensors):
             return None
         if all(each.is_floating_point() for each in tensors_of(result)):
             return None
@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):
         for each in tensors:
             if not isinstance(each, FakeTensor) and each.ndim > 0 and len(fakes) and each.device.type == "cpu":
                 self.note("device", f"{packet.__name__} of a CUDA tensor and of a CPU tensor {_described(each)}")
-        if self.dtype is not None and packet in flop_registry:
+        if self.dtype is not None and packet in FLOP_FORMULAS:
             # Of attention, only the first are operands; its sums are float32 always.
             operands = fakes[:_ATTENTION_OPERANDS] if "attention" in packet.__name__ else fakes
             wrong = {each.dtype for each in operands if each.is_floating_point()} - {self.dtype}

@@ -18,12 +18,12 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from torch.utils.data import DataLoader, Subset
 
 from lightning_mimo import MimoStrategy, ModuleParallelism, Monitoring, Saving
-from lightning_mimo.planning.memory_estimate import memory_estimate
 from tests.gpu.bare import BareLoop
 from tests.gpu.checkpoints import TimeCheckpoints
 from tests.gpu.communicators import MeasuredCommunicators
 from tests.gpu.measure import StepMeter
 from tests.gpu.model import CopiedText, build_module, data_of
+from tests.gpu.predict import predict
 from tests.gpu.run import Run
 from tests.gpu.under_ddp import train_llama
 
@@ -107,25 +107,11 @@ def build_trainer(run: Run, callbacks: list[pl.Callback]) -> pl.Trainer:
     )
 
 
-def estimate(run: Run) -> float:
-    """GiB of weights, gradients and the optimizer on a rank, as the package says before a run."""
-    strategy = build_trainer(run, []).strategy
-    module = build_module(run)
-    found = memory_estimate(
-        strategy.validate(),
-        module.configure_mimo,
-        dtype_policy=strategy.precision_plugin.dtype_policy,
-        ddp=strategy.ddp_by_module,
-    )
-    return sum(stage.total for stage in found.stages) / 2**30
-
-
 def train(run: Run) -> dict[str, Any]:
     """Under MimoStrategy."""
-    estimated = estimate(run) if run.profile else None
     pl.seed_everything(1)
     began = time.perf_counter()
-    module, communicators = build_module(run), MeasuredCommunicators()
+    module, communicators = build_module(run), MeasuredCommunicators(run.accelerator)
     communicators.replace()
     loader = DataLoader(data_of(run), batch_size=run.batch, num_workers=2)
     meter = StepMeter(run)
@@ -142,7 +128,6 @@ def train(run: Run) -> dict[str, Any]:
             for name, part in (("images", module.model.modality_submodules), ("language", module.model.language_model))
             if part is not None
         },
-        "estimated_gib": estimated,
         "fit_s": time.perf_counter() - began,
         "communicators": communicators.result,
         "logged": observer.logged,
@@ -161,7 +146,7 @@ def _held_out(run: Run) -> DataLoader:
 def evaluate(run: Run) -> dict[str, Any]:
     """Validate initial weights and predict, each by a Trainer that has not trained."""
     pl.seed_everything(1)
-    module, communicators = build_module(run), MeasuredCommunicators()
+    module, communicators = build_module(run), MeasuredCommunicators(run.accelerator)
     communicators.replace()
     trainer = build_trainer(run, [])
     loss = trainer.validate(module, _held_out(run), verbose=False)[0]["val/loss"]
@@ -200,6 +185,7 @@ def main() -> None:
         "transformers": train_llama,
         "evaluation": evaluate,
         "attention": check_attention,
+        "predict": lambda run: predict(run, lambda: build_trainer(run, [])),
     }
     result = loops[run.loop](run)
     print(RESULT + json.dumps(result), flush=True)

@@ -23,11 +23,12 @@ class MeasuredCommunicators:
     """Makes the communicators in the strategy's place, with gloo, too, and measures that.
 
     Attributes:
-        result: empty before they are made.
+        result: empty before they are made. Memory is that of all processes on the GPU, so nothing else may run on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, accelerator: str) -> None:
         self.result: dict[str, Any] = {}
+        self._is_gpu = accelerator == "gpu"
 
     def replace(self) -> None:
         """Take the place of the strategy's function, for the rest of the process."""
@@ -38,9 +39,9 @@ class MeasuredCommunicators:
             return
         needed = communicators_of(model, infra, training=training)
         _meet("before communicators")
-        before, began = _used(), time.perf_counter()
+        before, began = self._used(), time.perf_counter()
         make_communicators(infra, needed)
-        if torch.cuda.is_available():
+        if self._is_gpu:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         _meet("after communicators")
@@ -48,17 +49,16 @@ class MeasuredCommunicators:
             "number": len(needed),
             "seconds": seconds,
             # Of all ranks that share this GPU.
-            "mib_on_gpu": None if before is None else (_used() - before) / 2**20,
+            "mib_on_gpu": (self._used() - before) / 2**20 if self._is_gpu else None,
             "planned_mib": sum(each.nbytes for each in needed) / 2**20,
         }
 
-
-def _used() -> int | None:
-    """Bytes of the GPU that are in use, by any process."""
-    if not torch.cuda.is_available():
-        return None
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+    def _used(self) -> int:
+        """Bytes of the GPU that are in use, by any process."""
+        if not self._is_gpu:
+            return 0
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
 
 def _meet(key: str) -> None:

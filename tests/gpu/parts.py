@@ -19,6 +19,7 @@ Figures = dict[str, Any]
 _PEAK_FLOPS = 989e12  # bfloat16 without sparsity, of an H100 or H200 (SXM), by the datasheet
 
 _HANGS = 1  # rank
+_PREDICTED = ", predicted"
 _REHEARSAL = 600.0  # seconds, on CPUs that others use, too
 
 SMALL = Run()
@@ -95,7 +96,6 @@ def judge_evaluation(ended: Mapping[str, Ended]) -> Figures:
         "val/loss": result["validation"]["val/loss"],
         "predicted": str(result["predicted"][:2]),
         "without training, two ranks: loss, difference from one rank": _close(apart["losses"], alone["losses"], 1e-3),
-        "without training, two ranks: communicators of rank 0": _communicators(apart["communicators"]),
     }
 
 
@@ -129,8 +129,6 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
             figures[f"{name}: loss, largest difference from one rank"] = _close(
                 ended[name].results[-1]["losses"], one, 0.05 if bf16 else 1e-3
             )
-            if made := ended[name].results[0]["communicators"]:
-                figures[f"{name}: communicators of rank 0"] = _communicators(made)
             if name.startswith("dp2"):
                 for when in ("start", "end"):
                     if differing := _differing(ended[name].results, when):
@@ -141,10 +139,13 @@ def judge_ranks(ended: Mapping[str, Ended]) -> Figures:
     return figures
 
 
-def _communicators(made: Figures) -> str:
-    memory = "" if made["mib_on_gpu"] is None else f", {made['mib_on_gpu']:.0f} MiB for all ranks on this GPU"
-    planned = f"{made['planned_mib']:.0f} MiB planned for this rank"
-    return f"{made['number']} made in {made['seconds']:.2f} s{memory}; {planned}"
+def judge_communicators(ended: Mapping[str, Ended]) -> Figures:
+    made = {name: each.result()["communicators"] for name, each in ended.items()}
+    return {
+        f"{name}: communicators": f"{each['number']} made in {each['seconds']:.2f} s, {each['mib_on_gpu']} MiB for all "
+        f"ranks on this GPU; {each['planned_mib']:.0f} MiB planned for rank 0"
+        for name, each in made.items()
+    }
 
 
 def judge_hang(ended: Mapping[str, Ended]) -> Figures:
@@ -161,13 +162,14 @@ def judge_speed(ended: Mapping[str, Ended]) -> Figures:
     figures: Figures = {}
     for name, each in ended.items():
         try:
-            figures |= {f"{name}: {key}": value for key, value in _speed(name, each.result()).items()}
+            found = _predicted(each.result()) if name.endswith(_PREDICTED) else _speed(each.result())
+            figures |= {f"{name}: {key}": value for key, value in found.items()}
         except (RuntimeError, ValueError, TypeError) as error:
             figures[f"{name}: FAILED"] = str(error)
     return figures
 
 
-def _speed(name: str, result: Figures) -> Figures:
+def _speed(result: Figures) -> Figures:
     seconds = result["s_per_step"]
     parameters = result.get("parameters", {}).get("language", 1_205_000_000)
     flops = flops_of_step(LARGE, parameters)
@@ -179,7 +181,6 @@ def _speed(name: str, result: Figures) -> Figures:
         "MFU": flops / seconds / _PEAK_FLOPS,
         "logged": [f"{key} {value:.4g}" for key, value in sorted(result.get("logged", {}).items())],
         "peak GiB": result.get("peak_gib"),
-        "estimated GiB, without activations": result.get("estimated_gib"),
         "reserved GiB": result.get("reserved_gib"),
         "host reads in a step": result["host_reads"],
         "loss": [result["losses"][0], result["losses"][-1]],
@@ -187,6 +188,12 @@ def _speed(name: str, result: Figures) -> Figures:
         "kernels": [f"{ms:.1f} ms, {calls} x {key[:90]}" for key, calls, ms in result["kernels"][:8]],
         "seconds in all": result.get("fit_s"),
     }
+
+
+def _predicted(result: Figures) -> Figures:
+    gib = {key: f"{value:.2f}" for key, value in result["gib"].items()}
+    times = {f"ms per step {how}": 1000 * seconds for how, seconds in result["seconds"].items()}
+    return {"peak GiB": result["gib"]["together"], "GiB": str(gib), **times, "rates": result["rates"]}
 
 
 def judge_checkpoint(ended: Mapping[str, Ended]) -> Figures:
@@ -236,6 +243,11 @@ def parts(directory: Path) -> dict[str, Part]:
     mixed = replace(SMALL, precision="bf16-mixed")
     two = replace(SMALL, ranks=2)
     packed = replace(SMALL, pack_to=2 * SMALL.length)
+    trained = {
+        "trainer": LARGE,
+        "trainer, Megatron's attention": replace(LARGE, attention="megatron"),
+        "recomputed": replace(LARGE, recompute=True, profile=False),
+    }
     return {
         "curve": Part(
             runs={
@@ -295,13 +307,21 @@ def parts(directory: Path) -> dict[str, Part]:
             judge=judge_hang,
             limit=100,
         ),
+        "communicators": Part(
+            runs={
+                "apart": replace(two, colocate=False, steps=2),
+                "tp2 colocated": replace(two, modules={"images": {"dp": 2}, "language": {"tp": 2, "dp": 1}}, steps=2),
+            },
+            judge=judge_communicators,
+            limit=60,
+            together=False,
+        ),
         "speed": Part(
             runs={
-                "trainer": LARGE,
-                "trainer, Megatron's attention": replace(LARGE, attention="megatron"),
                 "bare": replace(LARGE, loop="bare"),
                 "transformers": replace(LARGE, loop="transformers"),
-                "recomputed": replace(LARGE, recompute=True, profile=False),
+                **trained,
+                **{name + _PREDICTED: replace(run, loop="predict") for name, run in trained.items()},
             },
             judge=judge_speed,
             limit=80,

@@ -15,7 +15,8 @@ class Run:
     Attributes:
         loop: ``trainer`` is MimoStrategy; ``bare`` is megatron-core's own schedule and optimizer around the same model;
             ``transformers`` is a Llama of the language module's size under Lightning's DDPStrategy; ``evaluation`` is
-            MimoStrategy without training; ``attention`` runs the tests of attention on a GPU, and trains nothing.
+            MimoStrategy without training; ``attention`` runs the tests of attention on a GPU, and ``predict`` estimates
+            memory and time of a step: they train nothing.
         modules: name -> arguments of ModuleParallelism.
         attention: of both transformers, if the package lets one choose.
         distributed: the distributed optimizer with both overlaps.

@@ -174,7 +174,9 @@ def estimate(
     trainer = trainer_of(strategy, ranks=ranks_of(modules, colocate=colocate), max_steps=2)
     sample = EqualSamples(audio="audio" in modules)[0]
     with training_program(EstimatedModule(audio="audio" in modules, **model), trainer) as program:
-        return step_estimate(step_settings(strategy, strategy.validate()), program, sample, all_layers=all_layers)
+        return step_estimate(
+            step_settings(strategy, strategy.validate(), "cpu"), program, sample, all_layers=all_layers
+        )
 
 
 def costs_of(*settings: LayerSettings, precision: str = "32-true", **model: Any) -> list[ModuleCosts]:

@@ -73,10 +73,8 @@ def _uv(words: list[str]) -> None:
     _expect(command in ("run", "sync", "build", "publish"), words)
     while rest and rest[0] in ("--group", "--extra", "--with"):
         if rest[0] == "--with":
-            _expect(
-                any(rest[1].partition("=")[0] in each for each in PROJECT["project"]["optional-dependencies"]["hf"]),
-                words,
-            )
+            packages = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["hf"]]
+            _expect(any(each.startswith(rest[1].partition("=")[0]) for each in packages), words)
             rest = rest[2:]
             continue
         known = "dependency-groups" if rest[0] == "--group" else "optional-dependencies"

@@ -15,6 +15,7 @@ def test_shipped_files(name: str) -> None:
     assert name in shipped() and hardware.name == name
     assert len(hardware.sources) > 1 and any("assum" in source or "measured" in source for source in hardware.sources)
     assert hardware.peak("float32") > 1e9
+    assert hardware.device_type == ("cpu" if name == "cpu" else "cuda")
     assert hardware.within_node.bandwidth >= hardware.between_nodes.bandwidth
 
 
@@ -46,6 +47,7 @@ def _changed(folder: Path, **changes: object) -> str:
         ({"memory": "many"}, "memory='many' must be a positive number"),
         ({"flops": {"int8": 1e12}}, r"flops must map dtypes \(float32, bfloat16, float64\)"),
         ({"within_node": {"bandwidth": 1e9}}, "within_node must have the keys bandwidth and latency"),
+        ({"device_type": "tpu"}, "device_type='tpu' is not one of cpu, cuda"),
         ({"matmul_efficiency": 1.2}, "matmul_efficiency=1.2 is a share of the peak, at most 1"),
     ],
 )
