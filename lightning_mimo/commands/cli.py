@@ -19,7 +19,7 @@ from lightning_mimo.errors import CheckpointError, ConfigError, MimoError
 from lightning_mimo.known_warnings import hush_known_warnings
 
 _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FILE [--KEY=VALUE ...]
-       lightning-mimo fit --dry-run[=step|=data] [--memory 80GiB] --config FILE [--KEY=VALUE ...]
+       lightning-mimo fit --dry-run[=data|=weights] [--memory 80GiB] --config FILE [--KEY=VALUE ...]
        lightning-mimo verify --config FILE [--layers 2] [--ranks 8] [--as-is] [--KEY=VALUE ...]
        lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--write OUT.yaml]
        lightning-mimo checkpoint inspect PATH | export PATH OUT | import FILE PATH
@@ -34,8 +34,9 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
   plan       find the fastest layouts for a number of GPUs, or compare a recorded step with its simulation
   export-hf  write a checkpoint of a HuggingFaceModule as a folder that transformers loads
 
-  --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank; with =step
-             also what a step needs, for the longest sample that the model takes, with =data for your largest sample
+  --dry-run  run nothing: check all sizes against the layout, and print parameters and bytes on every rank and what a
+             step needs, for the longest sample that the model takes; with =data for your largest sample, with =weights
+             without a step
 
 'lightning-mimo fit --help' lists every key; any of them can be given as --dotted.key=value. The keys of a class:
 'lightning-mimo fit --trainer.strategy.help=lightning_mimo.MimoStrategy', or --model.help=..., --data.help=...
@@ -146,13 +147,13 @@ def _run_lightning() -> None:
 
     given = [argument for argument in sys.argv[1:] if argument.partition("=")[0] == "--dry-run"]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument not in given]
-    kinds = {"--dry-run": "weights", **{f"--dry-run={kind}": kind for kind in get_args(DryRun)}}
+    kinds: dict[str, DryRun] = {"--dry-run": "step", **{f"--dry-run={kind}": kind for kind in get_args(DryRun)}}
     if unknown := [argument for argument in given if argument not in kinds]:
         raise ConfigError(f"{unknown[0]}: write --dry-run, or one of {', '.join(list(kinds)[1:])}.")
     kind = kinds[given[-1]] if given else None
     memory = _take_memory()
     if memory is not None and kind not in ("step", "data"):
-        raise ConfigError("--memory says whether a step fits on a device: it works with --dry-run=step and =data.")
+        raise ConfigError("--memory says whether a step fits on a device: it works with --dry-run and --dry-run=data.")
     run(dry_run=kind, memory=None if memory is None else memory_size(memory))
 
 

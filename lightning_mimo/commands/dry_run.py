@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -10,11 +12,13 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_mimo.commands.step_table import size_text, step_table
-from lightning_mimo.errors import ConfigError, MimoError
+from lightning_mimo.data.sample_format import Sample
+from lightning_mimo.errors import ConfigError, DataError, MimoError
 from lightning_mimo.layout.communicators import largest_buffers
 from lightning_mimo.layout.diagram import draw_layout
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.layout.module_parallelism import span_of
+from lightning_mimo.planning.costs import RankEstimate
 from lightning_mimo.planning.gpu_kernels import DeviceType
 from lightning_mimo.planning.memory_estimate import MemoryEstimate, StageFootprint, memory_estimate
 from lightning_mimo.planning.rank_step import StepSettings, TrainingProgram
@@ -89,7 +93,8 @@ def dry_run_report(
     picture = draw_layout(
         layout, global_batch_size=strategy.global_batch_size, num_microbatches=strategy.num_microbatches
     )
-    text = f"{picture}\n\n{describe(found, layout, precision=precision.precision, training=training)}"
+    described = describe(found, layout, precision=precision.precision, training=training, device_type=device_type)
+    text = f"{picture}\n\n{described}"
     if training:
         text += _step_report(module, trainer, step_settings(strategy, layout, device_type), kind, data, memory)
     return text if missing is None else f"{text}\n\nnot checked: the weights. {missing}"
@@ -108,19 +113,39 @@ def _step_report(
     with training_program(module, trainer) as program:
         if kind == "weights":
             return _checked_set_up(settings, program)
-        sample = longest_sample(settings, program) if kind == "step" else ""
         if kind == "data" and data is not None:
             sizes, sample = look_at(data(), special_tokens(settings, program))
             lines += ["", f"the first {sizes.number} samples have", *(f"  {line}" for line in sizes.lines())]
-        elif module.extra_keys:
-            sample = f"samples have the extra keys {', '.join(module.extra_keys)}"
-        if isinstance(sample, str):
-            reason = f"\n\nnot estimated: a step, because {sample}; --dry-run=data takes samples of the training data"
-            return _checked_set_up(settings, program) + reason
-        estimates = step_estimate(settings, program, sample)
+            estimates = step_estimate(settings, program, sample)
+        else:
+            found = _of_longest_sample(settings, program, module.extra_keys)
+            if isinstance(found, str):
+                fits = "" if memory is None else f"\nnot checked: whether it fits {size_text(int(memory))}"
+                return f"{_checked_set_up(settings, program)}\n\nnot estimated: a step, because {found}{fits}"
+            estimates, sample = found
     items = " and one item for each encoder" if kind == "step" else ""
     lines += ["", f"one step, if every sample has {len(sample['input_ids'])} tokens{items}:"]
     return "\n".join([*lines, "", step_table(estimates, settings.layout, memory=memory)])
+
+
+def _of_longest_sample(
+    settings: StepSettings, program: TrainingProgram, extra_keys: Sequence[str]
+) -> tuple[tuple[RankEstimate, ...], Sample] | str:
+    """The estimate and its sample, or the reason why there is none: the user's code may need what only a run has."""
+    with_data = "; --dry-run=data takes samples of the training data"
+    if extra_keys:
+        return f"samples have the extra keys {', '.join(extra_keys)}{with_data}"
+    try:
+        sample = longest_sample(settings, program)
+        return f"{sample}{with_data}" if isinstance(sample, str) else (step_estimate(settings, program, sample), sample)
+    except DataError as error:  # of a sample that is not the user's
+        return f"{error}{with_data}"
+    except MimoError:
+        raise
+    except Exception as error:
+        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+        place = f"{Path(frame.f_code.co_filename).name}:{line}"
+        return f"{type(error).__name__} was raised on tensors without values, at {place}: {error}{with_data}"
 
 
 def _checked_set_up(settings: StepSettings, program: TrainingProgram) -> str:
@@ -157,7 +182,9 @@ def first_samples(trainer: pl.Trainer, data: pl.LightningDataModule) -> list[Any
     return [dataset[index] for index in range(min(len(dataset), _MOST_SAMPLES))]
 
 
-def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool) -> str:
+def describe(
+    found: MemoryEstimate, layout: MimoLayout, *, precision: str, training: bool, device_type: DeviceType = "cuda"
+) -> str:
     """Return the memory estimate as a table, with a note on what is not counted.
 
     Args:
@@ -165,6 +192,7 @@ def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, train
         layout: layout of the run; for colocated modules the table has a line with their sum.
         precision: name of the precision.
         training: whether gradients and optimizer state were counted.
+        device_type: of the run's devices.
     """
     rows = [_HEAD, *(_row(stage, layout) for stage in found.stages)]
     if layout.colocated and len(layout.modules) > 1:
@@ -181,7 +209,7 @@ def describe(found: MemoryEstimate, layout: MimoLayout, *, precision: str, train
         lines[0] += f", {_number(trained)} of them trained"
     lines.append(f"on each rank, in {precision}" + (", with Adam" if training else "") + "; not counted: activations,")
     lines.append("buffers of collectives, CUDA's and the allocator's own memory")
-    if training and layout.world_size > 1:
+    if training and layout.world_size > 1 and device_type == "cuda":
         lines += ["", *_communicator_lines(found, layout)]
     return "\n".join(lines)
 

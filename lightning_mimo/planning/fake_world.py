@@ -26,13 +26,18 @@ Configure = Callable[[MimoModelInfra], MimoModelConfig]
 """Describes the model on a rank, as ``MimoModule.configure_mimo``."""
 
 
+_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+
+
 class _OnMeta(TorchFunctionMode):
-    """Creates every tensor on the meta device, whatever ``device=`` it is given."""
+    """Creates every tensor on the meta device, whatever ``device=`` it is given, and draws no values for it."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _DRAWS and args[0].is_meta:
+            return args[0]
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
         return func(*args, **kwargs)

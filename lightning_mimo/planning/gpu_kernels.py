@@ -1,40 +1,32 @@
-"""What operations read, write and keep on a GPU where a CPU has another kernel for them."""
+"""What modules read, write and keep on a GPU where a CPU has other kernels for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, override
+from functools import partial
+from typing import Literal
 
 import torch
-from torch.nn.functional import layer_norm, rms_norm
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import layer_norm
 
 DeviceType = Literal["cpu", "cuda"]
 
 
-def kernels_of(device_type: DeviceType) -> AbstractContextManager[Any]:
-    """Within it, fake tensors on the CPU are counted as if they were on such a device."""
-    return nullcontext() if device_type == "cpu" else _GpuKernels()
+def count_gpu_kernels(model: torch.nn.Module) -> None:
+    """Let a model of fake tensors on the CPU run operations with the traffic and memory of a GPU's kernels.
+
+    Its numbers are others afterwards.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.RMSNorm):
+            module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
 
 
-class _GpuKernels(TorchFunctionMode):
-    """Replaces operations that consist of many on a CPU by one with the traffic and memory of the GPU's kernel."""
+def _rms_norm(module: torch.nn.RMSNorm, rows: torch.Tensor) -> torch.Tensor:
+    """One kernel, which keeps its input and a number per row, as that of a layer norm does.
 
-    @override
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return (_rms_norm if func is rms_norm else func)(*args, **(kwargs or {}))
-
-
-def _rms_norm(
-    input: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
-) -> torch.Tensor:
-    """One kernel, which keeps its input and a number per row; so does a layer norm.
-
+    A CPU, and a GPU where the dtype of the weights differs, has several kernels, which keep what lies between them.
     Source: ``rms_norm_symint`` in torch's ``aten/src/ATen/native/layer_norm.cpp``.
     """
-    if weight is not None and weight.dtype != input.dtype:
-        return rms_norm(input, normalized_shape, weight, eps)
-    return layer_norm(input, normalized_shape, weight, eps=0.0 if eps is None else eps)
+    if module.weight is not None and module.weight.dtype != rows.dtype:
+        return type(module).forward(module, rows)
+    return layer_norm(rows, module.normalized_shape, module.weight)

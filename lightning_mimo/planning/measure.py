@@ -32,6 +32,7 @@ def measured(hardware: Hardware, device: torch.device, dtype: torch.dtype) -> Ha
     two = torch.randn(width, width, device=device, dtype=dtype)
     query = torch.randn(1, _HEADS // small, _LENGTH // small, _HEAD, device=device, dtype=dtype)
     large = torch.randn(2**26 // small**2, device=device, dtype=dtype)
+    other = torch.randn_like(large)
     tiny = torch.zeros(1, device=device, dtype=dtype)
     matmul = 2 * tokens * width * width / _seconds(lambda: one @ two, device)
     attend = (
@@ -41,7 +42,7 @@ def measured(hardware: Hardware, device: torch.device, dtype: torch.dtype) -> Ha
         * _HEAD
         / _seconds(lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query), device)
     )
-    moved = 3 * large.nbytes / _seconds(lambda: large + large, device)
+    moved = 3 * large.nbytes / _seconds(lambda: large + other, device)
     launch = _seconds(lambda: [tiny.add_(1) for _ in range(100)], device) / 100
     # A device can be faster than the file says, where the file is of another one.
     peak = max(hardware.peak(name), matmul)

@@ -30,7 +30,7 @@ from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.optim.step_reduction import DeviceReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
-from lightning_mimo.planning.gpu_kernels import DeviceType, kernels_of
+from lightning_mimo.planning.gpu_kernels import DeviceType, count_gpu_kernels
 from lightning_mimo.planning.step_recorder import Exchange, Segment, StepRecorder
 from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSchedule, LossFunction
 from lightning_mimo.upstream.torch import FakeTensorMode, _disable_current_modes, tree_map
@@ -212,7 +212,7 @@ def _set_up(
         model = build_on_meta(program.configure, infra, settings.dtype_policy)
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         recorder = StepRecorder(mode, spans, exchange, _axes_of(infra))
-        with kernels_of(settings.device_type), mode, recorder:
+        with mode, recorder:
             _make_fake(model)
             freeze(model, infra, program.frozen)
             program.attach(model, infra)
@@ -220,6 +220,8 @@ def _set_up(
             schedule = _LoneSchedule(model, infra, encoder_run_ahead=settings.encoder_run_ahead)
             _follow_segments(model, infra, recorder)
             balance_experts(model)
+            if settings.device_type == "cuda":
+                count_gpu_kernels(model)
             model.train()
             yield recorder, model, schedule
 

@@ -135,7 +135,8 @@ class _Runs:
         factors = {name: depth.factor for name, depth in depths.items()}
         phase, peak = _peak(base, more, factors)
         memory = {purpose: max(0, round(size)) for purpose, size in peak.items()}
-        memory["communicators"], _ = largest_buffers(self._settings.layout, kind.ranks, frozen=base.frozen)
+        if self._settings.device_type == "cuda":
+            memory["communicators"], _ = largest_buffers(self._settings.layout, kind.ranks, frozen=base.frozen)
         memory["batch"] = memory["batch"] * self._settings.num_microbatches // base.microbatches
         work = {
             name: ModuleWork(

@@ -17,13 +17,13 @@ _SECONDS = 120
 
 
 def dry_run(path: Path) -> tuple[Outcome, str]:
-    """Run ``fit --dry-run`` in this process: what came of it, and what it printed."""
+    """Run ``fit --dry-run=weights`` in this process: what came of it, and what it printed."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with limited(_SECONDS):
-                main(["fit", "--dry-run", "--config", str(path)])
+                main(["fit", "--dry-run=weights", "--config", str(path)])
     except SystemExit as stop:
         text = err.getvalue()
         is_clear = stop.code == 2 and text.startswith("lightning-mimo: error: ") and text.count("\n") == 1

@@ -110,7 +110,9 @@ def test_there_are_cluster_size_configs() -> None:
 
 @pytest.mark.parametrize("config", ["configs/digits_avlm.yaml", "configs/digits_vlm_colocated.yaml"])
 def test_dry_run_prints_what_each_rank_would_hold(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", "--dry-run", "--config", config, "--trainer.precision=bf16-mixed"])
+    main(
+        ["fit", "--dry-run=weights", "--config", config, "--trainer.precision=bf16-mixed", "--trainer.accelerator=gpu"]
+    )
     printed = capsys.readouterr().out
     assert "on each rank, in bf16-mixed, with Adam; not counted: activations" in printed
     assert "parameters (images " in printed
@@ -296,7 +298,7 @@ def test_number_that_null_cannot_stand_for(name: str) -> None:
 
 
 def test_options_may_stand_before_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--config", VLM, "--trainer.precision=bf16-mixed", "--dry-run", "fit"])
+    main(["--config", VLM, "--trainer.precision=bf16-mixed", "--dry-run=weights", "fit"])
     assert "on each rank, in bf16-mixed, with Adam" in capsys.readouterr().out
     main(["--config", VLM, "layout", "--trainer.devices=4"])
     assert "4 ranks, each module on ranks of its own" in capsys.readouterr().out

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from examples.digits.model import DigitsModule
 from lightning_mimo import ModuleParallelism
 from lightning_mimo.commands.cli import main
 from lightning_mimo.commands.step_table import step_table
 from lightning_mimo.layout.layout import MimoLayout
+from lightning_mimo.microbatch import Microbatch
 from lightning_mimo.planning.costs import Message, ModuleWork, Operations, RankEstimate, StepMemory, Work
 from lightning_mimo.planning.samples import look_at
 
@@ -70,7 +74,7 @@ def test_largest_sample_has_the_most_tokens_and_items() -> None:
         (["--dry-run", "--model.init_args.lr=-1"], "OptimizerConfig(lr=-1.0) must be a number of at least 0."),
         (["--dry-run=step", "--memory=-8GiB"], "--memory=-8GiB: write a size such as 80GiB or 80GB."),
         (["--dry-run=step", "--memory"], "--memory=: write a size such as 80GiB or 80GB."),
-        (["--dry-run", "--memory", "80GiB"], "--memory says whether a step fits on a device: it works with"),
+        (["--dry-run=weights", "--memory", "80GiB"], "--memory says whether a step fits on a device: it works with"),
         (["--dry-run=all"], "--dry-run=all: write --dry-run, or one of --dry-run=weights, --dry-run=step"),
     ],
 )
@@ -88,16 +92,41 @@ def test_dry_run_refuses(
     assert message in capsys.readouterr().err
 
 
+class ReadsAnswers(DigitsModule):
+    """Needs in its step what only a run has."""
+
+    def training_step(self, microbatch: Microbatch, index: int) -> Any:
+        raise FileNotFoundError("there is no answers.json")
+
+
+def test_a_step_that_cannot_be_estimated_does_not_end_a_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model = f"{__name__}.{ReadsAnswers.__name__}"
+    main(["fit", "--config", VLM, "--dry-run", "--memory=8GiB", f"--model.class_path={model}"])
+    printed = capsys.readouterr().out
+    assert "on each rank, in 32-true, with Adam" in printed
+    assert "NCCL" not in printed, "the config is of CPUs"
+    assert re.search(
+        r"not estimated: a step, because FileNotFoundError was raised on tensors without values, at "
+        r"test_step_table.py:\d+: there is no answers.json; --dry-run=data takes samples of the training data\n"
+        r"not checked: whether it fits 8.00 GiB\n",
+        printed,
+    )
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("kind", ["step", "data"])
+@pytest.mark.parametrize("kind", ["--dry-run", "--dry-run=data"])
 def test_dry_run_estimates_a_step(
     kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lightning-mimo"])
     monkeypatch.setattr(sys, "path", [*sys.path])
-    main(["fit", "--config", VLM, f"--dry-run={kind}", "--memory", "80GiB"])
+    main(["fit", "--config", VLM, kind, "--memory", "80GiB"])
     printed = capsys.readouterr().out
     assert "one step, if every sample has" in printed
-    assert ("samples have" in printed) == (kind == "data")
+    assert ("samples have" in printed) == (kind == "--dry-run=data")
     assert "the most memory is used in" in printed
     assert "memory of a rank in GiB, of 80.0: images 0.0, language 0.0\nall fit in" in printed

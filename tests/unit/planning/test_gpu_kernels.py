@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_mimo.planning.gpu_kernels import kernels_of
+from lightning_mimo.planning.gpu_kernels import count_gpu_kernels
 from tests.gpu.child import build_trainer
 from tests.gpu.model import build_module
 from tests.gpu.parts import LARGE
@@ -31,8 +31,10 @@ def test_memory_is_what_a_gpu_allocated(run: Run, measured: float) -> None:
     assert found.tensors / 2**30 == pytest.approx(measured, rel=0.003)
 
 
-def test_a_norm_of_a_gpu_gives_the_same_shape() -> None:
-    rows, weight = torch.randn(4, 8, dtype=torch.float64), torch.ones(8, dtype=torch.float64)
-    with kernels_of("cuda"):
-        found = torch.nn.functional.rms_norm(rows, [8], weight, 1e-6)
-    assert (found.shape, found.dtype) == (rows.shape, rows.dtype)
+def test_a_norm_of_a_gpu_is_one_kernel_where_its_weights_have_the_dtype_of_its_input() -> None:
+    norm = torch.nn.RMSNorm(8, dtype=torch.float64)
+    rows = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    count_gpu_kernels(norm)
+    assert "NativeLayerNorm" in type(norm(rows).grad_fn).__name__
+    with pytest.warns(UserWarning, match="Cannot dispatch to fused implementation"):
+        assert norm(rows.float()).dtype == torch.float32

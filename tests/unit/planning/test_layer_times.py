@@ -1,10 +1,10 @@
-"""Layers that are timed for real; some of them sleep, so that it is known how long they take."""
+"""Layers that run for real, by a clock that only they move, so that it is known how long they take."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +18,8 @@ from lightning_mimo.planning.layer_times import TimedLayerCosts
 from lightning_mimo.strategy.program import training_program
 from tests.support.estimates import SIZES, EqualSamples, EstimatedModule, strategy_of, trainer_of
 
-SLEEP = 0.004  # seconds of a forward pass for each sample
+SECONDS = 0.004  # of a forward pass for each sample
+TICK = 1e-6  # seconds between two looks at the clock
 CPU = torch.device("cpu")
 
 
@@ -34,17 +35,24 @@ def timed(*, precision: str = "32-true", flops: float = 1e15, **model: Any) -> I
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Size, torch.dtype]]:
-    """Shapes of inputs and of the first weight of the MLP of layers that ran for real, which sleep."""
+    """Shapes of inputs and of the first weight of the MLP of layers that ran for real, which move the clock."""
     seen: list[tuple[torch.Size, torch.Size, torch.dtype]] = []
-    forward = TransformerLayer.forward
+    forward, now = TransformerLayer.forward, 0.0
 
-    def sleeping(layer: Any, hidden_states: torch.Tensor, **options: Any) -> Any:
+    def clock() -> float:
+        nonlocal now
+        now += TICK
+        return now
+
+    def timed_forward(layer: Any, hidden_states: torch.Tensor, **options: Any) -> Any:
+        nonlocal now
         if type(hidden_states) is torch.Tensor:  # no fake one
             seen.append((hidden_states.shape, layer.mlp.linear_fc1.weight.shape, hidden_states.dtype))
-            time.sleep(SLEEP * hidden_states.size(1))
+            now += SECONDS * hidden_states.size(1)
         return forward(layer, hidden_states, **options)
 
-    monkeypatch.setattr(TransformerLayer, "forward", sleeping)
+    monkeypatch.setattr(TransformerLayer, "forward", timed_forward)
+    monkeypatch.setattr(layer_times, "time", SimpleNamespace(perf_counter=clock))
     return seen
 
 
@@ -57,9 +65,9 @@ def test_a_layer_is_timed_at_the_shapes_of_the_plan(seen: list[Any]) -> None:
     assert {tuple(shape) for shape, _, _ in seen} == shapes
     assert {tuple(weight) for _, weight, _ in seen} == {(4 * SIZES.hidden // 2, SIZES.hidden)}
     assert one.layer.seconds is not None and ten.layer.seconds is not None
-    assert SLEEP <= one.layer.seconds.forward < 5 * SLEEP
-    assert 8 * SLEEP <= ten.layer.seconds.forward < 50 * SLEEP
-    assert 0 < one.layer.seconds.backward <= ten.layer.seconds.backward
+    assert one.layer.seconds.forward == pytest.approx(SECONDS + TICK)
+    assert ten.layer.seconds.forward == pytest.approx(10 * SECONDS + TICK)
+    assert one.layer.seconds.backward == pytest.approx(TICK)
     assert one.first.seconds is None and one.last.seconds is None
 
 
@@ -67,12 +75,12 @@ def test_a_layer_is_timed_at_the_shapes_of_the_plan(seen: list[Any]) -> None:
 def test_mixed_precision_and_an_encoder(seen: list[Any]) -> None:
     with timed(precision="bf16-mixed") as costs:
         found = costs(LayerSettings(module="images"))
-    assert found.layer.seconds is not None and found.layer.seconds.forward >= SLEEP
+    assert found.layer.seconds is not None and found.layer.seconds.forward >= SECONDS
     assert {dtype for _, _, dtype in seen} == {torch.bfloat16}
 
 
 def test_what_is_too_slow_or_has_no_layers_is_priced(seen: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layer_times, "LONGEST", SLEEP)
+    monkeypatch.setattr(layer_times, "LONGEST", SECONDS)
     with timed() as costs:
         assert costs(LayerSettings(module="language")).layer.seconds is None
         assert "one takes" in costs.priced["language"] and "1 samples, tp=1" in costs.priced["language"]
