@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
 from lightning_mimo.checkpoint.directory import read_manifest
 from lightning_mimo.checkpoint.replacement import before_replacement
+from lightning_mimo.commands.yaml_file import read_value, read_yaml
 from lightning_mimo.errors import ConfigError
 from lightning_mimo.layout.layout import MOST_RANKS
 
@@ -28,6 +32,31 @@ _LEAST = {
     "reload_dataloaders_every_n_epochs": 0,
 }
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "overfit_batches")
+
+
+def restore_whole_numbers(trainer: Namespace, arguments: Sequence[str]) -> None:
+    """Give limits of batches as a whole number where they were written so: 1 is one batch, and 1.0 is all of them.
+
+    The parser takes the first type of a union that fits. Python keeps one ``Optional[Union[...]]`` for all orders of
+    its members, so the packages of an environment decide whether the Trainer's limits are ``int`` or ``float`` first.
+
+    Args:
+        trainer: parsed arguments of the Trainer, changed in place.
+        arguments: of the command line, without the command.
+    """
+    written: dict[str, Any] = {}
+    for argument, following in pairwise([*arguments, ""]):
+        key, equals, value = argument.partition("=")
+        value = value if equals else following
+        if key in ("--config", "-c"):
+            of_file = read_yaml(value).get("trainer")
+            written |= of_file if isinstance(of_file, dict) else {}
+        elif key.removeprefix("--trainer.") in _LIMITS:
+            written[key.removeprefix("--trainer.")] = read_value(value, key)
+    for name in _LIMITS:
+        number = written.get(name)
+        if isinstance(number, int) and not isinstance(number, bool) and trainer.get(name) == number:
+            trainer[name] = number
 
 
 def check_numbers(trainer: Namespace) -> None:

@@ -17,7 +17,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mimo.callbacks.step_trace import StepTrace
-from lightning_mimo.commands.config_check import check_ckpt_path, check_numbers, check_options, check_root_dir
+from lightning_mimo.commands.config_check import (
+    check_ckpt_path,
+    check_numbers,
+    check_options,
+    check_root_dir,
+    restore_whole_numbers,
+)
 from lightning_mimo.commands.config_errors import OneLineParser, condense
 from lightning_mimo.commands.dry_run import DryRun, dry_run_report, first_samples
 from lightning_mimo.commands.report import print_report
@@ -72,6 +78,7 @@ class MimoCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        restore_whole_numbers(self._get(self.config, "trainer"), sys.argv[2:])
         check_numbers(self._get(self.config, "trainer"))
         check_options(self._get(self.config, "trainer"))
         if not self.dry_run:

@@ -85,3 +85,11 @@ def test_new_project_does_what_its_readme_says(installed: dict[str, str], tmp_pa
     assert learned[-1] > 0.9, "chance is 0.125"
     assert (project / "lightning_logs" / "version_1" / "checkpoints" / "step=320.ckpt").is_dir()
     assert re.search(r"val/exact_match\W+[01]\.\d+", said[4])
+
+
+def test_whole_numbers_of_batches_are_whole(installed: dict[str, str], tmp_path: Path) -> None:
+    """In an environment without other packages, Python gives the types of these numbers in another order."""
+    run("lightning-mimo", "new", "project", cwd=tmp_path, environment=installed)
+    dry_run = ("lightning-mimo", "fit", "--dry-run=weights", "--config", "config.yaml")
+    said = run(*dry_run, "--trainer.limit_val_batches=20", cwd=tmp_path / "project", environment=installed)
+    assert "on each rank" in said
