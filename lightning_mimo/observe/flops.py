@@ -10,6 +10,7 @@ from collections import ChainMap, defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ FLOP_FORMULAS = ChainMap(flop_registry, {one: flop_registry[other] for one, othe
 whose first arguments are those of the GPU's."""
 
 _BATCHED = ("bmm", "baddbmm")
+_PACKED = "varlen_attn"  # in the names of kernels for packed sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,14 +171,16 @@ class _Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not _is_counted(func):
+            return result
         work = self._spans.innermost
-        operation = getattr(func, "_overloadpacket", func)
         if work is None or work.kind not in COMPUTING or (work.kind == BACKWARD and self._depth > 0):
             return result  # in a backward pass, modules run to compute activations again
+        operation = getattr(func, "_overloadpacket", func)
         counts, name = self.counts[work.module], getattr(operation, "__name__", "")
-        if "varlen_attn" in name:
+        if _PACKED in name:
             counts.per_pair += _per_pair_of_packed(func, name, args, kwargs)
-        elif operation in FLOP_FORMULAS:
+        else:
             flops = FLOP_FORMULAS[operation](*args, **kwargs, out_val=result)
             if "attention" in name:
                 counts.of_pairs += flops * _needed_of_attention(_given(func, args, kwargs), name)
@@ -185,6 +189,12 @@ class _Counter(TorchDispatchMode):
             else:
                 counts.of_rows += flops
         return result
+
+
+@cache
+def _is_counted(func: Any) -> bool:
+    operation = getattr(func, "_overloadpacket", func)
+    return operation in FLOP_FORMULAS or _PACKED in getattr(operation, "__name__", "")
 
 
 def _given(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
