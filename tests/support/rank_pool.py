@@ -12,7 +12,6 @@ about their state.
 
 import atexit
 import faulthandler
-import functools
 import gc
 import io
 import itertools
@@ -36,7 +35,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities import registry
+
+from tests.support import repeated_work
 
 _PRELOADED = [
     "torch",
@@ -45,6 +45,7 @@ _PRELOADED = [
     "pytest",
     "lightning_mimo.strategy.strategy",
     "lightning_mimo.models.gpt",
+    "tests.support.repeated_work",
 ]
 # Without visible GPUs the cases take the CPU path on every machine, and the imports cannot initialize CUDA,
 # which would not survive the fork. The warnings of those imports are no errors, whatever pytest was told.
@@ -125,7 +126,7 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage, and need not be looked at again after every case
-    _leave_out_repeated_work()
+    repeated_work.leave_out()
     pipe.send_bytes(b"ready")
     while True:
         try:
@@ -140,15 +141,6 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
             faulthandler.cancel_dump_traceback_later()
         pipe.send_bytes(report)
         gc.collect()  # process groups end with the last reference, and models are full of cycles
-
-
-def _leave_out_repeated_work() -> None:
-    """A quarter of what a short training costs has nothing to do with it."""
-    # Every Trainer looks through the metadata of all installed packages.
-    registry.entry_points = functools.cache(registry.entry_points)
-    # Every seed is noted for devices that are not there, each time with a formatted stack.
-    for module in (torch.cuda.random, torch.xpu.random, torch.mtia):
-        module._lazy_call = lambda *args, **kwargs: None
 
 
 def _redirect_output(directory: Path, rank: int) -> None:
