@@ -49,11 +49,13 @@ def rank_pool() -> Iterator[RankPool]:
 
 
 @pytest.fixture(scope="session")
-def run_host() -> Iterator[RunHost]:
+def run_host(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunHost]:
     """Starts runs in processes of their own; see RunHost.start()."""
     from tests.support.run_host import RunHost
 
-    host = RunHost()
+    folder = tmp_path_factory.getbasetemp()
+    # With several workers, each has its own folder in that of the session.
+    host = RunHost(folder.parent if hasattr(request.config, "workerinput") else folder)
     yield host
     host.close()
 

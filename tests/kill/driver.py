@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,9 +168,10 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--async-save", action="store_true")
     given = parser.parse_args()
-    run_host = RunHost()
-    results = run_with_kills(run_host, given.folder, kills=given.kills, seed=given.seed, async_save=given.async_save)
-    run_host.close()
+    with tempfile.TemporaryDirectory() as folder:
+        host = RunHost(Path(folder))
+        results = run_with_kills(host, given.folder, kills=given.kills, seed=given.seed, async_save=given.async_save)
+        host.close()
     print(
         f"{len(results)} kills, {sum(kill.in_save for kill in results)} inside of a save, "
         f"at most {max(kill.seconds for kill in results):.1f} s until all ranks had ended, "

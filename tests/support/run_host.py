@@ -1,18 +1,22 @@
 """Starts runs as a user would, each a process of its own, without paying for the imports every time.
 
-A host process imports everything once and forks a run for each that is asked for.
+A host process imports everything once and forks a run for each that is asked for. All processes of a session of
+tests share it: the first that needs one starts it, and it ends with the last.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
+import selectors
 import signal
-import subprocess
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import torch
 
 from lightning_mimo.launch.node_rank import end_process
 
+_SOCKET = "run_host"
 _PRELOADED = (
     "lightning.pytorch",
     "megatron.core",
@@ -68,12 +73,18 @@ class HostedRun:
 class RunHost:
     """The process that forks runs."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-W", "ignore", "-m", "tests.support.run_host"]
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+    def __init__(self, folder: Path) -> None:
+        """
+        Args:
+            folder: the same for all that share the process; with a short path, since it gets a socket.
+        """
+        address = folder / _SOCKET
+        self._socket = socket.socket(socket.AF_UNIX)
+        with _locked(folder):
+            if not address.exists():
+                _start_host(address)
+            self._socket.connect(str(address))
+        self._stream = self._socket.makefile("rw")
 
     def start(self, function: str, *arguments: str, log: Path, shutdown: bool = False) -> HostedRun:
         """Fork a run.
@@ -89,31 +100,84 @@ class RunHost:
         return HostedRun(self, self.ask(start=function, arguments=arguments, log=str(log), shutdown=shutdown))
 
     def ask(self, **request: Any) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
+        print(json.dumps(request), file=self._stream, flush=True)
+        return json.loads(self._stream.readline())
 
     def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=30)
-        self._process.stdout.close()
+        """Let the process end, unless others are connected to it."""
+        self._socket.shutdown(socket.SHUT_WR)
+        self._stream.read()  # to the end, which says that it has understood
+        self._stream.close()
+        self._socket.close()
 
 
-def _serve() -> tuple[str, bool] | None:
-    """Fork runs until the last request; returns what to call and how to end, in the process of a run only."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "poll" in request:
-            pid, status = os.waitpid(request["poll"], os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            _become_run(request["arguments"], request["log"])
-            return request["start"], request["shutdown"]
-        print(pid, flush=True)
-    return None
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other process begin or end a host in this folder."""
+    with (folder / "run_host.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        yield
+
+
+def _start_host(address: Path) -> None:
+    """Start the process; it can be connected to at once, and outlives this one if others still need it."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen()
+        listener.set_inheritable(True)
+        command = [sys.executable, "-W", "ignore", "-m", "tests.support.run_host"]
+        os.posix_spawn(
+            sys.executable,
+            [*command, str(listener.fileno()), str(address)],
+            os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            file_actions=[(os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (0, 1)],
+        )
+
+
+def _serve(listener: socket.socket, address: Path) -> dict[str, Any] | None:
+    """Fork runs while anyone is connected; returns what was asked for, in the process of a run only."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is listener:
+                    client, _ = listener.accept()
+                    selector.register(client, selectors.EVENT_READ, client.makefile("rw"))
+                elif line := key.data.readline():
+                    request = json.loads(line)
+                    pid = request.get("poll") or os.fork()
+                    if pid == 0:
+                        for each in list(selector.get_map().values()):
+                            _close(each)
+                        return request
+                    answer = _exit_code(pid) if "poll" in request else pid
+                    print(json.dumps(answer), file=key.data, flush=True)
+                else:
+                    selector.unregister(key.fileobj)
+                    has_ended = _ended(selector, address)
+                    _close(key)
+                    if has_ended:
+                        return None
+
+
+def _close(connection: selectors.SelectorKey) -> None:
+    if connection.data is not None:
+        connection.data.close()
+    connection.fileobj.close()
+
+
+def _exit_code(pid: int) -> int | None:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
+def _ended(selector: selectors.BaseSelector, address: Path) -> bool:
+    """Whether nobody is connected, or about to be; then nobody can connect any more."""
+    with _locked(address.parent):
+        if len(selector.get_map()) > 1 or selector.select(timeout=0):
+            return False
+        address.unlink()
+        return True
 
 
 def _become_run(arguments: Sequence[str], log: str) -> None:
@@ -137,8 +201,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for each in _PRELOADED:
         importlib.import_module(each)
-    if (asked := _serve()) is not None:
-        called, shuts_down = asked
-        _call(called)
-        if not shuts_down:
-            end_process(0)
+    with socket.socket(fileno=int(sys.argv[1])) as listening:
+        asked = _serve(listening, Path(sys.argv[2]))
+    if asked is None:
+        end_process(0)
+    _become_run(asked["arguments"], asked["log"])
+    _call(asked["start"])
+    if not asked["shutdown"]:
+        end_process(0)
