@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 KNOWN_WARNINGS = {
@@ -27,8 +28,17 @@ KNOWN_WARNINGS = {
     r"\s*.+ was deprecated in v4[\d.]+ and will be removed in v5": DeprecationWarning,
 }
 
+# torch, on import: what it would build extensions with, on a machine without a GPU. The Trainer looks for GPUs itself.
+_KNOWN_LOG = ("torch.utils.cpp_extension", "No CUDA runtime is found")
+
 
 def hush_known_warnings() -> None:
     """Ignore these messages, and no others, in this process."""
+    name, _ = _KNOWN_LOG
+    logging.getLogger(name).addFilter(_is_unknown)
     for message, category in KNOWN_WARNINGS.items():
         warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def _is_unknown(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_KNOWN_LOG[1])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 from collections.abc import Iterator, Sequence
@@ -176,7 +175,12 @@ def _run_lightning() -> None:
 
 def _take_memory() -> str | None:
     """The value of ``--memory``, which is removed from the command line."""
-    parser = argparse.ArgumentParser(prog="lightning-mimo", add_help=False, allow_abbrev=False)
-    parser.add_argument("--memory", nargs="?", const="")
-    found, sys.argv[1:] = parser.parse_known_args(sys.argv[1:])
-    return found.memory
+    found, rest, arguments = None, [], iter(sys.argv[1:])
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key == "--memory":
+            found = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    sys.argv[1:] = rest
+    return found

@@ -73,6 +73,7 @@ def test_largest_sample_has_the_most_tokens_and_items() -> None:
     [
         (["--dry-run", "--model.init_args.lr=-1"], "OptimizerConfig(lr=-1.0) must be a number of at least 0."),
         (["--dry-run=step", "--memory=-8GiB"], "--memory=-8GiB: write a size such as 80GiB or 80GB."),
+        (["--dry-run", "--memory", "-8GiB"], "--memory=-8GiB: write a size such as 80GiB or 80GB."),
         (["--dry-run=step", "--memory"], "--memory=: write a size such as 80GiB or 80GB."),
         (["--dry-run=weights", "--memory", "80GiB"], "--memory says whether a step fits on a device: it works with"),
         (["--dry-run=all"], "--dry-run=all: write --dry-run, or one of --dry-run=weights, --dry-run=step"),
