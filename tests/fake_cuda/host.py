@@ -114,6 +114,7 @@ def find_case(name: str) -> Case:
 def _import_before_forks() -> None:
     """Import what all ranks need, as on a machine with GPUs, but without a call to CUDA, after which torch would refuse
     to use it in a forked process."""
+    gc.disable()  # imports leave none, and looking for it takes a tenth of their time
     import torch  # here, not above: whoever starts a host need not import it
 
     asked = {"is_available": lambda: True, "device_count": lambda: 1}
@@ -121,6 +122,7 @@ def _import_before_forks() -> None:
     vars(torch.cuda).update(asked)
     importlib.import_module("tests.fake_cuda.rank")
     vars(torch.cuda).update(answers)
+    gc.enable()
     gc.freeze()  # ranks need not look through what the imports have left
 
 

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from tests.support import repeated_work
 
 _PRELOADED = [
+    "tests.support.without_garbage",
     "torch",
     "lightning",
     "megatron.core",
@@ -125,6 +126,7 @@ def _serve(rank: int, pipe: connection.Connection, directory: Path) -> None:
     # A rank inherits the fork server as its start method, and its DataLoaders would repeat the slow imports.
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
+    gc.enable()
     gc.freeze()  # what was imported is no garbage, and need not be looked at again after every case
     repeated_work.leave_out()
     pipe.send_bytes(b"ready")
