@@ -7,7 +7,7 @@ module: operations per row (matrix products and convolutions) and per pair of po
 from __future__ import annotations
 
 from collections import ChainMap, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +22,30 @@ from lightning_mimo.microbatch import Microbatch, Ragged
 from lightning_mimo.observe.spans import BACKWARD, COMPUTING, Spans
 from lightning_mimo.upstream.torch import TorchDispatchMode
 
-_aten = torch.ops.aten
-_FLASH = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _aten._scaled_dot_product_flash_attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _aten._scaled_dot_product_flash_attention_backward,
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object) -> int:
+    """Two products, of queries and keys and of scores and values, for every head of the queries."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+) -> int:
+    """Five products: the scores again, and the gradients of scores, queries, keys and values."""
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+
+
+_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+_OF_ATTENTION = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): formula
+    for kernel in _KERNELS
+    for suffix, formula in (("", _attention), ("_backward", _attention_backward))
 }
-FLOP_FORMULAS = ChainMap(flop_registry, {one: flop_registry[other] for one, other in _FLASH.items()})
-"""Operation -> torch's formula of its floating-point operations. torch 2.11 has none for the CPU's flash attention,
-whose first arguments are those of the GPU's."""
+FLOP_FORMULAS: Mapping[Any, Callable[..., int]] = ChainMap(_OF_ATTENTION, flop_registry)
+"""Operation -> formula of its floating-point operations: torch's, but for attention, where torch 2.11 has none for its
+kernel on CPUs, and refuses fewer key heads than query heads."""
 
 _BATCHED = ("bmm", "baddbmm")
 _PACKED = "varlen_attn"  # in the names of kernels for packed sequences

@@ -61,18 +61,21 @@ def test_matrix_products_count_three_times_and_recomputation_not_at_all(again: b
     assert flops.of_batch([text(2, 5)]) == {"language": 3 * 2 * 10 * WIDTH**2}
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_counts_pairs_and_half_of_them_under_a_causal_mask(causal: bool) -> None:
+def test_attention_counts_pairs_and_half_of_them_under_a_causal_mask(causal: bool, key_heads: int) -> None:
     spans = Spans()
     flops = ModuleFlops(["language"], spans)
 
     def forward() -> torch.Tensor:
-        query, key, value = (torch.randn(2, 3, 16, WIDTH, requires_grad=True) for _ in range(3))
+        query, key, value = (
+            torch.randn(2, heads, 16, WIDTH, requires_grad=True) for heads in (4, key_heads, key_heads)
+        )
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            return scaled_dot_product_attention(query, key, value, is_causal=causal)
+            return scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=key_heads < 4)
 
     run(flops, spans, "language", forward)
-    once = 2 * 2 * 3 * WIDTH * (2 * 16**2) * (0.5 if causal else 1)
+    once = 2 * 2 * 4 * WIDTH * (2 * 16**2) * (0.5 if causal else 1)
     assert flops.of_batch([text(2, 16)])["language"] == pytest.approx(3 * once)
     assert flops.of_batch([text(2, 32)])["language"] == pytest.approx(3 * 4 * once)
 
