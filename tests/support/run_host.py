@@ -200,9 +200,8 @@ def _import() -> None:
     for each in _PRELOADED:
         importlib.import_module(each)
     importlib.import_module("torch").set_num_threads(1)
-    gc.freeze()
-    gc.unfreeze()  # as if all of it had been looked at, which no run needs to do again
     gc.enable()
+    gc.collect()  # once; a run that did it would copy the memory of all imports
 
 
 def _run(asked: dict[str, Any]) -> None:
