@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -130,6 +130,11 @@ def _no_garbage() -> Iterator[None]:
         gc.enable()
 
 
+def _look_for_garbage_before_forks() -> None:
+    """Once: otherwise each forked rank would look through all imports, and copy their memory by that."""
+    gc.collect()
+
+
 def _export_hf(arguments: Sequence[str]) -> str:
     hush_known_warnings()
     with _no_garbage():
@@ -142,6 +147,7 @@ def _verify(arguments: Sequence[str]) -> None:
     hush_known_warnings()
     with _no_garbage():
         from lightning_mimo.commands.verify import verify_command
+    _look_for_garbage_before_forks()
 
     verify_command(arguments)
 
@@ -169,7 +175,11 @@ def _run_lightning() -> None:
     memory = _take_memory()
     if memory is not None and kind not in ("step", "data"):
         raise ConfigError("--memory says whether a step fits on a device: it works with --dry-run and --dry-run=data.")
-    with _no_garbage() if kind else nullcontext():
+    if kind is None:
+        _look_for_garbage_before_forks()
+        run(dry_run=None)
+        return
+    with _no_garbage():
         run(dry_run=kind, memory=None if memory is None else memory_size(memory))
 
 
