@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -221,6 +222,28 @@ def _with_one_device(process_group: Any) -> type:
     return SharingProcessGroupGloo
 
 
+def _when_first_called(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``torch.compile`` so that a function is given to it when it is first called."""
+
+    @functools.wraps(compile_)
+    def later(model: Any = None, **options: Any) -> Any:
+        if model is None:
+            return functools.partial(later, **options)
+        if not inspect.isfunction(model):
+            return compile_(model, **options)
+        compiled = functools.cache(lambda: compile_(model, **options))
+
+        @functools.wraps(model)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():  # it becomes part of the function that calls it
+                return model(*args, **kwargs)
+            return compiled()(*args, **kwargs)
+
+        return call
+
+    return later
+
+
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
     """An attribute that is replaced inside :func:`megatron_on_cpu`.
@@ -330,12 +353,21 @@ REPLACEMENTS = (
 )
 
 
+def compiling_when_called() -> contextlib.AbstractContextManager[None]:
+    """Context in which megatron-core is imported faster; also where there is a GPU.
+
+    It compiles functions when it is imported, of which a run calls few or none, and importing torch's compiler takes
+    longer than all the rest of it.
+    """
+    return _replaced("torch", "compile", _when_first_called)
+
+
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Context in which megatron-core runs on the CPU with gloo. May be nested; the outermost one restores."""
     with contextlib.ExitStack() as stack:
         for replacement in REPLACEMENTS:
-            stack.enter_context(_replaced(replacement))
+            stack.enter_context(_replaced(replacement.module, replacement.name, replacement.make))
         stack.enter_context(_without_rng_warning())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", ".*environment variable CUDA_DEVICE_MAX_CONNECTIONS")
@@ -348,11 +380,11 @@ def megatron_on(device: torch.device) -> contextlib.AbstractContextManager[None]
 
 
 @contextlib.contextmanager
-def _replaced(replacement: Replacement) -> Iterator[None]:
-    *place, name = replacement.name.split(".")
-    owner = functools.reduce(getattr, place, importlib.import_module(replacement.module))
+def _replaced(module: str, dotted_name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    *place, name = dotted_name.split(".")
+    owner = functools.reduce(getattr, place, importlib.import_module(module))
     original, is_inherited = getattr(owner, name), name not in vars(owner)
-    setattr(owner, name, replacement.make(original))
+    setattr(owner, name, make(original))
     try:
         yield
     finally:

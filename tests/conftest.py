@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -79,6 +80,8 @@ _TABLE = pytest.StashKey[ParityTable]()
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_TABLE] = ParityTable()
     gc.disable()  # collecting imports everything, which leaves no garbage; looking for it takes a tenth of the time
+    if hasattr(config, "workerinput"):  # the process that shares the tests out imports nothing
+        importlib.import_module("tests.support.quick_imports")
 
 
 def pytest_collection_finish() -> None:

@@ -130,6 +130,15 @@ def _no_garbage() -> Iterator[None]:
         gc.enable()
 
 
+@contextmanager
+def _quick_imports() -> Iterator[None]:
+    with _no_garbage():
+        from lightning_mimo.cpu import compiling_when_called
+
+        with compiling_when_called():
+            yield
+
+
 def _look_for_garbage_before_forks() -> None:
     """Once: otherwise each forked rank would look through all imports, and copy their memory by that."""
     gc.collect()
@@ -137,7 +146,7 @@ def _look_for_garbage_before_forks() -> None:
 
 def _export_hf(arguments: Sequence[str]) -> str:
     hush_known_warnings()
-    with _no_garbage():
+    with _quick_imports():
         from lightning_mimo.commands.export_hf import export_command
 
     return export_command(arguments)
@@ -145,7 +154,7 @@ def _export_hf(arguments: Sequence[str]) -> str:
 
 def _verify(arguments: Sequence[str]) -> None:
     hush_known_warnings()
-    with _no_garbage():
+    with _quick_imports():
         from lightning_mimo.commands.verify import verify_command
     _look_for_garbage_before_forks()
 
@@ -154,15 +163,15 @@ def _verify(arguments: Sequence[str]) -> None:
 
 def _plan(arguments: Sequence[str]) -> None:
     hush_known_warnings()
-    with _no_garbage():
+    with _quick_imports():
         from lightning_mimo.commands.plan import plan_command
-
+    with _no_garbage():
         plan_command(arguments)
 
 
 def _run_lightning() -> None:
     hush_known_warnings()
-    with _no_garbage():
+    with _quick_imports():
         from lightning_mimo.commands.dry_run import DryRun
         from lightning_mimo.commands.run import run
 

@@ -35,7 +35,7 @@ def fan_in_normal_(tensor: torch.Tensor, *, gain: float = 1.0) -> torch.Tensor:
         return tensor.normal_(std=gain / math.sqrt(tensor.size(1)))
 
 
-_RANDOM_INITIALIZERS = frozenset(
+RANDOM_INITIALIZERS = frozenset(
     {
         fan_in_normal_,
         torch.nn.init.normal_,
@@ -45,6 +45,7 @@ _RANDOM_INITIALIZERS = frozenset(
         torch.Tensor.uniform_,
     }
 )
+"""Functions that fill the tensor they are given first, ``tensor``, with random values, and return it."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RecordInitializers(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func in _RANDOM_INITIALIZERS:
+        if func in RANDOM_INITIALIZERS:
             tensor = args[0] if args else kwargs.get("tensor")
             # transformers builds on the meta device before it loads; there is nothing to replay on those parameters.
             if isinstance(tensor, torch.nn.Parameter) and not tensor.is_meta:

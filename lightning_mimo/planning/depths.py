@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,10 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.planning.fake_world import Configure
 
-_FEW = 2  # layers of the smaller model: the first and the last of a stage may differ in what surrounds them
+# Layers of the smaller model. Where a pass may free what an earlier layer held, the first and the last one of a stage
+# differ in what is alive around them.
+_FEW = 2
+_FEW_OF_KEPT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +43,14 @@ class Depth:
         return (self.layers - self.few) / (self.more - self.few)
 
 
-def depths_of(config: MimoModelConfig, stages: Mapping[str, int]) -> dict[str, Depth]:
+def depths_of(config: MimoModelConfig, stages: Mapping[str, int], *, trained: Container[str] = ()) -> dict[str, Depth]:
     """Module -> its depths on a rank; without modules whose layers are few or not alike.
 
     Args:
         config: describes the model.
         stages: module -> its pipeline stage on the rank.
+        trained: modules that have no frozen parameter on the rank, so that every layer is alike in what it keeps for
+            the backward pass. A single layer stands for those of them that have no experts.
     """
     found = {}
     for name, stage in stages.items():
@@ -54,8 +59,9 @@ def depths_of(config: MimoModelConfig, stages: Mapping[str, int]) -> dict[str, D
             continue
         layers = get_num_layers_to_build(transformer, pp_rank=stage)
         step = _step(transformer, layers)
+        least = _FEW_OF_KEPT if name in trained and not transformer.num_moe_experts else _FEW
         few = layers % step
-        while few < _FEW:
+        while few < least:
             few += step
         if few + 2 * step < layers:
             found[name] = Depth(layers=layers, few=few, more=few + step)

@@ -17,30 +17,57 @@ from lightning_mimo.cpu import megatron_on_cpu
 from lightning_mimo.known_warnings import hush_known_warnings
 from lightning_mimo.layout.layout import MimoLayout
 from lightning_mimo.mimo.dtypes import DtypePolicy
+from lightning_mimo.mimo.initialization import RANDOM_INITIALIZERS
 from lightning_mimo.mimo.model import RaggedMimoModel, construct_mimo_model
 from lightning_mimo.observe.spans import Spans
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
+from lightning_mimo.upstream.torch import FakeTensorMode
 
 Configure = Callable[[MimoModelInfra], MimoModelConfig]
 """Describes the model on a rank, as ``MimoModule.configure_mimo``."""
 
 
-_DRAWS = (torch.Tensor.normal_, torch.Tensor.uniform_)
+_WHOLE_NUMBERS = (torch.arange, torch.tensor)
 
 
 class _OnMeta(TorchFunctionMode):
-    """Creates every tensor on the meta device, whatever ``device=`` it is given, and draws no values for it."""
+    """Creates every tensor on the meta device, whatever ``device=`` it is given, and draws no values for it.
+
+    But whole numbers are put on the CPU: code may read them, such as the order of experts.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _DRAWS and args[0].is_meta:
-            return args[0]
+        if func in RANDOM_INITIALIZERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        if func in _WHOLE_NUMBERS:
+            made = func(*args, **{**kwargs, "device": torch.device("cpu")})
+            if not made.is_floating_point():
+                return made
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
         return func(*args, **kwargs)
+
+
+class FakeTensorsOnCpu(FakeTensorMode):
+    """Makes fake tensors, also of tensors that are real.
+
+    torch asks in every operation whether there is a GPU, for which it opens NVIDIA's library; this asks once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self._has_no_device = super().avoid_device_init
+
+    @property
+    def avoid_device_init(self) -> bool:
+        """Whether there is no GPU, to which operations could move a tensor."""
+        return self._has_no_device
 
 
 @contextmanager

@@ -29,11 +29,11 @@ from lightning_mimo.optim.ddp import wrap_with_ddp
 from lightning_mimo.optim.optimizer import MimoTorchOptimizer
 from lightning_mimo.optim.step_reduction import DeviceReduction
 from lightning_mimo.parallel.infra import MimoModelInfra
-from lightning_mimo.planning.fake_world import Configure, as_rank, build_on_meta
+from lightning_mimo.planning.fake_world import Configure, FakeTensorsOnCpu, as_rank, build_on_meta
 from lightning_mimo.planning.gpu_kernels import DeviceType, count_gpu_kernels
 from lightning_mimo.planning.step_recorder import Exchange, Segment, StepRecorder
 from lightning_mimo.schedule.forward_backward import ForwardStep, GlobalBatchSchedule, LossFunction
-from lightning_mimo.upstream.torch import FakeTensorMode, _disable_current_modes, tree_map
+from lightning_mimo.upstream.torch import _disable_current_modes, tree_map
 
 _AXES = ("tp", "ep", "expt_tp", "tp_ep", "dp", "dp_cp", "expt_dp", "pp", "embd", "mp", "tp_ep_pp", "tp_dp_cp")
 
@@ -108,12 +108,18 @@ class _LoneSchedule(GlobalBatchSchedule):
         return sorted(results[0][2]) if self.computes_loss else []
 
 
-def collect_flags(settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange) -> None:
-    """Set up one rank without running anything, so that other ranks know what it trains."""
+def collect_flags(settings: StepSettings, program: TrainingProgram, rank: int, exchange: Exchange) -> frozenset[str]:
+    """Set up one rank without running anything, so that other ranks know what it trains.
+
+    Returns:
+        The modules on this rank that have no frozen parameter here.
+    """
     exchange.collecting = True
-    with _set_up(settings, program, rank, exchange):
+    with _set_up(settings, program, rank, exchange) as (_, model, _):
         program.optimizer()
+        trained = frozenset(name for name in settings.layout.modules_on(rank) if _is_trained(model, name, all))
     exchange.collecting = False
+    return trained
 
 
 def run_rank(
@@ -148,7 +154,7 @@ def run_rank(
                 _assign_optimizer(recorder, optimizer)
                 _assign_state(recorder, model)
         peaks = dict(recorder.ledger.peaks)
-        frozen = tuple(name for name in settings.layout.modules_on(rank) if not _is_trained(model, name))
+        frozen = tuple(name for name in settings.layout.modules_on(rank) if not _is_trained(model, name, any))
     return RankRecording(peaks=peaks, recorder=recorder, microbatches=number, frozen=frozen)
 
 
@@ -210,7 +216,7 @@ def _set_up(
     spans = Spans()
     with as_rank(settings.layout, rank, spans=spans) as infra:
         model = build_on_meta(program.configure, infra, settings.dtype_policy)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = FakeTensorsOnCpu()
         recorder = StepRecorder(mode, spans, exchange, _axes_of(infra))
         with mode, recorder:
             _make_fake(model)
@@ -263,8 +269,8 @@ def _batch(
     return made
 
 
-def _is_trained(model: RaggedMimoModel, name: str) -> bool:
-    return any(parameter.requires_grad for parameter in module_and_name(model, name)[0].parameters())
+def _is_trained(model: RaggedMimoModel, name: str, how_many: Callable[[Iterator[bool]], bool]) -> bool:
+    return how_many(parameter.requires_grad for parameter in module_and_name(model, name)[0].parameters())
 
 
 def _tensors_of(batch: Any) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ are run in place of one with many, and the rest follows.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_mimo.data.sample_format import Sample
@@ -79,12 +79,11 @@ def step_estimate(
         DataError: if the sample does not fit the model.
     """
     kinds = rank_kinds(settings.layout)
-    depths = [{} if all_layers else _depths(settings, program, kind) for kind in kinds]
     try:
-        runs = _Runs(settings=settings, program=program, sample=sample, kinds=kinds, depths=depths)
+        runs = _Runs(settings=settings, program=program, sample=sample, kinds=kinds, all_layers=all_layers)
         return tuple(runs.estimate(number) for number in range(len(kinds)))
     except ConfigError:
-        if not any(depths):
+        if all_layers:
             raise
         # It may have been about a layer that there is only in the whole model.
         return step_estimate(settings, program, sample, all_layers=True)
@@ -94,16 +93,24 @@ def check_set_up(settings: StepSettings, program: TrainingProgram) -> None:
     """Set up the first rank of each kind, with its optimizer, and run nothing; errors as of :func:`step_estimate`."""
     said = Exchange()
     for kind in rank_kinds(settings.layout):
-        few = {name: depth.few for name, depth in _depths(settings, program, kind).items()}
-        configure = with_layers(program.configure, settings.layout, few)
-        collect_flags(settings, replace(program, configure=configure), kind.ranks[0], said)
+        collect_flags(settings, _with_few(settings, program, _depths(settings, program, kind)), kind.ranks[0], said)
 
 
-def _depths(settings: StepSettings, program: TrainingProgram, kind: RankKind) -> dict[str, Depth]:
+def _depths(
+    settings: StepSettings, program: TrainingProgram, kind: RankKind, trained: Container[str] = ()
+) -> dict[str, Depth]:
     if any(".layers." in name for name in program.frozen):
         return {}
     with as_rank(settings.layout, kind.ranks[0]) as infra:
-        return depths_of(program.configure(infra), kind.stages)
+        return depths_of(program.configure(infra), kind.stages, trained=trained)
+
+
+def _with_few(
+    settings: StepSettings, program: TrainingProgram, depths: Mapping[str, Depth], more: str = ""
+) -> TrainingProgram:
+    """The program with few layers of every module, but with some more of one."""
+    layers = {name: depth.more if name == more else depth.few for name, depth in depths.items()}
+    return replace(program, configure=with_layers(program.configure, settings.layout, layers))
 
 
 class _Runs:
@@ -116,22 +123,23 @@ class _Runs:
         program: TrainingProgram,
         sample: Sample,
         kinds: Sequence[RankKind],
-        depths: Sequence[Mapping[str, Depth]],
+        all_layers: bool,
     ) -> None:
         self._settings, self._program, self._sample = settings, program, sample
-        self._kinds, self._depths = kinds, depths
+        self._kinds = kinds
+        self._depths: list[Mapping[str, Depth]] = []
         first = Exchange()
-        for kind, depth in zip(kinds, depths, strict=True):
-            few = {name: each.few for name, each in depth.items()}
-            collect_flags(settings, self._with(few), kind.ranks[0], first)
+        for kind in kinds:
+            depths = {} if all_layers else _depths(settings, program, kind)
+            trained = collect_flags(settings, _with_few(settings, program, depths), kind.ranks[0], first)
+            self._depths.append(depths and _depths(settings, program, kind, trained))
         self._flags, self._operations = first.flags, first.operations
         self._exchanges: dict[str, Exchange] = {}
 
     def estimate(self, number: int) -> RankEstimate:
         kind, depths = self._kinds[number], self._depths[number]
-        few = {name: depth.few for name, depth in depths.items()}
-        base = self._run("", kind, few)
-        more = {name: self._run(name, kind, {**few, name: depth.more}) for name, depth in depths.items()}
+        base = self._run(kind, depths)
+        more = {name: self._run(kind, depths, more=name) for name in depths}
         factors = {name: depth.factor for name, depth in depths.items()}
         phase, peak = _peak(base, more, factors)
         memory = {purpose: max(0, round(size)) for purpose, size in peak.items()}
@@ -157,13 +165,11 @@ class _Runs:
             num_microbatches=self._settings.num_microbatches,
         )
 
-    def _with(self, layers: Mapping[str, int]) -> TrainingProgram:
-        return replace(self._program, configure=with_layers(self._program.configure, self._settings.layout, layers))
-
-    def _run(self, variant: str, kind: RankKind, layers: Mapping[str, int]) -> RankRecording:
-        # Later stages of an encoder are told what earlier ones have sent in the same variant.
-        exchange = self._exchanges.setdefault(variant, Exchange(flags=self._flags, operations=self._operations))
-        return run_rank(self._settings, self._with(layers), kind.ranks[0], exchange, sample=self._sample)
+    def _run(self, kind: RankKind, depths: Mapping[str, Depth], more: str = "") -> RankRecording:
+        # Later stages of an encoder are told what earlier ones have sent with the same layers.
+        exchange = self._exchanges.setdefault(more, Exchange(flags=self._flags, operations=self._operations))
+        program = _with_few(self._settings, self._program, depths, more)
+        return run_rank(self._settings, program, kind.ranks[0], exchange, sample=self._sample)
 
 
 def _peak(

@@ -40,6 +40,7 @@ from tests.support import repeated_work
 
 _PRELOADED = [
     "tests.support.without_garbage",
+    "tests.support.quick_imports",
     "torch",
     "lightning",
     "megatron.core",

@@ -23,6 +23,7 @@ from typing import Any
 
 _SOCKET = "run_host"
 _PRELOADED = (
+    "tests.support.quick_imports",
     "torch",
     "lightning.pytorch",
     "megatron.core",

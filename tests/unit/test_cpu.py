@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_mimo.cpu import REPLACEMENTS, Replacement, megatron_on_cpu
+from lightning_mimo.cpu import REPLACEMENTS, Replacement, compiling_when_called, megatron_on_cpu
+from tests.support.run_host import RunHost
 
 
 def current(replacement: Replacement) -> Any:
@@ -162,3 +165,55 @@ def test_rng_warning_is_muted_and_no_other(caplog):
         logger.warning("CPU RNG state changed within GPU RNG context")
         logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+def test_function_is_compiled_when_it_is_first_called():
+    given = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        given.append(graph)
+        return graph
+
+    with compiling_when_called():
+
+        @torch.compile(backend=backend)
+        def double(value: torch.Tensor) -> torch.Tensor:
+            """Documented."""
+            return value * 2
+
+        @torch.compile(backend=backend, fullgraph=True)
+        def quadruple(value: torch.Tensor) -> torch.Tensor:
+            return double(double(value))
+
+        module = torch.compile(torch.nn.Linear(2, 2), backend=backend)
+
+    assert double.__name__ == "double"
+    assert double.__doc__ == "Documented."
+    assert isinstance(module, torch.nn.Module)
+    assert not given
+    value = torch.tensor([1.0, -3.0], requires_grad=True)
+    assert quadruple(value).tolist() == [4.0, -12.0]
+    assert len(given) == 1, "what it calls is a part of it"
+    quadruple(value).sum().backward()
+    assert value.grad.tolist() == [4.0, 4.0]
+    assert double(value).tolist() == [2.0, -6.0]
+    double(value)
+    assert len(given) == 2
+
+
+def fuse_without_compiler() -> None:
+    """Runs in a process that has imported megatron-core as the command line does."""
+    assert "megatron.core" in sys.modules
+    assert "torch._inductor.compile_fx" not in sys.modules, "torch's compiler was imported"
+    from megatron.core.fusions.fused_bias_gelu import bias_gelu_impl
+
+    torch.compiler.set_stance("force_eager")
+    value, bias = torch.randn(4, 6, requires_grad=True), torch.randn(6, requires_grad=True)
+    torch.testing.assert_close(
+        bias_gelu_impl(value, bias), torch.nn.functional.gelu(value + bias, approximate="tanh"), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_megatron_is_imported_without_the_compiler(run_host: RunHost, tmp_path: Path):
+    process = run_host.start(f"{__name__}:{fuse_without_compiler.__name__}", log=tmp_path / "log")
+    assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()

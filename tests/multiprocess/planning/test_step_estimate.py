@@ -65,6 +65,9 @@ CASES = {
         modules={"images": cut(), "language": cut(tp=2)}, model={"recompute": Recompute(granularity="selective")}
     ),
     "encoder_pp2": Case(modules={"images": cut(pp=2), "language": cut()}),
+    "experts-several_on_a_rank": Case(
+        modules={"images": cut(), "language": cut(tp=2, ep=2)}, model={"experts": 4, "sequence_parallel": True}
+    ),
     "experts-ep2": Case(modules={"images": cut(), "language": cut(dp=2, ep=2)}, model={"experts": 2}),
     "frozen_encoder": Case(modules={"images": cut(), "language": cut(pp=2)}, model={"frozen": ("images.encoders",)}),
     "frozen_all_but_projector": Case(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -24,7 +26,23 @@ def estimated() -> tuple[RankEstimate, ...]:
 
 @pytest.mark.exhaustive
 def test_few_layers_stand_for_all(estimated: tuple[RankEstimate, ...]) -> None:
-    for few, all_ in zip(estimated, estimate(APART, **OPTIONS, all_layers=True), strict=True):
+    assert_alike(estimated, estimate(APART, **OPTIONS, all_layers=True))
+
+
+# With nothing to train, what a layer has computed is freed in the next one, so a single layer would not do.
+@pytest.mark.parametrize(
+    "options",
+    [{"frozen": ("images.encoders",)}, pytest.param({"experts": 2}, marks=pytest.mark.exhaustive)],
+    ids=["frozen_encoder", "experts"],
+)
+def test_few_layers_stand_for_all_where_they_keep_less(options: dict[str, Any]) -> None:
+    modules = {"images": ModuleParallelism(dp=1), "language": ModuleParallelism(dp=1)}
+    few, all_ = (estimate(modules, layers=6, **options, all_layers=all_layers) for all_layers in (False, True))
+    assert_alike(few, all_)
+
+
+def assert_alike(estimated: tuple[RankEstimate, ...], of_all_layers: tuple[RankEstimate, ...]) -> None:
+    for few, all_ in zip(estimated, of_all_layers, strict=True):
         assert few.peak_at == all_.peak_at
         assert few.memory.total == pytest.approx(all_.memory.total, rel=1e-3)
         for what in ("forward_flops", "backward_flops", "recompute_flops"):
