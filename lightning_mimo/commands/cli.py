@@ -103,7 +103,8 @@ def checkpoint_tool(arguments: Sequence[str]) -> None:
     hush_known_warnings()
     match list(arguments):
         case ["inspect" | "export" | "import", *paths] if len(paths) == (1 if arguments[0] == "inspect" else 2):
-            from lightning_mimo.checkpoint import tools
+            with _quick_imports():
+                from lightning_mimo.checkpoint import tools
         case _:
             raise ConfigError(
                 "write: checkpoint inspect PATH, checkpoint export PATH OUT.safetensors, or checkpoint import "
