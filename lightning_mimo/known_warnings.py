@@ -18,6 +18,8 @@ KNOWN_WARNINGS = {
     # megatron-core: a default of its TransformerConfig, and a note to its developers
     r"full scope is deprecated": UserWarning,
     r"The following imports from `dynamic_context.py` will be removed": DeprecationWarning,
+    # megatron-core: ranks of a module that is frozen as a whole have nothing to update
+    r"WARNING: there is no optimizer on RANK": UserWarning,
     # Lightning: values that the strategy logs are already equal on every rank
     r"It is recommended to use `self.log\(.*sync_dist=True": UserWarning,
     # Lightning: MimoModule defines all steps so that users do not have to

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,7 @@ from lightning_mimo.planning.measure import measured
 from lightning_mimo.planning.pricing import price_stages
 from lightning_mimo.planning.search import Found, Plan, search
 from lightning_mimo.planning.step import simulate_step
-from lightning_mimo.planning.stragglers import SampleSpread, balanced, lognormal_costs, seconds_with
+from lightning_mimo.planning.stragglers import SampleSpread, balanced, lognormal_costs, seconds_with, spread_of
 from lightning_mimo.planning.timeline import traces_of
 from lightning_mimo.strategy.module import MimoModule
 
@@ -108,11 +108,12 @@ class PlanCLI(MimoCLI):
             f"tokens per sample{subject.says}, {model.dtype}",
             report.describe_search(found, seconds),
             "",
-            report.describe_plans(found, model, hardware, with_data=with_data),
+            report.describe_plans(found, model, hardware, with_data=with_data, share=self._share(subject)),
             "",
+            *_about_data(subject),
         ]
         if len(found.plans) > 1:
-            lines.append(report.why_it_lost(best, found.plans[1]))
+            lines.append(report.why_it_lost(best, found.plans[1], with_data=with_data))
         lines += [report.describe_memory(best, options.memory or hardware.memory), "", as_yaml(changes), ""]
         if options.picture is not None:
             title = f"simulated step: {best.seconds * 1000:.0f} ms, {best.candidate}"
@@ -126,10 +127,8 @@ class PlanCLI(MimoCLI):
             lines.append(f"Written: {options.write}")
         return "\n".join([*lines, report.describe_limits(hardware, subject.timing)])
 
-    def _best(
-        self, subject: PlannedModel, hardware: Hardware, gpus: int
-    ) -> tuple[Found, dict[int, float] | None, float]:
-        """Search, and price the best again with differing samples."""
+    def _best(self, subject: PlannedModel, hardware: Hardware, gpus: int) -> tuple[Found, list[float] | None, float]:
+        """Search, and price the best again with differing samples: plans, seconds of their steps, and of the search."""
         begin = time.perf_counter()
         memory = self.options.memory or hardware.memory
         space = subject.space(gpus, hardware)
@@ -142,22 +141,28 @@ class PlanCLI(MimoCLI):
         times = [seconds_with(spread, plan.candidate, plan.prices, model, hardware) for plan in found.plans]
         order = sorted(range(len(times)), key=times.__getitem__)[:5]
         found = replace(found, plans=[found.plans[i] for i in order])
-        return found, {i: times[j] for i, j in enumerate(order)}, time.perf_counter() - begin
+        return found, [times[i] for i in order], time.perf_counter() - begin
 
     def _spread(self, subject: PlannedModel) -> SampleSpread | None:
         sigmas = self.options.spread
         if unknown := sorted(set(sigmas) - set(subject.modules)):
             raise ConfigError(f"--spread: there is no module {unknown[0]!r}; there are {', '.join(subject.modules)}.")
+        if not sigmas and subject.sizes is not None:
+            return spread_of(subject.sizes, padded=subject.padded)
         if not any(sigmas.values()):
             return None
         order = partial(balanced, padded=subject.padded)
         return SampleSpread(costs=lognormal_costs(sigmas), order=order, padded=subject.padded)
 
+    def _share(self, subject: PlannedModel) -> Callable[[str], float]:
+        spread = self._spread(subject)
+        return (lambda module: 1.0) if spread is None else spread.share
+
     def _curve(self, subject: PlannedModel, hardware: Hardware) -> str:
         """One line per number of devices."""
         rows = [("GPUs", "step s", "tokens/s", "tokens/s/GPU", "of the first", "best layout")]
         first: float | None = None
-        model = subject.model
+        model, share = subject.model, self._share(subject)
         for gpus in self.options.gpus:
             try:
                 found, with_data, _ = self._best(subject, hardware, gpus)
@@ -166,7 +171,7 @@ class PlanCLI(MimoCLI):
                 continue
             best = found.plans[0]
             seconds = best.seconds if with_data is None else with_data[0]
-            each = report.tokens_per_sec(best, model, seconds)
+            each = report.tokens_per_sec(best, model, seconds, share=share)
             first = first or each
             numbers = (f"{seconds:.3f}", f"{each * gpus:,.0f}", f"{each:,.0f}", f"{each / first:.0%}")
             rows.append((str(gpus), *numbers, str(best.candidate)))
@@ -201,6 +206,13 @@ class PlanCLI(MimoCLI):
             cleared=[f"model.init_args.{key}" for key in subject.keys.stage_layers],
             sequence_parallel=[f"model.init_args.{key}" for key in subject.keys.sequence_parallel],
         )
+
+
+def _about_data(subject: PlannedModel) -> Iterator[str]:
+    if subject.sizes is not None:
+        yield f"memory and 'step s' are for the largest of the first {subject.sizes.number} samples, which have"
+        yield from (f"  {line}" for line in subject.sizes.lines())
+        yield ""
 
 
 @contextmanager

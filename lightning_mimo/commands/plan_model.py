@@ -27,7 +27,7 @@ from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.layer_costs import LayerCosts
 from lightning_mimo.planning.layer_times import TimedLayerCosts
 from lightning_mimo.planning.model_costs import ModelCosts
-from lightning_mimo.planning.samples import longest_sample, look_at
+from lightning_mimo.planning.samples import SampleSizes, longest_sample, look_at
 from lightning_mimo.planning.search import Space
 from lightning_mimo.strategy.module import MimoModule
 from lightning_mimo.strategy.program import step_settings, training_program
@@ -98,6 +98,7 @@ class PlannedModel:
         layout: layout of the config.
         padded: modules whose samples are padded to the longest of a microbatch.
         recompute_keys: module -> keys of the config that switch its recomputation, below ``model.init_args``.
+        sizes: of the samples of the training data; ``None`` if the sample that is planned for is not one of them.
     """
 
     def __init__(
@@ -143,9 +144,12 @@ class PlannedModel:
         without = self._describe(self._module)
         self._open = ExitStack()
         self._program = self._open.enter_context(training_program(self._module, trainer))
-        self._is_of_data = data is not None
+        self.sizes: SampleSizes | None = None
         try:
-            self._example = self._longest(without) if data is None else _largest(data(), without)
+            if data is None:
+                self._example = self._longest(without)
+            else:
+                self.sizes, self._example = _largest(data(), without)
         except BaseException:
             self.close()
             raise
@@ -277,7 +281,7 @@ class PlannedModel:
     @property
     def says(self) -> str:
         """Where the sample is from, if it is not the longest one that the model describes."""
-        return " as in the largest sample of the data" if self._is_of_data else ""
+        return "" if self.sizes is None else " as in the largest sample of the data"
 
     @property
     def timing(self) -> list[str]:
@@ -323,8 +327,8 @@ def _recomputes(config: MimoModelConfig, name: str) -> bool:
     return transformer is not None and transformer.recompute_granularity == "full"
 
 
-def _largest(samples: Sequence[Any], config: MimoModelConfig) -> ExampleSample:
+def _largest(samples: Sequence[Any], config: MimoModelConfig) -> tuple[SampleSizes, ExampleSample]:
     if not samples:
         raise ConfigError("--sample=data: the training data is empty.")
-    _, sample = look_at(samples, config.special_token_ids)
-    return ExampleSample(sample=sample, tokens=len(sample["input_ids"]))
+    sizes, sample = look_at(samples, config.special_token_ids)
+    return sizes, ExampleSample(sample=sample, tokens=len(sample["input_ids"]))

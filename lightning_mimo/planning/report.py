@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
+from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.planning.candidate import Model
 from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.search import USABLE, Found, Plan
@@ -19,9 +20,21 @@ NOT_MODELLED = (
 )
 _HEAD = ("", "layout", "step s", "with data", "tokens/s/GPU", "MFU", "GiB", "bubble", "who waits for whom")
 
+Share = Callable[[str], float]
+"""Module -> share of its work in a step of equal samples that the samples of a batch need, padding left out."""
+
+
+def _all_of_it(module: str) -> float:
+    return 1.0
+
 
 def describe_plans(
-    found: Found, model: Model, hardware: Hardware, *, with_data: Mapping[int, float] | None = None
+    found: Found,
+    model: Model,
+    hardware: Hardware,
+    *,
+    with_data: Sequence[float] | None = None,
+    share: Share = _all_of_it,
 ) -> str:
     """The best layouts as a table, one per line.
 
@@ -29,7 +42,8 @@ def describe_plans(
         found: outcome of the search.
         model: costs and batches.
         hardware: devices.
-        with_data: index of a plan -> seconds of its step with differing samples; ``None`` leaves the column out.
+        with_data: seconds of each plan's step with differing samples; ``None`` leaves the column out.
+        share: of the work of a step that differing samples need.
     """
     rows = [_HEAD]
     for i, plan in enumerate(found.plans):
@@ -40,8 +54,8 @@ def describe_plans(
                 str(plan.candidate),
                 f"{plan.seconds:.3f}",
                 f"{seconds:.3f}",
-                f"{tokens_per_sec(plan, model, seconds):,.0f}",
-                f"{mfu(plan, model, hardware, seconds):.1%}",
+                f"{tokens_per_sec(plan, model, seconds, share=share):,.0f}",
+                f"{mfu(plan, model, hardware, seconds, share=share):.1%}",
                 f"{max(plan.memory.values()) / 2**30:.1f}",
                 f"{plan.simulation.bubble:.0%}",
                 _waits(plan.simulation),
@@ -65,14 +79,16 @@ def table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def tokens_per_sec(plan: Plan, model: Model, seconds: float) -> float:
+def tokens_per_sec(plan: Plan, model: Model, seconds: float, *, share: Share = _all_of_it) -> float:
     """Tokens of the language module per second and device, of all devices that the layout has, busy or not."""
-    return model.global_batch_size * model.tokens / seconds / plan.candidate.layout.world_size
+    tokens = model.global_batch_size * model.tokens * share(LANGUAGE)
+    return tokens / seconds / plan.candidate.layout.world_size
 
 
-def mfu(plan: Plan, model: Model, hardware: Hardware, seconds: float) -> float:
+def mfu(plan: Plan, model: Model, hardware: Hardware, seconds: float, *, share: Share = _all_of_it) -> float:
     """Model FLOPs utilization: arithmetic of forward and backward, without recomputation, over all devices' peak."""
-    flops = plan.candidate.num_microbatches * sum(price.flops * price.ranks for price in plan.prices)
+    of_prices = sum(price.flops * price.ranks * share(price.module) for price in plan.prices)
+    flops = plan.candidate.num_microbatches * of_prices
     return flops / (seconds * plan.candidate.layout.world_size * hardware.peak(model.dtype))
 
 
@@ -100,15 +116,29 @@ def breakdown(simulation: Simulation) -> dict[str, float]:
     }
 
 
-def why_it_lost(best: Plan, other: Plan) -> str:
-    """In a sentence, what the second plan spends more time on than the best one."""
+def why_it_lost(best: Plan, other: Plan, *, with_data: Sequence[float] | None = None) -> str:
+    """In a sentence, what the second plan spends more time on than the best one.
+
+    Args:
+        best: the best plan.
+        other: the second one.
+        with_data: seconds of their steps with differing samples; ``None`` if they were not simulated with any.
+    """
+    if with_data is not None and other.seconds <= best.seconds:
+        slower = with_data[1] / with_data[0] - 1
+        return (
+            f"The second one is {slower:.1%} slower with differing samples ({with_data[1] - with_data[0]:+.3f} s): "
+            f"their padding, and waiting for the largest of them, cost it more. With equal samples it is faster "
+            f"({other.seconds - best.seconds:+.3f} s)."
+        )
     one, two = breakdown(best.simulation), breakdown(other.simulation)
     slower = other.seconds / best.seconds - 1
     what = max(one, key=lambda name: two[name] - one[name])
     names = [plan.simulation.stages[_last(plan)].key[0] for plan in (best, other)]
     saved = min(one, key=lambda name: two[name] - one[name])
     text = (
-        f"The second one is {slower:.1%} slower ({other.seconds - best.seconds:+.3f} s). Its last rank, of {names[1]}, "
+        f"The second one is {slower:.1%} slower ({other.seconds - best.seconds:+.3f} s)"
+        f"{'' if with_data is None else ' with equal samples'}. Its last rank, of {names[1]}, "
         f"spends {two[what] - one[what]:+.3f} s on {what} ({two[what]:.3f} s; the best one's, of {names[0]}, "
         f"{one[what]:.3f} s)"
     )

@@ -33,11 +33,14 @@ class SampleSizes:
         number: samples that were looked at.
         tokens: tokens of each.
         placeholders: module -> placeholder tokens of each, that is, embeddings of its encoder.
+        largest: index of the largest one, which has the most tokens and placeholders together, each relative to the
+            most in any sample.
     """
 
     number: int
     tokens: Sequence[int]
     placeholders: Mapping[str, Sequence[int]]
+    largest: int
 
     def lines(self) -> Iterator[str]:
         """Mean, 95th percentile and largest number, one line each for tokens and for every module."""
@@ -94,8 +97,6 @@ def _sample(
 def look_at(samples: Sequence[Sample], special_token_ids: Mapping[str, int]) -> tuple[SampleSizes, Sample]:
     """Sizes of samples, and the largest of them.
 
-    The largest one has the most tokens and placeholders together, each relative to the most in any sample.
-
     Args:
         samples: as a dataset returns them.
         special_token_ids: module -> its placeholder.
@@ -105,5 +106,6 @@ def look_at(samples: Sequence[Sample], special_token_ids: Mapping[str, int]) -> 
     placeholders = {name: [int((each == token).sum()) for each in ids] for name, token in special_token_ids.items()}
     shares = [[number / (max(numbers) or 1) for number in numbers] for numbers in (tokens, *placeholders.values())]
     sums = [sum(each) for each in zip(*shares, strict=True)]
-    sizes = SampleSizes(number=len(samples), tokens=tokens, placeholders=placeholders)
-    return sizes, samples[sums.index(max(sums))]
+    largest = sums.index(max(sums))
+    sizes = SampleSizes(number=len(samples), tokens=tokens, placeholders=placeholders, largest=largest)
+    return sizes, samples[largest]

@@ -12,7 +12,7 @@ from lightning_mimo.planning.pricing import StagePrice, bridge_seconds, costs_of
 from lightning_mimo.planning.simulation import Edge, Segment, SimulatedStage, Simulation, simulate
 
 Factors = Mapping[str, Sequence[Sequence[float]]]
-"""Module -> replica -> microbatch -> cost of its samples over the mean cost."""
+"""Module -> replica -> microbatch -> cost of its samples over the cost that prices are for."""
 
 
 def simulate_step(

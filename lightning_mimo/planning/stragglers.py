@@ -9,7 +9,8 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from lightning_mimo.layout.module_parallelism import LANGUAGE
 from lightning_mimo.planning.candidate import Candidate, Model
 from lightning_mimo.planning.hardware import Hardware
 from lightning_mimo.planning.pricing import StagePrice
+from lightning_mimo.planning.samples import SampleSizes
 from lightning_mimo.planning.step import Factors, simulate_step
 
 Order = Callable[[Mapping[str, Sequence[float]], Candidate], Sequence[int]]
@@ -37,11 +39,19 @@ class SampleSpread:
         order: assigns the samples of a batch to its positions; ``None`` keeps them as they come.
         padded: modules whose samples are padded to the longest of a replica's microbatch, so that all of them cost as
             much as that one.
+        priced: module -> cost of the sample that prices are for; empty if they are for one that costs as much as those
+            of a batch on average.
     """
 
     costs: Mapping[str, Sequence[float]]
     order: Order | None
     padded: frozenset[str] = frozenset()
+    priced: Mapping[str, float] = field(default_factory=dict)
+
+    def share(self, module: str) -> float:
+        """Mean cost of a sample over the cost of the one that prices are for."""
+        priced = self.priced.get(module)
+        return statistics.fmean(self.costs[module]) / priced if priced else 1.0
 
 
 def balanced(
@@ -61,6 +71,22 @@ def balanced(
         padded=padded,
     )
     return order.tolist()
+
+
+def spread_of(sizes: SampleSizes, *, padded: frozenset[str]) -> SampleSpread | None:
+    """The spread of a dataset's samples around the largest one, which prices are for; ``None`` if all are equal.
+
+    A sample costs a module as much as it has tokens of it.
+
+    Args:
+        sizes: of the dataset's samples.
+        padded: modules whose samples are padded to the longest of a microbatch.
+    """
+    costs = {**sizes.placeholders, LANGUAGE: sizes.tokens}
+    if all(len(set(each)) == 1 for each in costs.values()):
+        return None
+    priced = {name: each[sizes.largest] for name, each in costs.items()}
+    return SampleSpread(costs=costs, order=partial(balanced, padded=padded), padded=padded, priced=priced)
 
 
 def lognormal_costs(sigmas: Mapping[str, float], *, number: int = 4096, seed: int = 1) -> dict[str, list[float]]:
@@ -89,9 +115,9 @@ def seconds_with(
 
 
 def draw_factors(samples: SampleSpread, candidate: Candidate, model: Model, generator: random.Random) -> Factors:
-    """Draw a global batch and add up the costs of every replica and microbatch, relative to the batch's mean cost.
+    """Draw a global batch and add up the costs of every replica and microbatch, relative to what prices are for.
 
-    A mean above 1 over all of them is what padding adds.
+    If that is the batch's mean cost, a mean above 1 over all of them is what padding adds.
     """
     number = len(next(iter(samples.costs.values())))
     drawn = [generator.randrange(number) for _ in range(model.global_batch_size)]
@@ -99,8 +125,8 @@ def draw_factors(samples: SampleSpread, candidate: Candidate, model: Model, gene
     order = range(len(drawn)) if samples.order is None else samples.order(of_batch, candidate)
     factors: dict[str, list[list[float]]] = {}
     for name, sizes in candidate.layout.modules.items():
-        mean = statistics.fmean(of_batch[name]) if name in of_batch else 1.0
-        costs = [of_batch[name][i] / mean for i in order] if mean and name in of_batch else [1.0] * len(drawn)
+        priced = (samples.priced.get(name) or statistics.fmean(of_batch[name])) if name in of_batch else 0.0
+        costs = [of_batch[name][i] / priced for i in order] if priced else [1.0] * len(drawn)
         together = max if name in samples.padded else statistics.fmean
         factors[name] = [
             [

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from dataclasses import replace
@@ -13,8 +14,16 @@ from lightning_mimo.layout.module_parallelism import ModuleParallelism
 from lightning_mimo.planning.candidate import Candidate, Variant
 from lightning_mimo.planning.hardware import load_hardware
 from lightning_mimo.planning.pricing import price_stages
+from lightning_mimo.planning.samples import SampleSizes
 from lightning_mimo.planning.step import simulate_step
-from lightning_mimo.planning.stragglers import SampleSpread, balanced, draw_factors, lognormal_costs, seconds_with
+from lightning_mimo.planning.stragglers import (
+    SampleSpread,
+    balanced,
+    draw_factors,
+    lognormal_costs,
+    seconds_with,
+    spread_of,
+)
 from tests.unit.planning.formula import Transformer, formula_model
 
 MODEL = formula_model(
@@ -101,12 +110,52 @@ def test_padded_samples_cost_as_much_as_the_longest_of_their_microbatch() -> Non
     drawn = random.Random(0)
     batch = [costs["language"][drawn.randrange(3)] for _ in range(64)]
     mean = statistics.fmean(batch)
-    assert factors["language"][1][2] == pytest.approx(max(batch[32 + 16 : 32 + 24]) / mean)
+    assert factors["language"][1][2] == pytest.approx(max(batch[32 + 8 : 32 + 16]) / mean)
     assert factors["images"][1][2] == pytest.approx(statistics.fmean(batch[32 + 4 : 32 + 8]) / mean)
     prices = price_stages(candidate, MODEL, H100)
     packed = replace(spread, padded=frozenset())
     padded, even = (seconds_with(each, candidate, prices, MODEL, H100) for each in (spread, packed))
     assert padded > 1.5 * even
+
+
+def sizes(tokens: list[int], images: list[int]) -> SampleSizes:
+    return SampleSizes(number=len(tokens), tokens=tokens, placeholders={"images": images}, largest=1)
+
+
+def test_samples_of_a_dataset_are_priced_by_their_largest_one() -> None:
+    """Every sample costs a share of the largest one."""
+    spread = spread_of(sizes([100, 400, 100], [0, 10, 20]), padded=frozenset())
+    assert spread is not None
+    assert spread.share("language") == pytest.approx(0.5) and spread.share("images") == pytest.approx(1.0)
+    candidate = LAYOUTS[1]
+    factors = draw_factors(replace(spread, order=None), candidate, MODEL, random.Random(0))
+    drawn = random.Random(0)
+    batch = [drawn.randrange(3) for _ in range(64)]
+    language = statistics.fmean([0.25, 1.0, 0.25][i] for i in batch[32 + 8 : 32 + 16])
+    assert factors["language"][1][2] == pytest.approx(language)
+    assert factors["images"][1][2] == pytest.approx(
+        statistics.fmean([0.0, 1.0, 2.0][i] for i in batch[32 + 4 : 32 + 8])
+    )
+
+
+def test_equal_samples_have_no_spread_and_a_module_without_items_is_not_divided_by() -> None:
+    assert spread_of(sizes([100, 100], [5, 5]), padded=frozenset()) is None
+    spread = spread_of(sizes([100, 400], [5, 0]), padded=frozenset({"language"}))
+    assert spread is not None and spread.share("images") == 1.0
+    prices = price_stages(LAYOUTS[0], MODEL, H100)
+    assert 0 < seconds_with(spread, LAYOUTS[0], prices, MODEL, H100) < math.inf
+
+
+def test_padding_makes_a_step_as_long_as_its_largest_samples() -> None:
+    """Of samples of which one in four is long, all microbatches have some, so padding costs as much as only those."""
+    prices = price_stages(LAYOUTS[1], MODEL, H100)
+    of_largest = simulate_step(LAYOUTS[1], prices, MODEL, H100).seconds
+    times = {}
+    for padded in (frozenset({"language"}), frozenset[str]()):
+        spread = spread_of(sizes([100, 400, 100, 100], [0, 10, 0, 0]), padded=padded)
+        assert spread is not None
+        times[bool(padded)] = seconds_with(replace(spread, order=None), LAYOUTS[1], prices, MODEL, H100)
+    assert times[False] < 0.6 * times[True] < 0.7 * of_largest
 
 
 def test_lognormal_costs() -> None:
