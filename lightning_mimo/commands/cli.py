@@ -45,14 +45,33 @@ _USAGE = """usage: lightning-mimo {fit,validate,test,predict,layout} --config FI
 _RUNS = ("fit", "validate", "test", "predict")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def command() -> None:
     """Entry point of the console script and of ``python -m lightning_mimo``."""
+    if main():
+        from lightning_mimo.launch.node_rank import end_process
+
+        end_process(0)
+
+
+def main(arguments: Sequence[str] | None = None) -> bool:
+    """Run a command in this process.
+
+    Args:
+        arguments: of the command line; ``None`` takes those of this process.
+
+    Returns:
+        Whether torch was imported only for a report, so that nothing is lost if the process ends without cleaning up,
+        which takes one to two seconds.
+
+    Raises:
+        SystemExit: if the command fails.
+    """
     if arguments is not None:
         sys.argv[1:] = arguments  # LightningCLI warns if it is given arguments other than those of the command line
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["layout", "--help"]:
         print(_USAGE, end="")
-        return
+        return False
     arguments = sys.argv[1:] = _command_first(arguments)
     # Console scripts do not search the current folder for modules, but the classes of a config are often there.
     sys.path.insert(0, str(Path.cwd()))
@@ -69,11 +88,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif arguments[0] == "plan":
             check_config_files(arguments[1:])
             _plan(arguments[1:])
+            return True
         elif arguments[0] == "new":
             print(new_project(arguments[1:]))
         elif arguments[0] in _RUNS:
             check_config_files(arguments[1:])
-            _run_lightning()
+            return _run_lightning()
         else:
             raise ConfigError(
                 f"there is no command {arguments[0]!r}; commands are {', '.join(_RUNS)}, layout, verify, plan, "
@@ -82,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MimoError as error:
         print(f"lightning-mimo: error: {error}", file=sys.stderr)
         sys.exit(2)
+    return False
 
 
 def _command_first(arguments: list[str]) -> list[str]:
@@ -170,7 +191,8 @@ def _plan(arguments: Sequence[str]) -> None:
         plan_command(arguments)
 
 
-def _run_lightning() -> None:
+def _run_lightning() -> bool:
+    """Whether it was a dry run."""
     hush_known_warnings()
     with _quick_imports():
         from lightning_mimo.commands.dry_run import DryRun
@@ -188,9 +210,10 @@ def _run_lightning() -> None:
     if kind is None:
         _look_for_garbage_before_forks()
         run(dry_run=None)
-        return
+        return False
     with _no_garbage():
         run(dry_run=kind, memory=None if memory is None else memory_size(memory))
+    return True
 
 
 def _take_memory() -> str | None:
