@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import yaml
 from tests.support.run_host import RunHost
 
 Verify = Callable[..., tuple[int, str]]
+Layout = dict[str, dict[str, int]]
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def verify(run_host: RunHost, tmp_path: Path) -> Verify:
     def run(fault: str, *options: str, **modules: dict[str, int]) -> tuple[int, str]:
         config = {
             "trainer": {
-                "devices": 24,
+                "devices": sum(prod(sizes.values()) for sizes in modules.values()),
                 "strategy": {
                     "class_path": "lightning_mimo.MimoStrategy",
                     "init_args": {"modules": modules, "global_batch_size": 64, "num_microbatches": 2},
@@ -44,7 +46,9 @@ def verify(run_host: RunHost, tmp_path: Path) -> Verify:
     return run
 
 
-REPLICAS = {"images": {"dp": 16}, "language": {"tp": 4, "dp": 2}}
+LANGUAGE_ONLY = {"images": {"dp": 1}, "language": {"tp": 4, "dp": 2}}
+"""A layout with axes of one module; every axis is a run of its own."""
+REPLICAS = {**LANGUAGE_ONLY, "images": {"dp": 16}}
 
 
 @pytest.mark.exhaustive
@@ -65,38 +69,42 @@ def test_axes_without_ranks_are_named(verify: Verify) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "layout", "what"),
     [
         (
             "low_rank",
+            LANGUAGE_ONLY,
             ["dp=2 of language: equal", "tp=2 of language: gradients differ", "0.mlp.linear_fc1.down", "not summed"],
         ),
         pytest.param(
             "batch_statistics",
+            REPLICAS,
             ["dp=2 of images: loss differ", "tp=2 of language: equal", "batch statistics"],
             marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             "shape_of_shard",
+            REPLICAS,
             ["tp=2 of language: initial weights differ", "an initializer that looks at the shape of a shard"],
             marks=pytest.mark.exhaustive,
         ),
         pytest.param(
             "mean_loss",
+            REPLICAS,
             ["dp=2 of language: loss differ", "tp=2 of language: equal", "a loss that averages over the microbatch"],
             marks=pytest.mark.exhaustive,
         ),
     ],
 )
-def test_fault_is_found_with_its_axis(verify: Verify, fault: str, what: list[str]) -> None:
-    code, said = verify(fault, **REPLICAS)
+def test_fault_is_found_with_its_axis(verify: Verify, fault: str, layout: Layout, what: list[str]) -> None:
+    code, said = verify(fault, **layout)
     assert code == 1, said
     for words in ("DIFFERENT", *what):
         assert words in said, said
 
 
 def test_run_that_fails_is_reported(verify: Verify) -> None:
-    code, said = verify("tokens_first", **REPLICAS)
+    code, said = verify("tokens_first", **LANGUAGE_ONLY)
     assert code == 2
     assert "training in one process ended with exit code" in said
     assert "Encoder was given" in said
