@@ -154,6 +154,7 @@ def _no_garbage() -> Iterator[None]:
 
 @contextmanager
 def _quick_imports() -> Iterator[None]:
+    """Import what a command needs, without looking for garbage and without torch's compiler."""
     with _no_garbage():
         from lightning_mimo.cpu import compiling_when_called
 

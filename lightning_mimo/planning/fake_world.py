@@ -22,7 +22,7 @@ from lightning_mimo.mimo.model import RaggedMimoModel, construct_mimo_model
 from lightning_mimo.observe.spans import Spans
 from lightning_mimo.parallel.infra import MimoModelInfra
 from lightning_mimo.parallel.random import seed_megatron
-from lightning_mimo.upstream.torch import FakeTensorMode
+from lightning_mimo.upstream.torch import FakeTensorMode, tree_map
 
 Configure = Callable[[MimoModelInfra], MimoModelConfig]
 """Describes the model on a rank, as ``MimoModule.configure_mimo``."""
@@ -31,10 +31,11 @@ Configure = Callable[[MimoModelInfra], MimoModelConfig]
 _WHOLE_NUMBERS = (torch.arange, torch.tensor)
 
 
-class _OnMeta(TorchFunctionMode):
+class OnMeta(TorchFunctionMode):
     """Creates every tensor on the meta device, whatever ``device=`` it is given, and draws no values for it.
 
-    But whole numbers are put on the CPU: code may read them, such as the order of experts.
+    But whole numbers are put on the CPU: code may read them, such as the order of experts. Computed with tensors on the
+    meta device, they give one that is there, too.
     """
 
     def __torch_function__(
@@ -51,7 +52,13 @@ class _OnMeta(TorchFunctionMode):
                 return made
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": torch.device("meta")}
+        if len({value.is_meta for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)}) == 2:
+            args, kwargs = tree_map(_to_meta, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 class FakeTensorsOnCpu(FakeTensorMode):
@@ -116,6 +123,6 @@ def build_on_meta(configure: Configure, infra: MimoModelInfra, dtype_policy: Dty
     Raises:
         LayoutError: if the model does not fit the layout.
     """
-    with torch.device("meta"), _OnMeta():
+    with torch.device("meta"), OnMeta():
         model = construct_mimo_model(configure(infra), infra, seed=0, dtype_policy=dtype_policy)
         return dtype_policy.convert(model)
