@@ -43,10 +43,17 @@ class SampleSizes:
     largest: int
 
     def lines(self) -> Iterator[str]:
-        """Mean, 95th percentile and largest number, one line each for tokens and for every module."""
+        """Mean, 95th percentile and largest number, one line each for tokens and for every module.
+
+        One line more for a module that the largest sample gives nothing to do, as where no sample has both images and
+        audio.
+        """
         for what, numbers in (("tokens", self.tokens), *((f"tokens of {k}", v) for k, v in self.placeholders.items())):
             high = sorted(numbers)[math.ceil(0.95 * len(numbers)) - 1]
             yield f"{what}: mean {sum(numbers) / len(numbers):.0f}, 95 % up to {high}, at most {max(numbers)}"
+        for name, numbers in self.placeholders.items():
+            if any(numbers) and not numbers[self.largest]:
+                yield f"the largest sample has no tokens of {name}: its work on others is not counted"
 
 
 def longest_sample(settings: StepSettings, program: TrainingProgram) -> Sample | str:

@@ -68,6 +68,13 @@ def test_largest_sample_has_the_most_tokens_and_items() -> None:
     ]
 
 
+def test_a_module_without_work_in_the_largest_sample_is_named() -> None:
+    samples = [{"input_ids": [3, 3, 3, 9], "labels": []}, {"input_ids": [9, 4], "labels": []}]
+    sizes, largest = look_at(samples, {"images": 3, "audio": 4, "video": 5})
+    assert largest is samples[0]
+    assert list(sizes.lines())[4:] == ["the largest sample has no tokens of audio: its work on others is not counted"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
