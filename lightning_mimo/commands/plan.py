@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, override
@@ -27,14 +27,34 @@ from lightning_mimo.planning.comparison import check_trace, compare, describe_co
 from lightning_mimo.planning.hardware import Hardware, load_hardware
 from lightning_mimo.planning.measure import measured
 from lightning_mimo.planning.pricing import price_stages
+from lightning_mimo.planning.report import Share
 from lightning_mimo.planning.search import Found, Plan, search
 from lightning_mimo.planning.step import simulate_step
 from lightning_mimo.planning.stragglers import SampleSpread, balanced, lognormal_costs, seconds_with, spread_of
 from lightning_mimo.planning.timeline import traces_of
 from lightning_mimo.strategy.module import MimoModule
 
+_SHOWN = 5  # layouts
 _FINALISTS = 15
-"""Layouts that are priced with differing samples, to choose the best five of them."""
+"""Layouts that are priced with differing samples, to choose the best of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Best:
+    """The best layouts for a number of devices.
+
+    Attributes:
+        found: outcome of the search, with at most five plans.
+        step_seconds: of each plan, with samples that differ where they do.
+        share: of the work of a step of equal samples, see :data:`lightning_mimo.planning.report.Share`; ``None`` if
+            samples are equal.
+        seconds: that the search took.
+    """
+
+    found: Found
+    step_seconds: Sequence[float]
+    share: Share | None
+    seconds: float
 
 
 def plan_command(arguments: Sequence[str]) -> None:
@@ -100,15 +120,16 @@ class PlanCLI(MimoCLI):
 
     def _plan(self, subject: PlannedModel, hardware: Hardware) -> str:
         options = self.options
-        found, with_data, seconds = self._best(subject, hardware, options.gpus[0])
-        best, model = found.plans[0], subject.model
+        outcome = self._best(subject, hardware, options.gpus[0])
+        found, share, model = outcome.found, outcome.share, subject.model
+        best, with_data = found.plans[0], None if share is None else outcome.step_seconds
         changes = self._changes(subject, best, hardware)
         lines = [
             f"{options.gpus[0]} x {hardware.name}, global_batch_size={model.global_batch_size}, {model.tokens:,.0f} "
             f"tokens per sample{subject.says}, {model.dtype}",
-            report.describe_search(found, seconds),
+            report.describe_search(found, outcome.seconds),
             "",
-            report.describe_plans(found, model, hardware, with_data=with_data, share=self._share(subject)),
+            report.describe_plans(found, model, hardware, with_data=with_data, share=share),
             "",
             *_about_data(subject),
         ]
@@ -121,57 +142,54 @@ class PlanCLI(MimoCLI):
                 draw_timeline(traces_of(best.simulation), options.picture, title=title)
             lines.append(f"Written: {options.picture}")
         if options.write is not None:
-            head = f"Planned for {options.gpus[0]} x {hardware.name}: {best.seconds:.3f} s per step.\n{best.candidate}"
+            seconds = outcome.step_seconds[0]
+            head = f"Planned for {options.gpus[0]} x {hardware.name}: {seconds:.3f} s per step.\n{best.candidate}"
             with _writing("--write", options.write):
                 write_config(options.write, self.merged, changes, head=head)
             lines.append(f"Written: {options.write}")
         return "\n".join([*lines, report.describe_limits(hardware, subject.timing)])
 
-    def _best(self, subject: PlannedModel, hardware: Hardware, gpus: int) -> tuple[Found, list[float] | None, float]:
-        """Search, and price the best again with differing samples: plans, seconds of their steps, and of the search."""
+    def _best(self, subject: PlannedModel, hardware: Hardware, gpus: int) -> _Best:
+        """Search, and price the best again with differing samples."""
         begin = time.perf_counter()
-        memory = self.options.memory or hardware.memory
-        space = subject.space(gpus, hardware)
-        spread = self._spread(subject)
-        keep = 5 if spread is None else _FINALISTS
-        found = search(space, subject.model, hardware, world_size=gpus, memory=memory, keep=keep)
-        if spread is None:
-            return found, None, time.perf_counter() - begin
-        model = subject.model
-        times = [seconds_with(spread, plan.candidate, plan.prices, model, hardware) for plan in found.plans]
-        order = sorted(range(len(times)), key=times.__getitem__)[:5]
-        found = replace(found, plans=[found.plans[i] for i in order])
-        return found, [times[i] for i in order], time.perf_counter() - begin
+        memory, model, spread = self.options.memory or hardware.memory, subject.model, self._spread(subject)
+        keep = _SHOWN if spread is None else _FINALISTS
+        found = search(subject.space(gpus, hardware), model, hardware, world_size=gpus, memory=memory, keep=keep)
+        times = [plan.seconds for plan in found.plans]
+        if spread is not None:
+            times = [seconds_with(spread, plan.candidate, plan.prices, model, hardware) for plan in found.plans]
+        order = sorted(range(len(times)), key=times.__getitem__)[:_SHOWN]
+        return _Best(
+            found=replace(found, plans=[found.plans[i] for i in order]),
+            step_seconds=[times[i] for i in order],
+            share=None if spread is None else spread.share,
+            seconds=time.perf_counter() - begin,
+        )
 
     def _spread(self, subject: PlannedModel) -> SampleSpread | None:
         sigmas = self.options.spread
         if unknown := sorted(set(sigmas) - set(subject.modules)):
             raise ConfigError(f"--spread: there is no module {unknown[0]!r}; there are {', '.join(subject.modules)}.")
-        if not sigmas and subject.sizes is not None:
+        if subject.sizes is not None:
             return spread_of(subject.sizes, padded=subject.padded)
         if not any(sigmas.values()):
             return None
         order = partial(balanced, padded=subject.padded)
         return SampleSpread(costs=lognormal_costs(sigmas), order=order, padded=subject.padded)
 
-    def _share(self, subject: PlannedModel) -> Callable[[str], float]:
-        spread = self._spread(subject)
-        return (lambda module: 1.0) if spread is None else spread.share
-
     def _curve(self, subject: PlannedModel, hardware: Hardware) -> str:
         """One line per number of devices."""
         rows = [("GPUs", "step s", "tokens/s", "tokens/s/GPU", "of the first", "best layout")]
         first: float | None = None
-        model, share = subject.model, self._share(subject)
+        model = subject.model
         for gpus in self.options.gpus:
             try:
-                found, with_data, _ = self._best(subject, hardware, gpus)
+                outcome = self._best(subject, hardware, gpus)
             except (LayoutError, ConfigError) as error:
                 rows.append((str(gpus), "", "", "", "", str(error)))
                 continue
-            best = found.plans[0]
-            seconds = best.seconds if with_data is None else with_data[0]
-            each = report.tokens_per_sec(best, model, seconds, share=share)
+            best, seconds = outcome.found.plans[0], outcome.step_seconds[0]
+            each = report.tokens_per_sec(best, model, seconds, share=outcome.share)
             first = first or each
             numbers = (f"{seconds:.3f}", f"{each * gpus:,.0f}", f"{each:,.0f}", f"{each / first:.0%}")
             rows.append((str(gpus), *numbers, str(best.candidate)))

@@ -14,7 +14,7 @@ from lightning_mimo.layout.layout import MOST_RANKS
 
 USAGE = (
     "lightning-mimo plan --config FILE --gpus N[,N...] [--memory 80GiB] [--hardware h100|FILE] [--measure[=rates]]\n"
-    "           [--sample=data] [--spread MODULE=SIGMA,...] [--write OUT.yaml] [--picture OUT.png] [--KEY=VALUE ...]\n"
+    "           [--sample=data | --spread MODULE=SIGMA,...] [--write OUT.yaml] [--picture OUT.png] [--KEY=VALUE ...]\n"
     "       lightning-mimo plan --config FILE --compare TRACE [--hardware h100|FILE] [--measure[=rates]]\n"
     "           [--sample=data] [--picture OUT.png] [--KEY=VALUE ...]"
 )
@@ -30,7 +30,7 @@ class PlanOptions:
         hardware: name or file of the hardware.
         measure: what to measure of this machine's device: ``rates`` of its operations, ``layers`` of the model as well,
             or ``None`` for nothing.
-        from_data: whether to plan for the largest sample of the training data, not one that the model describes.
+        from_data: whether to plan for the samples of the training data, not for one that the model describes.
         spread: module -> standard deviation of the logarithm of its samples' costs; empty for equal samples.
         write: file for the config of the best plan.
         picture: file for the timeline of the best plan.
@@ -75,6 +75,10 @@ def parse_options(arguments: Sequence[str]) -> tuple[PlanOptions, list[str]]:
         raise ConfigError("plan needs either --gpus=N, the devices to plan for, or --compare=TRACE of a run.")
     if found.compare is not None and (found.write or found.spread):
         raise ConfigError("--compare takes the layout of the config; --write and --spread do not apply.")
+    if found.spread is not None and found.sample == "data":
+        raise ConfigError(
+            "--spread says how much samples differ, and --sample=data takes that from your data; give one of them."
+        )
     options = PlanOptions(
         gpus=() if found.gpus is None else _gpus(found.gpus),
         memory=None if found.memory is None else memory_size(found.memory),

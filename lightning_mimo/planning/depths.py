@@ -114,7 +114,8 @@ def _blocks_in(spec: ModuleSpec) -> list[TransformerBlockSubmodules]:
 
 
 def _are_alike(transformer: TransformerConfig, spec: ModuleSpec) -> bool:
-    differs = transformer.window_attn_skip_freq is not None or transformer.moe_layer_freq not in (1, None)
+    by_number = (transformer.window_attn_skip_freq, transformer.no_rope_freq, transformer.linear_attention_freq)
+    differs = any(each is not None for each in by_number) or transformer.moe_layer_freq not in (1, None)
     specs = [{id(layer) for layer in block.layer_specs or ()} for block in _blocks_in(spec)]
     return not differs and all(len(each) == 1 for each in specs)
 

@@ -46,7 +46,7 @@ class OnMeta(TorchFunctionMode):
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
-        if func in _WHOLE_NUMBERS:
+        if func in _WHOLE_NUMBERS and not any(isinstance(value, torch.Tensor) for value in args):
             made = func(*args, **{**kwargs, "device": torch.device("cpu")})
             if not made.is_floating_point():
                 return made

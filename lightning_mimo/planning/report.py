@@ -24,17 +24,13 @@ Share = Callable[[str], float]
 """Module -> share of its work in a step of equal samples that the samples of a batch need, padding left out."""
 
 
-def _all_of_it(module: str) -> float:
-    return 1.0
-
-
 def describe_plans(
     found: Found,
     model: Model,
     hardware: Hardware,
     *,
     with_data: Sequence[float] | None = None,
-    share: Share = _all_of_it,
+    share: Share | None = None,
 ) -> str:
     """The best layouts as a table, one per line.
 
@@ -43,7 +39,7 @@ def describe_plans(
         model: costs and batches.
         hardware: devices.
         with_data: seconds of each plan's step with differing samples; ``None`` leaves the column out.
-        share: of the work of a step that differing samples need.
+        share: of the work of a step that differing samples need; ``None`` for all of it.
     """
     rows = [_HEAD]
     for i, plan in enumerate(found.plans):
@@ -79,15 +75,17 @@ def table(rows: Sequence[Sequence[str]], *, left: Sequence[int]) -> str:
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def tokens_per_sec(plan: Plan, model: Model, seconds: float, *, share: Share = _all_of_it) -> float:
+def tokens_per_sec(plan: Plan, model: Model, seconds: float, *, share: Share | None = None) -> float:
     """Tokens of the language module per second and device, of all devices that the layout has, busy or not."""
-    tokens = model.global_batch_size * model.tokens * share(LANGUAGE)
+    tokens = model.global_batch_size * model.tokens * (1.0 if share is None else share(LANGUAGE))
     return tokens / seconds / plan.candidate.layout.world_size
 
 
-def mfu(plan: Plan, model: Model, hardware: Hardware, seconds: float, *, share: Share = _all_of_it) -> float:
+def mfu(plan: Plan, model: Model, hardware: Hardware, seconds: float, *, share: Share | None = None) -> float:
     """Model FLOPs utilization: arithmetic of forward and backward, without recomputation, over all devices' peak."""
-    of_prices = sum(price.flops * price.ranks * share(price.module) for price in plan.prices)
+    of_prices = sum(
+        price.flops * price.ranks * (1.0 if share is None else share(price.module)) for price in plan.prices
+    )
     flops = plan.candidate.num_microbatches * of_prices
     return flops / (seconds * plan.candidate.layout.world_size * hardware.peak(model.dtype))
 

@@ -39,6 +39,7 @@ def test_options_and_the_rest() -> None:
         (["--gpus=8,many"], "--gpus=8,many: write whole numbers"),
         (["--gpus=8", "--memory=80 apples"], "--memory=80 apples: write a size such as 80GiB"),
         (["--gpus=8", "--memory=0GiB"], "--memory=0GiB: write a size"),
+        (["--gpus=8", "--spread=images=0.8", "--sample=data"], "takes that from your data; give one of them"),
         (["--gpus=8", "--spread=images"], "--spread=images: write MODULE=SIGMA"),
         (["--gpus=8", "--spread=images=-1"], "write MODULE=SIGMA with a SIGMA from 0 to 3"),
         (["--gpus=8", "--write=out.txt"], "--write=out.txt: the name must end with .yaml or .yml"),
